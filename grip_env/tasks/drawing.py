@@ -1,0 +1,182 @@
+"""Sprites and backgrounds for the procedural scenes.
+
+Every sprite is an antialiased opacity mask that is drawn once, at eight times its size, and cached; a scene is then
+a handful of small array operations, so that drawing never becomes the slow part of training.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+__all__ = ["DECORATIONS", "PALETTE", "SHAPES", "VARIANTS", "background", "card_masks", "composite", "sprite"]
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+"""Shapes that questions ask about."""
+
+DECORATIONS = ("bar", "zigzag", "arc", "dots", "blob")
+"""Clutter in the same colours that no question names."""
+
+VARIANTS = 8
+"""How many versions (rotations, outlines) each sprite comes in."""
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (215, 35, 35),
+    "orange": (240, 135, 25),
+    "yellow": (238, 224, 50),
+    "green": (45, 160, 55),
+    "cyan": (60, 205, 215),
+    "blue": (40, 75, 220),
+    "purple": (135, 55, 185),
+    "pink": (248, 140, 195),
+}
+
+_OVERSAMPLE = 8
+
+# 5 x 7 dot-matrix digits, one row of five bits per number.
+_DIGITS = (
+    (14, 17, 19, 21, 25, 17, 14),
+    (4, 12, 4, 4, 4, 4, 14),
+    (14, 17, 1, 6, 8, 16, 31),
+    (30, 1, 1, 14, 1, 1, 30),
+    (2, 6, 10, 18, 31, 2, 2),
+    (31, 16, 30, 1, 1, 17, 14),
+    (6, 8, 16, 30, 17, 17, 14),
+    (31, 1, 2, 4, 8, 8, 8),
+    (14, 17, 17, 14, 17, 17, 14),
+    (14, 17, 17, 15, 1, 2, 12),
+)
+
+
+def _polygon(corners: int, inner: float, angle: float) -> list[tuple[float, float]]:
+    """Unit polygon (or star, with ``inner`` < 1) around the origin; ``angle`` in radians."""
+    steps = corners if inner == 1 else 2 * corners
+    points = []
+    for step in range(steps):
+        radius = inner if inner != 1 and step % 2 else 1.0
+        turn = angle + 2 * math.pi * step / steps - math.pi / 2
+        points.append((radius * math.cos(turn), radius * math.sin(turn)))
+    return points
+
+
+def _rotate(points: list[tuple[float, float]], angle: float) -> list[tuple[float, float]]:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
+
+
+@lru_cache(maxsize=None)
+def sprite(kind: str, size: int, variant: int) -> np.ndarray:
+    """Return the opacity mask of one sprite.
+
+    Args:
+        kind: One of SHAPES or DECORATIONS.
+        size: Side of the square the sprite fills, in pixels.
+        variant: 0 <= variant < VARIANTS: a slight rotation of a shape, any rotation or outline of a decoration.
+
+    Returns:
+        float32 (size, size, 1) in [0, 1]. Shared: do not write to it.
+    """
+    side = size * _OVERSAMPLE
+    picture = Image.new("L", (side, side), 0)
+    draw = ImageDraw.Draw(picture)
+    half = side / 2
+
+    def place(points: list[tuple[float, float]], scale: float = 1.0) -> list[tuple[float, float]]:
+        return [(half + half * scale * x, half + half * scale * y) for x, y in points]
+
+    tilt = math.radians(-14 + 4 * variant)  # shapes stay nearly upright, so that square is never diamond
+    turn = math.pi * variant / VARIANTS  # decorations turn freely
+    stroke = max(2, round(side * 0.13))
+    if kind == "circle":
+        draw.ellipse([0, 0, side - 1, side - 1], fill=255)
+    elif kind == "ring":
+        draw.ellipse([0, 0, side - 1, side - 1], fill=255)
+        hole = side * 0.28
+        draw.ellipse([hole, hole, side - hole, side - hole], fill=0)
+    elif kind == "square":
+        draw.polygon(place(_rotate([(-1, -1), (1, -1), (1, 1), (-1, 1)], tilt), 0.84), fill=255)
+    elif kind == "triangle":
+        draw.polygon(place([(x, y + 0.22) for x, y in _polygon(3, 1, tilt)], 1.0), fill=255)
+    elif kind == "star":
+        draw.polygon(place(_polygon(5, 0.42, tilt)), fill=255)
+    elif kind == "cross":
+        arm = 0.34
+        for box in ([(-1, -arm), (1, -arm), (1, arm), (-1, arm)], [(-arm, -1), (arm, -1), (arm, 1), (-arm, 1)]):
+            draw.polygon(place(_rotate([*box], tilt), 0.95), fill=255)
+    elif kind == "bar":
+        draw.line(place(_rotate([(-1, 0), (1, 0)], turn), 0.9), fill=255, width=stroke)
+    elif kind == "zigzag":
+        points = [(-1.0, -0.3), (-0.5, 0.35), (0.0, -0.3), (0.5, 0.35), (1.0, -0.3)]
+        draw.line(place(_rotate(points, turn), 0.88), fill=255, width=stroke, joint="curve")
+    elif kind == "arc":
+        start = 360 * variant / VARIANTS
+        draw.arc([stroke, stroke, side - stroke, side - stroke], start, start + 150, fill=255, width=stroke)
+    elif kind == "dots":
+        radius = side * 0.1
+        for dot in range(3 + variant % 3):
+            away = 0.45 + 0.25 * ((dot * 7 + variant) % 3) / 2
+            around = turn + 2 * math.pi * dot / (3 + variant % 3)
+            x, y = half + half * away * math.cos(around), half + half * away * math.sin(around)
+            draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+    elif kind == "blob":
+        points = []
+        for step in range(24):
+            around = 2 * math.pi * step / 24
+            radius = 0.62 + 0.22 * math.sin(2 * around + variant) + 0.13 * math.sin(3 * around + 2.3 * variant)
+            points.append((radius * math.cos(around), 0.62 * radius * math.sin(around)))
+        draw.polygon(place(_rotate(points, turn)), fill=255)
+    else:
+        raise ValueError(f"unknown sprite {kind!r}: choose one of {', '.join(SHAPES + DECORATIONS)}")
+    picture = picture.resize((size, size), Image.Resampling.BOX)
+    mask = np.asarray(picture, dtype=np.float32)[..., None] / 255
+    mask.setflags(write=False)
+    return mask
+
+
+@lru_cache(maxsize=None)
+def card_masks(digit: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the opacity of a card and of the digit on it, each float32 (size, size, 1) in [0, 1]."""
+    side = size * _OVERSAMPLE
+    picture = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(picture).rounded_rectangle([0, 0, side - 1, side - 1], radius=side // 8, fill=255)
+    card = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=np.float32)[..., None] / 255
+    dots = np.array([[bits >> (4 - column) & 1 for column in range(5)] for bits in _DIGITS[digit]], dtype=np.float32)
+    glyph = np.kron(dots, np.ones((2, 2), dtype=np.float32))  # 14 x 10 pixels
+    ink = np.zeros((size, size, 1), dtype=np.float32)
+    top, left = (size - 14) // 2, (size - 10) // 2
+    ink[top : top + 14, left : left + 10, 0] = glyph
+    card.setflags(write=False)
+    ink.setflags(write=False)
+    return card, ink
+
+
+@lru_cache(maxsize=None)
+def _ramp(side: int) -> np.ndarray:
+    return np.arange(side, dtype=np.float32) / side
+
+
+def background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Draw a textured, nearly grey background: float32 (side, side, 3) in [0, 255]."""
+    base = rng.uniform(85, 165) + rng.uniform(-14, 14, 3).astype(np.float32)
+    cells = rng.integers(-16, 17, (8, 8)).astype(np.float32)
+    step = side // 7 + 1
+    top, left = rng.integers(0, step, 2)
+    patches = cells.repeat(step, 0).repeat(step, 1)[top : top + side, left : left + side]
+    fx, fy = rng.uniform(-60, 60, 2)
+    phase = rng.uniform(0, 2 * math.pi)
+    # sin(a + b) from two short vectors: a full-size sine would cost more than the rest of the scene
+    a, b = fx * _ramp(side) + phase, fy * _ramp(side)
+    stripes = np.outer(np.cos(b), np.sin(a)) + np.outer(np.sin(b), np.cos(a))
+    grain = rng.integers(0, 25, (side, side), dtype=np.uint8).astype(np.float32) - 12
+    light = patches + rng.uniform(0, 12) * stripes + grain
+    return (base + light[..., None]).astype(np.float32)
+
+
+def composite(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, top: int, left: int) -> None:
+    """Paint ``colour`` (3,) through ``mask`` (h, w, 1) onto ``canvas`` (H, W, 3), in place."""
+    height, width = mask.shape[:2]
+    region = canvas[top : top + height, left : left + width]
+    region += mask * (colour - region)

@@ -1,0 +1,330 @@
+"""Procedural scenes with questions: the task the embedded model is made for.
+
+A scene holds five to seven shapes and two cards with a digit, none touching another, among decorations in the same
+colours on a textured background. Six question families mirror the benchmarks of the field: existence, colour,
+counting, digit reading, shape, and left/right relation. A question's premise ("the circle": there is exactly one)
+holds over everything in the scene, so that it has one right answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from grip_env.tasks import drawing
+from grip_env.tasks.base import Example, check_index
+
+__all__ = ["CHOICES", "FAMILIES", "GRID", "SIDE", "Question", "Scene", "SceneTask", "Thing", "plural"]
+
+SIDE = 96
+"""Height and width of a scene, in pixels."""
+
+GRID = 12
+"""The relevance grid has GRID x GRID cells, one for each 8-pixel patch."""
+
+COLOURS = tuple(drawing.PALETTE)
+FAMILIES = ("existence", "color", "counting", "reading", "shape", "relation")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "existence": ("yes", "no"),
+    "color": COLOURS,
+    "counting": ("1", "2", "3"),
+    "reading": tuple("0123456789"),
+    "shape": drawing.SHAPES,
+    "relation": ("left", "right"),
+}
+"""The possible answers of each family; each is drawn equally often."""
+
+_PATTERNS = ((3, 2, 1, 1), (3, 1, 1, 1), (3, 1, 1), (2, 2, 1, 1), (2, 1, 1, 1), (3, 2, 1, 1))
+_SIZES = {"train": 1_000_000, "validation": 12_000, "test": 12_000}
+# A scene belongs to the split that a digest of its contents says, so that no scene can be in two.
+_BUCKETS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}
+_BUCKET_COUNT = 5
+
+
+@dataclass
+class Thing:
+    """One object or decoration: what it is and where. Cards have a digit; ``left`` and ``top`` are in pixels."""
+
+    kind: str
+    colour: str
+    size: int
+    variant: int
+    digit: int | None = None
+    top: int = -1
+    left: int = -1
+
+    @property
+    def is_shape(self) -> bool:
+        """Whether questions can name this thing by its shape."""
+        return self.kind in drawing.SHAPES
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Row and column of the centre, in pixels."""
+        return self.top + self.size / 2, self.left + self.size / 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, its answer, and the indices of the things that decide it."""
+
+    family: str
+    text: str
+    answer: str
+    about: tuple[int, ...]
+
+
+@dataclass
+class Scene:
+    """Everything there is in one picture."""
+
+    things: list[Thing]
+    texture: int
+
+    def draw(self) -> np.ndarray:
+        """Return the picture, uint8 (SIDE, SIDE, 3)."""
+        rng = np.random.default_rng(self.texture)
+        canvas = drawing.background(rng, SIDE)
+        shades = rng.uniform(-12, 12, (len(self.things), 3)).astype(np.float32)
+        for thing, shade in zip(self.things, shades, strict=True):
+            colour = np.asarray(drawing.PALETTE[thing.colour], dtype=np.float32) + shade
+            if thing.digit is None:
+                mask = drawing.sprite(thing.kind, thing.size, thing.variant)
+                drawing.composite(canvas, mask, colour, thing.top, thing.left)
+            else:
+                card, ink = drawing.card_masks(thing.digit, thing.size)
+                drawing.composite(canvas, card, colour, thing.top, thing.left)
+                dark = colour @ np.array([0.3, 0.59, 0.11], dtype=np.float32) < 120
+                shade_of_ink = np.full(3, 250 if dark else 10, dtype=np.float32)
+                drawing.composite(canvas, ink, shade_of_ink, thing.top, thing.left)
+        return np.clip(canvas, 0, 255).astype(np.uint8)
+
+    def coverage(self, index: int) -> np.ndarray:
+        """Return which share of each grid cell thing ``index`` covers: float32 (GRID, GRID) in [0, 1]."""
+        thing = self.things[index]
+        mask = (
+            drawing.sprite(thing.kind, thing.size, thing.variant)
+            if thing.digit is None
+            else drawing.card_masks(thing.digit, thing.size)[0]
+        )
+        full = np.zeros((SIDE, SIDE), dtype=np.float32)
+        full[thing.top : thing.top + thing.size, thing.left : thing.left + thing.size] = mask[..., 0]
+        cell = SIDE // GRID
+        return full.reshape(GRID, cell, GRID, cell).mean((1, 3))
+
+    def relevance(self, about: tuple[int, ...]) -> np.ndarray:
+        """Grade the cells that show the things in ``about``: float32 (GRID, GRID) in [0, 1].
+
+        A cell counts when a thing covers at least a quarter of it, or when it is the thing's best cell. The best
+        cells of all things come first, then their second-best ones, so that the top of the ranking shows them all.
+        """
+        grade = np.zeros((GRID, GRID), dtype=np.float32)
+        for index in about:
+            cover = self.coverage(index)
+            order = np.argsort(-cover, axis=None, kind="stable")
+            for rank, cell in enumerate(order):
+                row, column = divmod(int(cell), GRID)
+                if rank and cover[row, column] < 0.25:
+                    break
+                value = (1.0 + 0.5 * float(cover[row, column])) / (1.5 * (1 + rank))
+                grade[row, column] = max(grade[row, column], value)
+        return grade
+
+    def questions(self, family: str, answer: str | None = None) -> list[Question]:
+        """List every question of ``family`` this scene can be asked, or those with the given answer."""
+        found = getattr(self, f"_ask_{family}")()
+        return [question for question in found if answer is None or question.answer == answer]
+
+    def _by_kind(self) -> dict[str, list[int]]:
+        groups: dict[str, list[int]] = {}
+        for index, thing in enumerate(self.things):
+            if thing.is_shape:
+                groups.setdefault(thing.kind, []).append(index)
+        return groups
+
+    def _ask_existence(self) -> list[Question]:
+        asked = []
+        shapes = self._by_kind()
+        # absent pairs reuse a shape and a colour that are both there: neither alone gives the answer away
+        colours = sorted({self.things[index].colour for group in shapes.values() for index in group})
+        for kind, group in sorted(shapes.items()):
+            for colour in colours:
+                matching = tuple(index for index in group if self.things[index].colour == colour)
+                article = "an" if colour[0] in "aeiou" else "a"
+                text = f"is there {article} {colour} {kind}?"
+                asked.append(Question("existence", text, "yes" if matching else "no", matching or tuple(group)))
+        return asked
+
+    def _ask_color(self) -> list[Question]:
+        return [
+            Question("color", f"what color is the {kind}?", self.things[group[0]].colour, tuple(group))
+            for kind, group in sorted(self._by_kind().items())
+            if len(group) == 1
+        ]
+
+    def _ask_counting(self) -> list[Question]:
+        return [
+            Question("counting", f"how many {plural(kind)} are there?", str(len(group)), tuple(group))
+            for kind, group in sorted(self._by_kind().items())
+        ]
+
+    def _ask_reading(self) -> list[Question]:
+        cards = [(index, thing) for index, thing in enumerate(self.things) if thing.digit is not None]
+        return [
+            Question("reading", f"what digit is on the {thing.colour} card?", str(thing.digit), (index,))
+            for index, thing in cards
+            if sum(other.colour == thing.colour for _, other in cards) == 1
+        ]
+
+    def _ask_shape(self) -> list[Question]:
+        used = [thing.colour for thing in self.things]
+        return [
+            Question("shape", f"what shape is the {thing.colour} object?", thing.kind, (index,))
+            for index, thing in enumerate(self.things)
+            if thing.is_shape and used.count(thing.colour) == 1
+        ]
+
+    def _ask_relation(self) -> list[Question]:
+        single = [(kind, group[0]) for kind, group in sorted(self._by_kind().items()) if len(group) == 1]
+        asked = []
+        for kind, index in single:
+            for other_kind, other in single:
+                gap = self.things[index].centre[1] - self.things[other].centre[1]
+                if index != other and abs(gap) >= 12:
+                    text = f"is the {kind} left or right of the {other_kind}?"
+                    asked.append(Question("relation", text, "left" if gap < 0 else "right", (index, other)))
+        return asked
+
+
+def plural(kind: str) -> str:
+    """Return the plural of a shape's name."""
+    return kind + ("es" if kind.endswith("s") else "s")
+
+
+def _contents(rng: random.Random) -> list[Thing]:
+    """Draw what is in a scene, without places."""
+    kinds = rng.sample(drawing.SHAPES, 4)
+    things = []
+    for kind, count in zip(kinds, rng.choice(_PATTERNS), strict=False):
+        for _ in range(count):
+            things.append(Thing(kind, rng.choice(COLOURS), rng.choice((14, 15, 16, 17, 18)), rng.randrange(8)))
+    for colour in rng.sample(COLOURS, 2):
+        things.append(Thing("card", colour, rng.choice((18, 19, 20)), 0, digit=rng.randrange(10)))
+    clutter = rng.sample(COLOURS, 4)  # few enough colours that some object's colour is its own
+    for _ in range(rng.randint(8, 11)):
+        kind = rng.choice(drawing.DECORATIONS)
+        things.append(Thing(kind, rng.choice(clutter), rng.randint(11, 20), rng.randrange(drawing.VARIANTS)))
+    return things
+
+
+def _bucket(things: list[Thing]) -> int:
+    """Return the bucket of a scene: a digest of what questions can ask about, whatever its places and texture."""
+    named = sorted(f"{thing.kind} {thing.colour} {thing.digit}" for thing in things if thing.kind not in drawing.DECORATIONS)
+    return hashlib.blake2b("|".join(named).encode(), digest_size=4).digest()[0] % _BUCKET_COUNT
+
+
+def _arrange(things: list[Thing], rng: random.Random) -> list[Thing] | None:
+    """Give every object a place of its own; decorations that find none are left out. ``None`` if an object finds none."""
+    placed: list[Thing] = []
+    boxes: list[tuple[int, int, int]] = []
+    for thing in things:
+        size = thing.size
+        room = SIDE - size
+        for _ in range(40 if thing.kind not in drawing.DECORATIONS else 12):
+            top, left = int(rng.random() * (room + 1)), int(rng.random() * (room + 1))
+            for other_top, other_left, other in boxes:
+                if (
+                    top < other_top + other + 1
+                    and other_top < top + size + 1
+                    and left < other_left + other + 1
+                    and other_left < left + size + 1
+                ):
+                    break
+            else:
+                thing.top, thing.left = top, left
+                boxes.append((top, left, size))
+                placed.append(thing)
+                break
+        else:
+            if thing.kind not in drawing.DECORATIONS:
+                return None
+    return placed
+
+
+class SceneTask:
+    """Scenes with one question each; families take turns, so that every split is balanced over them.
+
+    Args:
+        families: Which question families to ask, in turn.
+
+    The same ``(split, index)`` always gives the same example; the contents of a scene decide its split, so that
+    no scene of one split can be drawn in another.
+
+    >>> task = SceneTask()
+    >>> example = task.example("train", 4)
+    >>> example.family, example.image.shape
+    ('shape', (96, 96, 3))
+    """
+
+    name = "scenes"
+    splits = ("train", "validation", "test")
+
+    def __init__(self, families: tuple[str, ...] = FAMILIES) -> None:
+        unknown = sorted(set(families) - set(FAMILIES))
+        if unknown or not families:
+            raise ValueError(f"unknown question families {unknown}: choose from {', '.join(FAMILIES)}")
+        self.families = tuple(families)
+
+    def size(self, split: str) -> int:
+        """Return how many examples ``split`` has."""
+        if split not in _SIZES:
+            raise ValueError(f"unknown split {split!r} of task {self.name!r}: choose one of {', '.join(self.splits)}")
+        return _SIZES[split]
+
+    def example(self, split: str, index: int) -> Example:
+        """Return example ``index`` of ``split``."""
+        scene, question = self.scene_and_question(split, index)
+        return Example(
+            image=scene.draw(),
+            question=question.text,
+            answer=question.answer,
+            family=question.family,
+            relevance=scene.relevance(question.about),
+            key=f"scenes/{split}/{index}",
+        )
+
+    def scene_and_question(self, split: str, index: int) -> tuple[Scene, Question]:
+        """Return what :meth:`example` draws: the scene, and the question with its answer."""
+        check_index(self, split, index)
+        family = self.families[index % len(self.families)]
+        rng = random.Random(f"grip_env scenes {split} {family} {index}")
+        answer = rng.choice(CHOICES[family])
+        while True:
+            scene = self.sample_scene(split, rng, family, answer)
+            asked = scene.questions(family, answer) if scene else []
+            if scene and asked:
+                return scene, rng.choice(asked)
+
+    @staticmethod
+    def sample_scene(
+        split: str, rng: random.Random, family: str | None = None, answer: str | None = None
+    ) -> Scene | None:
+        """Draw a scene of ``split``; ``None`` when this draw had no room or cannot be asked ``family``.
+
+        Args:
+            split: The split the scene must belong to.
+            rng: Where the draws come from.
+            family: If given, the scene can be asked a question of this family,
+            answer: with this answer.
+        """
+        things = _contents(rng)
+        if _bucket(things) not in _BUCKETS[split]:
+            return None
+        # every question but left/right depends on the contents alone: look before paying for places
+        if family is not None and family != "relation" and not Scene(things, 0).questions(family, answer):
+            return None
+        placed = _arrange(things, rng)
+        return None if placed is None else Scene(placed, rng.getrandbits(32))
