@@ -26,7 +26,7 @@ PATCH = 8
 WIDTH = 128
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<image>\n{% else %}{{ content['text'] }}{% endif %}"
     "{% endfor %}"

@@ -1,0 +1,136 @@
+"""What the rest of the project knows of a frozen vision-language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from grip_env.tasks.base import Example
+
+__all__ = ["Encoded", "FrozenVLM", "Scores"]
+
+
+@dataclass
+class Encoded:
+    """A batch of examples after the vision encoder: all that is needed to score any selection of visual tokens.
+
+    Rows are padded to the longest; padding is False in the masks and zero elsewhere.
+    """
+
+    examples: list[Example]
+    tokens: torch.Tensor
+    """Visual tokens as the language model gets them, float (B, N, D)."""
+    token_mask: torch.Tensor
+    """Which rows of ``tokens`` are real, bool (B, N)."""
+    positions: torch.Tensor
+    """Row and column of each token's centre in the image, float in [0, 1], (B, N, 2)."""
+    question: torch.Tensor
+    """The language model's input embeddings of the question, float (B, Q, D)."""
+    question_mask: torch.Tensor
+    """Which rows of ``question`` are real, bool (B, Q)."""
+    input_ids: torch.Tensor
+    """Prompt with all image placeholders, then the answer; right-padded, long (B, L)."""
+    lengths: torch.Tensor
+    """Number of ids of prompt and answer together, long (B,)."""
+    answer_lengths: torch.Tensor
+    """How many of those are the answer, long (B,)."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, rows: slice | Sequence[int] | torch.Tensor) -> Encoded:
+        """Return the chosen rows as a new batch (padding is kept)."""
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
+        tensors = {name: value[index] for name, value in vars(self).items() if name != "examples"}
+        return Encoded(examples=[self.examples[row] for row in index.tolist()], **tensors)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Encoded]) -> Encoded:
+        """Join batches, padding each tensor to the longest."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name in vars(parts[0]):
+            if name == "examples":
+                continue
+            values: list[torch.Tensor] = [getattr(part, name) for part in parts]
+            if values[0].dim() > 1:
+                longest = max(value.shape[1] for value in values)
+                values = [
+                    torch.cat([value, value.new_zeros(value.shape[0], longest - value.shape[1], *value.shape[2:])], 1)
+                    for value in values
+                ]
+            tensors[name] = torch.cat(values)
+        return Encoded(examples=[example for part in parts for example in part.examples], **tensors)
+
+    def full_selection(self) -> torch.Tensor:
+        """Return the selection that keeps every real token, bool (B, 1, N)."""
+        return self.token_mask[:, None].clone()
+
+    def relevance(self) -> torch.Tensor | None:
+        """Return the ground-truth relevance of each token, float (B, N), or ``None`` where any example has none."""
+        rows = [
+            example.token_relevance(place.cpu().numpy())
+            for example, place in zip(self.examples, self.positions, strict=True)
+        ]
+        known = [torch.from_numpy(row) for row in rows if row is not None]
+        return torch.stack(known).to(self.tokens.device) * self.token_mask if len(known) == len(rows) else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a frozen model answers under each selection."""
+
+    log_likelihood: torch.Tensor
+    """Mean over the answer's tokens of their log-probability, float (B, G)."""
+    correct: torch.Tensor
+    """Whether greedy decoding would give the answer, bool (B, G)."""
+
+
+@runtime_checkable
+class FrozenVLM(Protocol):
+    """A vision-language model whose weights never change."""
+
+    @property
+    def name(self) -> str:
+        """Name for logs."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Width D of the visual tokens and question embeddings."""
+        ...
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Run the vision encoder once per example."""
+        ...
+
+    def score(self, encoded: Encoded, selection: torch.Tensor) -> Scores:
+        """Score G selections of each example.
+
+        Args:
+            encoded: The examples.
+            selection: bool (B, G, N), True for tokens the language model may see.
+        """
+        ...
+
+    def log_likelihood(
+        self, encoded: Encoded, selection: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the mean answer log-likelihood under each selection, (B, G).
+
+        Args:
+            encoded: The examples.
+            selection: bool (B, G, N).
+            tokens: Stand-ins for ``encoded.tokens``, float (B, N, D); gradients flow to them when they need any.
+        """
+        ...
+
+    def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
+        """Answer greedily under each selection (B, G, N): B lists of G texts."""
+        ...
+
+    def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
+        """Return an attention score for each visual token, float (B, N); NotImplementedError where a model has none."""
+        ...

@@ -1,0 +1,340 @@
+"""Any supported image-text model of transformers as a frozen vision-language model.
+
+Pruning needs neither a fork nor a patch: the encoder's output is indexed, the placeholders of dropped tokens leave
+``input_ids``, and attention mask and positions are indexed alike. The language model then runs on the short sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from grip_env.tasks.base import Example
+from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.families import FAMILIES
+
+__all__ = ["HuggingFaceVLM"]
+
+
+class HuggingFaceVLM:
+    """A frozen image-text model of transformers.
+
+    Args:
+        model: The model; it is put in eval mode and its parameters stop requiring gradients.
+        processor: Its processor, with a chat template.
+        name: Name for logs.
+        positions: "original" keeps each token's position in the full sequence; "compact" renumbers what is kept.
+        token_budget: Most tokens, padding included, in one call of the language model.
+
+    Raises:
+        ValueError: If the model's family is not supported, or the processor has no chat template.
+
+    Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str = "vlm",
+        positions: Literal["original", "compact"] = "original",
+        token_budget: int = 16384,
+    ) -> None:
+        kind = model.config.model_type
+        if kind not in FAMILIES:
+            raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        if getattr(processor, "chat_template", None) is None:
+            raise ValueError("the processor has no chat template: set processor.chat_template to the model's own")
+        if positions not in ("original", "compact"):
+            raise ValueError(f"positions must be 'original' or 'compact', not {positions!r}")
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.name = name
+        self.positions = positions
+        self.token_budget = token_budget
+        self.family = FAMILIES[kind]()
+        self._image_token = self.family.image_token_id(model.config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        positions: Literal["original", "compact"] = "original",
+        token_budget: int = 16384,
+    ) -> HuggingFaceVLM:
+        """Load a model and its processor from a folder (or, where one is reachable, a model hub).
+
+        Raises:
+            FileNotFoundError: If ``path`` looks like a folder and has no config.json.
+        """
+        folder = Path(path)
+        if (folder.exists() or str(path).startswith((".", "/"))) and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
+        processor = AutoProcessor.from_pretrained(path, backend="pil")
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        return cls(model.to(device), processor, folder.name, positions, token_budget)
+
+    @property
+    def width(self) -> int:
+        """Width D of visual tokens and question embeddings."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def checksum(self) -> str:
+        """Return a digest of every weight and buffer: equal before and after training, or the model was not frozen."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- encoding --------------------------------------------------------------------------------------------
+
+    def prompt(self, question: str) -> str:
+        """Return the text around the image that asks ``question``, up to where the answer starts."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def _pixels(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        images = [example.image for example in examples]
+        return dict(self.processor.image_processor(images=images, return_tensors="pt").to(self.device))
+
+    def _ids(self, prompts: list[str], answers: list[str], placeholders: list[int]) -> tuple[list[list[int]], list[int]]:
+        """Tokenize prompts and answers; each image placeholder is repeated once per visual token."""
+        tokenizer = self.processor.tokenizer
+        # as processors do: a template that writes the first token itself must not get it twice
+        special = tokenizer.bos_token is None or not prompts[0].startswith(tokenizer.bos_token)
+        starts = tokenizer(prompts, add_special_tokens=special)["input_ids"]
+        texts = [
+            prompt + ("" if prompt[-1:].isspace() else " ") + answer
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        wholes = tokenizer(texts, add_special_tokens=special)["input_ids"]
+        rows, lengths = [], []
+        for start, whole, answer, count in zip(starts, wholes, answers, placeholders, strict=True):
+            shared = 0
+            while shared < min(len(start), len(whole)) and start[shared] == whole[shared]:
+                shared += 1
+            if shared == len(whole):
+                raise ValueError(f"the answer {answer!r} has no tokens: give a non-empty answer")
+            if whole.count(self._image_token) != 1:
+                raise ValueError("the prompt must hold exactly one image placeholder: is there one in the question?")
+            place = whole.index(self._image_token)
+            rows.append(whole[:place] + [self._image_token] * count + whole[place + 1 :])
+            lengths.append(len(whole) - shared)
+        return rows, lengths
+
+    @torch.no_grad()
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Run the vision encoder once per example.
+
+        Raises:
+            ValueError: If there are no examples, or an answer is empty.
+        """
+        if not examples:
+            raise ValueError("encode needs at least one example")
+        tokens, positions = self.family.features(self.model, self._pixels(examples))
+        counts = [len(part) for part in tokens]
+        ids, answers = self._ids(
+            [self.prompt(example.question) for example in examples], [example.answer for example in examples], counts
+        )
+        questions = self.processor.tokenizer([example.question for example in examples], add_special_tokens=False)
+        question_ids = [torch.tensor(row, device=self.device) for row in questions["input_ids"]]
+        embed = self.model.get_input_embeddings()
+
+        def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+        return Encoded(
+            examples=list(examples),
+            tokens=pad(tokens),
+            token_mask=pad([torch.ones(count, dtype=torch.bool, device=self.device) for count in counts]),
+            positions=pad(positions),
+            question=pad([embed(row) for row in question_ids]),
+            question_mask=pad([torch.ones_like(row, dtype=torch.bool) for row in question_ids]),
+            input_ids=pad([torch.tensor(row, device=self.device) for row in ids]),
+            lengths=torch.tensor([len(row) for row in ids], device=self.device),
+            answer_lengths=torch.tensor(answers, device=self.device),
+        )
+
+    # -- scoring ---------------------------------------------------------------------------------------------
+
+    def score(self, encoded: Encoded, selection: torch.Tensor) -> Scores:
+        """Score every selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
+        shape = selection.shape[:2]
+        likelihood = encoded.tokens.new_empty(shape).flatten()
+        correct = torch.empty_like(likelihood, dtype=torch.bool)
+        with torch.no_grad():
+            for rows, logits, targets in self._answers(encoded, selection, encoded.tokens):
+                likelihood[rows] = _mean_log_likelihood(logits, targets).to(likelihood.dtype)
+                correct[rows] = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
+        return Scores(likelihood.reshape(shape), correct.reshape(shape))
+
+    def log_likelihood(
+        self, encoded: Encoded, selection: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the mean answer log-likelihood (B, G); see :class:`~grip_env.vlms.base.FrozenVLM`."""
+        features = encoded.tokens if tokens is None else tokens
+        rows, values = [], []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and features.requires_grad):
+            for part, logits, targets in self._answers(encoded, selection, features):
+                rows.append(part)
+                values.append(_mean_log_likelihood(logits, targets))
+            order = torch.cat(rows).argsort()
+            return torch.cat(values)[order].reshape(selection.shape[:2])
+
+    def _check(self, encoded: Encoded, selection: torch.Tensor) -> None:
+        batch, tokens = encoded.token_mask.shape
+        if selection.dtype != torch.bool or selection.dim() != 3 or selection.shape[::2] != (batch, tokens):
+            raise ValueError(
+                f"selection must be bool of shape ({batch}, G, {tokens}); got {selection.dtype} of shape "
+                f"{tuple(selection.shape)}: give one bool mask over the visual tokens for each of the G selections"
+            )
+
+    def _sequences(
+        self, encoded: Encoded, selection: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mark which ids of each (example, selection) pair stay: bool (B * G, L); also the pair's row and length."""
+        batch, group, _ = selection.shape
+        inside = torch.arange(encoded.input_ids.shape[1], device=self.device) < lengths[:, None]  # (B, L)
+        visual = (encoded.input_ids == self._image_token) & inside
+        index = (visual.cumsum(1) - 1).clamp_min(0)  # which visual token a placeholder stands for
+        chosen = (selection & encoded.token_mask[:, None]).gather(2, index[:, None].expand(-1, group, -1))
+        stays = torch.where(visual[:, None], chosen, inside[:, None]).flatten(0, 1)
+        rows = torch.arange(batch, device=self.device).repeat_interleave(group)
+        return stays, rows, stays.sum(1)
+
+    def _answers(
+        self, encoded: Encoded, selection: torch.Tensor, features: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Run the language model on what is kept, in micro-batches of similar length.
+
+        Yields:
+            Indices into the flattened pairs (R,), logits at the answer's positions (R, T, V) and the answer's ids
+            (R, T), -100 where an answer is shorter than T.
+        """
+        self._check(encoded, selection)
+        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths)
+        flat = selection.flatten(0, 1)
+        for rows in _by_length(lengths, self.token_budget):
+            ids, mask, places = self._compact(encoded, stays[rows], example[rows])
+            answer = encoded.answer_lengths[example[rows]]  # (R,)
+            first = int((mask.sum(1) - answer).min()) - 1  # logits before this column predict no answer
+            logits = self._forward(ids, mask, places, features, flat[rows], encoded, example[rows], first)
+            longest = int(answer.max())
+            offset = torch.arange(longest, device=self.device)
+            at = (mask.sum(1) - answer)[:, None] + offset  # columns of the answer's ids, (R, T)
+            real = offset < answer[:, None]
+            at = torch.where(real, at, 1 + first)
+            targets = ids.gather(1, at).masked_fill(~real, -100)
+            spread = (at - 1 - first)[..., None].expand(-1, -1, logits.shape[-1])
+            yield rows, logits.gather(1, spread), targets
+
+    def _compact(
+        self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Move what stays to the left: ids, attention mask and position ids, each (R, L)."""
+        count = stays.sum(1)
+        longest = int(count.max())
+        order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+        mask = torch.arange(longest, device=self.device) < count[:, None]
+        ids = encoded.input_ids[example].gather(1, order)
+        ids = ids.masked_fill(~mask, 0)
+        places = order if self.positions == "original" else torch.arange(longest, device=self.device).expand_as(order)
+        return ids, mask, places.masked_fill(~mask, 0)
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        places: torch.Tensor,
+        features: torch.Tensor,
+        selection: torch.Tensor,
+        encoded: Encoded,
+        example: torch.Tensor,
+        first: int,
+    ) -> torch.Tensor:
+        kept = features[example][selection & encoded.token_mask[example]]
+        outputs = self.model(
+            input_ids=ids,
+            attention_mask=mask.long(),  # explicit: without it, gapped positions are read as packed sequences
+            position_ids=places,
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[kept])} if len(kept) else None,
+            use_cache=False,
+            logits_to_keep=ids.shape[1] - first,
+        )
+        return outputs.logits.float()
+
+    # -- answering -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
+        """Answer greedily under each selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
+        self._check(encoded, selection)
+        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths - encoded.answer_lengths)
+        flat = selection.flatten(0, 1)
+        texts = [""] * len(flat)
+        for length in lengths.unique().tolist():  # equal lengths need no padding
+            same = (lengths == length).nonzero().flatten()
+            for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
+                ids, mask, places = self._compact(encoded, stays[rows], example[rows])
+                kept = encoded.tokens[example[rows]][flat[rows] & encoded.token_mask[example[rows]]]
+                more = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[kept])}}
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    position_ids=places,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    **(more if len(kept) else {}),
+                )
+                answers = self.processor.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                for row, text in zip(rows.tolist(), answers, strict=True):
+                    texts[row] = text.strip()
+        group = selection.shape[1]
+        return [texts[start : start + group] for start in range(0, len(texts), group)]
+
+    @torch.no_grad()
+    def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
+        """Return the attention each visual token gets, float (B, N).
+
+        Args:
+            encoded: The examples; the vision tower runs on them once more.
+            kind: "cls": from the tower's CLS token at the layer the features come from, averaged over heads.
+        """
+        if kind != "cls":
+            raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls'")
+        rows = self.family.cls_attention(self.model, self._pixels(encoded.examples))
+        padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
+
+
+def _mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    real = targets != -100
+    chosen = logits.log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    return torch.where(real, chosen, 0).sum(-1) / real.sum(-1)
+
+
+def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
+    """Split rows, shortest first, so that rows times the longest stays within ``budget``."""
+    order = lengths.argsort(stable=True)
+    ordered = lengths[order].tolist()
+    start = 0
+    for stop in range(1, len(ordered) + 1):
+        if stop == len(ordered) or ordered[stop] * (stop + 1 - start) > budget:
+            yield order[start:stop]
+            start = stop
