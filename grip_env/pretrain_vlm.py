@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import tyro
 
-__all__ = ["Config", "main"]
+if TYPE_CHECKING:
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["Config", "landscape", "main"]
+
+LANDSCAPE = ("all tokens", "random", "max-min diversity", "oracle")
 
 
 @dataclass
@@ -16,29 +24,100 @@ class Config:
     """Train the embedded vision-language model from scratch. Interrupt it at will: the same command resumes."""
 
     folder: Path = Path("checkpoints/pretrain")
-    """Where checkpoints and logs are kept."""
-    vision_steps: int = 3200
+    """Where checkpoints, logs and the finished model are kept."""
+    vision_steps: int = 2200
     """Optimizer steps of the vision stage."""
     vision_batch: int = 32
     """Pictures per step of the vision stage."""
     vision_learning_rate: float = 1.5e-3
     """Peak learning rate of the vision stage."""
+    language_steps: int = 3000
+    """Optimizer steps of the language stage."""
+    language_batch: int = 32
+    """Pictures per step of the language stage, ten questions each."""
+    language_learning_rate: float = 1.5e-3
+    """Peak learning rate of the language stage."""
+    drop: float = 0.35
+    """Share of the language stage's steps that show only a subset of the visual tokens."""
+    test_examples: int = 3000
+    """Examples of the untouched test split the model card is measured on."""
+    card_only: bool = False
+    """Train nothing; measure the embedded model and print the table of its card."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
 
 
+def landscape(vlm: HuggingFaceVLM, split: str, count: int, budget: float = 0.1) -> dict[str, dict[str, float]]:
+    """Measure accuracy per family with all tokens and under three ways to keep ``budget`` of them.
+
+    Returns:
+        {family: {"majority": .., "all tokens": .., "random": .., "max-min diversity": .., "oracle": ..}}, with the
+        mean over all examples as family "all". "majority" is the share of the most frequent answer.
+    """
+    from agents.base import budget_to_count
+    from agents.heuristics import BASELINES, all_tokens
+    from grip_env.tasks.scenes import FAMILIES, SceneTask
+
+    task = SceneTask()
+    generator = torch.Generator().manual_seed(0)
+    answers: list[str] = []
+    families: list[str] = []
+    right: dict[str, list[bool]] = {name: [] for name in LANDSCAPE}
+    for start in range(0, count, 100):
+        encoded = vlm.encode([task.example(split, index) for index in range(start, min(start + 100, count))])
+        answers += [example.answer for example in encoded.examples]
+        families += [example.family for example in encoded.examples]
+        kept = budget_to_count(encoded, budget)
+        for name in LANDSCAPE:
+            selector = all_tokens if name == "all tokens" else BASELINES[name]
+            selection = selector(vlm, encoded, kept, generator)
+            right[name] += vlm.score(encoded, selection[:, None]).correct[:, 0].tolist()
+    table: dict[str, dict[str, float]] = {}
+    for family in (*FAMILIES, "all"):
+        rows = [row for row, other in enumerate(families) if family in (other, "all")]
+        given = [answers[row] for row in rows]
+        majority = max(given.count(answer) for answer in set(given)) / len(rows)
+        table[family] = {"majority": majority} | {
+            name: sum(right[name][row] for row in rows) / len(rows) for name in LANDSCAPE
+        }
+    return table
+
+
+def format_landscape(table: dict[str, dict[str, float]], count: int, split: str) -> str:
+    """Return the table as Markdown."""
+    columns = list(table["all"])
+    lines = [
+        f"Accuracy on {count} examples of the {split} split: with all 144 visual tokens, and with 10% of them (14).",
+        "",
+        "| family | majority answer | " + " | ".join([columns[1], *(f"{name} 10%" for name in columns[2:])]) + " |",
+        "|---|" + "--:|" * len(columns),
+    ]
+    for family, row in table.items():
+        lines.append(f"| {family} | " + " | ".join(f"{row[column]:.3f}" for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def main(config: Config) -> None:
     """Run every stage that is not finished yet, write the model, and print the table of its card."""
+    from grip_env.vlms import load_vlm
     from grip_env.vlms.building import build_model, build_processor
     from grip_env.vlms.dense import DenseBatch, DenseHead, vision_tokens
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+    from grip_env.vlms.language import LanguageStage
     from grip_env.vlms.stage import run_stage
 
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.card_only:
+        print(format_landscape(landscape(load_vlm("tiny"), "test", config.test_examples), config.test_examples, "test"))
+        return
+
     processor = build_processor()
-    model = build_model(processor.tokenizer)
-    head = DenseHead(processor.tokenizer)
-    projector, words = model.model.multi_modal_projector, model.get_input_embeddings()
+    tokenizer = processor.tokenizer
+    model = build_model(tokenizer)
+    head = DenseHead(tokenizer)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    words = model.get_input_embeddings()
 
     def dense_loss(step: int) -> dict[str, torch.Tensor]:
         batch = DenseBatch.draw(config.vision_batch, step)
@@ -57,11 +136,58 @@ def main(config: Config) -> None:
         "vision",
         config.vision_steps,
         dense_loss,
-        {"tower": model.model.vision_tower, "projector": projector, "words": words, "head": head},
+        {"tower": tower, "projector": projector, "words": words, "head": head},
         config.folder,
         config.vision_learning_rate,
         probe=dense_probe,
     )
+
+    tower.requires_grad_(False)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():  # a plural starts out as its singular, which the vision stage has trained
+        from grip_env.tasks.drawing import SHAPES
+        from grip_env.tasks.scenes import plural
+
+        for shape in SHAPES:
+            source, target = (tokenizer.encode(f" {word}")[0] for word in (shape, plural(shape)))
+            words.weight[target] = words.weight[source]
+    stage = LanguageStage(model, tokenizer, batch=config.language_batch, drop=config.drop)
+
+    def export(folder: Path) -> None:
+        """Write the model in half precision; readers get it back in the precision they ask for."""
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        half = build_model(tokenizer).to(torch.float16)
+        half.load_state_dict({key: value.half() for key, value in model.state_dict().items()})
+        half.set_attn_implementation("sdpa")
+        half.save_pretrained(part)
+        processor.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+
+    def language_probe(step: int) -> str:
+        grad = {key: value.requires_grad for key, value in model.named_parameters()}
+        table = landscape(HuggingFaceVLM(model, processor), "validation", 600)
+        for key, value in model.named_parameters():
+            value.requires_grad_(grad[key])
+        model.train()
+        dense = "  ".join(f"{family} {row['all tokens']:.2f}" for family, row in table.items())
+        return dense + "  |  " + " / ".join(f"{table['all'][name]:.3f}" for name in LANDSCAPE)
+
+    run_stage(
+        "language",
+        config.language_steps,
+        stage.loss,
+        {"model": model},
+        config.folder,
+        config.language_learning_rate,
+        probe=language_probe,
+        probe_every=250,
+    )
+    export(config.folder / "model")
+    card = landscape(load_vlm(config.folder / "model"), "test", config.test_examples)
+    print(format_landscape(card, config.test_examples, "test"))
+    print(f"\nThe model is in {config.folder / 'model'}; copy it to grip_env/vlms/tiny to embed it.")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def run_stage(
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             if step % 20 == 0:
-                bar.set_postfix({key: f"{float(value):.3f}" for key, value in values.items()})
+                bar.set_postfix({key: f"{value.item():.3f}" for key, value in values.items()})
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 _save(path, modules, optimizer, step + 1)
             if probe is not None and ((step + 1) % probe_every == 0 or step + 1 == steps):

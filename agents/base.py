@@ -1,0 +1,115 @@
+"""What an agent is: a policy on observations, or a selector on whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from grip_env.vlms.base import Encoded, FrozenVLM
+
+__all__ = ["Policy", "PolicySelector", "Selector", "budget_to_count", "observations", "top_k"]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that picks tokens from one observation of the environment."""
+
+    def select(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return a bool mask over the visual tokens, (N,)."""
+        ...
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Anything that picks tokens for a batch of encoded examples at once."""
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose tokens.
+
+        Args:
+            vlm: The model the examples were encoded with.
+            encoded: B examples.
+            kept: How many tokens to keep of each, long (B,).
+            generator: Source of any randomness, on the CPU.
+
+        Returns:
+            bool (B, N) with at most ``kept`` True in each row.
+        """
+        ...
+
+
+def budget_to_count(encoded: Encoded, budget: float) -> torch.Tensor:
+    """Return k = max(1, round(budget * real tokens)) for each example, long (B,)."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"a budget is the share of tokens to keep, in (0, 1]; got {budget}")
+    return (encoded.token_mask.sum(1) * budget).round().long().clamp_min(1)
+
+
+def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Keep the best-scoring tokens; of equals, the one with the lower index.
+
+    Args:
+        scores: float (B, N).
+        kept: long (B,).
+        mask: Which tokens are real, bool (B, N).
+
+    Returns:
+        bool (B, N).
+
+    >>> top_k(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([1]), torch.ones(1, 3, dtype=torch.bool))
+    tensor([[False,  True, False]])
+    """
+    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)
+    return (rank < kept[:, None]) & mask
+
+
+def observations(encoded: Encoded, kept: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """Return what the environment would show of each example at the given counts."""
+    shares = kept / encoded.token_mask.sum(1)
+    return [
+        {
+            "tokens": encoded.tokens[row].float().cpu().numpy().copy(),
+            "token_mask": encoded.token_mask[row].to(torch.int8).cpu().numpy().copy(),
+            "positions": encoded.positions[row].float().cpu().numpy().copy(),
+            "question": encoded.question[row].float().cpu().numpy().copy(),
+            "question_mask": encoded.question_mask[row].to(torch.int8).cpu().numpy().copy(),
+            "budget": np.array([float(shares[row])], dtype=np.float32),
+        }
+        for row in range(len(encoded))
+    ]
+
+
+class PolicySelector:
+    """Lets a policy of the user's own stand in the comparison tables.
+
+    Args:
+        policy: Gets one observation at a time.
+
+    A mask with more tokens than the budget allows is cut to a random part of them, as in the environment.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose tokens one example at a time; see :class:`Selector`."""
+        rows: list[Any] = []
+        for observation in observations(encoded, kept):
+            mask = np.asarray(self.policy.select(observation))
+            if mask.shape != observation["token_mask"].shape or mask.dtype != bool:
+                raise ValueError(
+                    f"select must return a bool mask of shape {observation['token_mask'].shape}; "
+                    f"got {mask.dtype} of shape {mask.shape}"
+                )
+            rows.append(torch.from_numpy(mask))
+        chosen = torch.stack(rows).to(encoded.token_mask.device)
+        luck = torch.rand(chosen.shape, generator=generator).to(chosen.device)
+        return top_k(luck, kept, chosen & encoded.token_mask)

@@ -1,0 +1,60 @@
+"""A moving window over a task's training examples: each is encoded once and used several times."""
+
+from __future__ import annotations
+
+import torch
+
+from grip_env.tasks.base import Task
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+
+__all__ = ["ExamplePool"]
+
+
+class ExamplePool:
+    """Encoded examples for training.
+
+    Args:
+        vlm: The frozen model.
+        task: Where examples come from.
+        split: Which split of it.
+        size: Examples held at a time.
+        reuse: About how often each is used before it makes room for a new one.
+        seed: Decides the order of examples.
+
+    Each call of :meth:`batch` replaces the oldest ``batch / reuse`` examples and draws from what is there.
+    """
+
+    def __init__(
+        self, vlm: FrozenVLM, task: Task, split: str = "train", size: int = 768, reuse: int = 4, seed: int = 0
+    ) -> None:
+        if size < 1 or reuse < 1:
+            raise ValueError(f"size and reuse must be at least 1; got size={size}, reuse={reuse}")
+        self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
+        self._generator = torch.Generator().manual_seed(seed)
+        self._held: Encoded | None = None
+        self._full: torch.Tensor | None = None  # log-likelihood with all tokens, (size,)
+
+    def _draw(self, count: int) -> tuple[Encoded, torch.Tensor]:
+        indices = torch.randint(self.task.size(self.split), (count,), generator=self._generator)
+        parts, full = [], []
+        for rows in indices.split(128):
+            encoded = self.vlm.encode([self.task.example(self.split, int(index)) for index in rows])
+            full.append(self.vlm.score(encoded, encoded.full_selection()).log_likelihood[:, 0])
+            parts.append(encoded)
+        return Encoded.concatenate(parts), torch.cat(full)
+
+    def batch(self, count: int) -> tuple[Encoded, torch.Tensor]:
+        """Return ``count`` examples, and their log-likelihood with all tokens (count,)."""
+        if self._held is None or self._full is None:
+            self._held, self._full = self._draw(self.size)
+        fresh = -(-count // self.reuse)
+        new, full = self._draw(fresh)
+        self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])
+        self._full = torch.cat([self._full[fresh:], full])
+        rows = torch.randperm(len(self._held), generator=self._generator)[:count]
+        return self._held[rows], self._full[rows]
+
+
+def rewards(scores: Scores, full: torch.Tensor) -> torch.Tensor:
+    """Return log-likelihood minus that with all tokens: (B, G) from scores (B, G) and ``full`` (B,)."""
+    return scores.log_likelihood - full[:, None]

@@ -1,0 +1,141 @@
+"""The network that scores visual tokens, given the question and the budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from grip_env.vlms.base import Encoded
+
+__all__ = ["Scorer", "ScorerConfig"]
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Sizes of the scorer."""
+
+    token_width: int = 128
+    """Width D of the visual tokens and question embeddings; follows from the vision-language model."""
+    width: int = 96
+    """Width of the scorer's own layers."""
+    blocks: int = 2
+    """Decoder blocks: self-attention over the tokens, cross-attention to the question, feed-forward."""
+    heads: int = 4
+    """Attention heads."""
+    use_question: bool = True
+    """False hides the question: the agent then learns what matters whatever is asked."""
+
+
+class Scorer(nn.Module):
+    """Maps visual tokens, question and budget to one score per token.
+
+    Permutation-equivariant over tokens but for their positions, so that any number of tokens, in any order, can be
+    scored; one set of weights serves every budget.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.token_in = nn.Sequential(nn.LayerNorm(config.token_width), nn.Linear(config.token_width, width))
+        self.position_in = nn.Sequential(nn.Linear(2 * 2 * 6, width), nn.GELU(), nn.Linear(width, width))
+        self.budget_in = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
+        self.question_in = nn.Sequential(nn.LayerNorm(config.token_width), nn.Linear(config.token_width, width))
+        self.question_place = nn.Parameter(torch.randn(64, width) * 0.02)
+        layer: dict[str, Any] = {
+            "d_model": width,
+            "nhead": config.heads,
+            "dim_feedforward": 2 * width,
+            "dropout": 0.0,
+            "activation": "gelu",
+            "batch_first": True,
+            "norm_first": True,
+        }
+        self.question_encoder = nn.TransformerEncoderLayer(**layer)
+        self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(config.blocks))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+        nn.init.zeros_(self.out[1].weight)  # starts as uniform sampling
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        token_mask: torch.Tensor,
+        question: torch.Tensor,
+        question_mask: torch.Tensor,
+        budget: torch.Tensor,
+    ) -> torch.Tensor:
+        """Score tokens.
+
+        Args:
+            tokens: float (B, N, D).
+            positions: float (B, N, 2) in [0, 1].
+            token_mask: bool (B, N).
+            question: float (B, Q, D); at most 64 tokens of it are read.
+            question_mask: bool (B, Q).
+            budget: float (B,), the share of tokens to keep.
+
+        Returns:
+            float (B, N); padding gets 0.
+        """
+        angles = positions[..., None] * self.frequencies  # (B, N, 2, 6)
+        waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(2)
+        scale = torch.stack([budget, budget.log()], -1)  # (B, 2)
+        x = self.token_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None]
+        question, question_mask = question[:, :64], question_mask[:, :64]
+        if not self.config.use_question:
+            question_mask = torch.zeros_like(question_mask)
+        # one place that is always there, for questions that are hidden or empty
+        memory = torch.cat([self.question_in(question).new_zeros(len(x), 1, x.shape[-1]), self.question_in(question)], 1)
+        memory = memory + torch.cat([self.question_place[:1] * 0, self.question_place])[: memory.shape[1]]
+        hidden = torch.cat([torch.zeros_like(question_mask[:, :1]), ~question_mask], 1)
+        memory = self.question_encoder(memory, src_key_padding_mask=hidden)
+        padding = None if bool(token_mask.all()) else ~token_mask
+        for block in self.blocks:
+            x = block(x, memory, tgt_key_padding_mask=padding, memory_key_padding_mask=hidden)
+        return self.out(x)[..., 0].masked_fill(~token_mask, 0.0)
+
+    def score(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
+        """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
+        budget = kept / encoded.token_mask.sum(1)
+        return self(
+            encoded.tokens.float(),
+            encoded.positions.float(),
+            encoded.token_mask,
+            encoded.question.float(),
+            encoded.question_mask,
+            budget.float(),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``scorer.safetensors`` and ``scorer.json``; a crash while writing leaves the previous ones whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "scorer.safetensors.part"
+        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, part)
+        (folder / "scorer.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        os.replace(part, folder / "scorer.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Scorer:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no scorer in ``folder``.
+        """
+        if not (folder / "scorer.json").is_file() or not (folder / "scorer.safetensors").is_file():
+            raise FileNotFoundError(f"no scorer in {folder}: expected scorer.json and scorer.safetensors")
+        scorer = cls(ScorerConfig(**json.loads((folder / "scorer.json").read_text())))
+        scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
+        return scorer.eval()

@@ -1,0 +1,292 @@
+"""The logic of an episode, shared by the single and the vector environment: load, observe, select, score."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from grip_env.envs.rewards import Reward, resolve_reward
+from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
+from grip_env.tasks.base import Example, Task, check_index
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+
+__all__ = ["ActionMode", "Decision", "Episode", "Instance", "Observation", "Outcome", "Selection"]
+
+ActionMode: TypeAlias = Literal["binary", "scores"]
+Observation: TypeAlias = dict[str, np.ndarray]
+
+_LARGEST = np.finfo(np.float32).max  # any finite number; infinite bounds make Gymnasium's checker complain
+_OPTIONS = ("budget", "index")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a decision."""
+
+    selection: np.ndarray
+    """bool (N,), the tokens that were kept."""
+    over_budget: int
+    log_likelihood: float
+    correct: bool
+    reward: float
+
+
+@dataclass
+class Episode:
+    """One instance under one budget, and what was decided."""
+
+    instance: Instance
+    k: int
+    outcome: Outcome | None = None
+
+
+class Decision(NamedTuple):
+    """The selection made in an episode, and by how many tokens the action was over budget."""
+
+    episode: Episode
+    selection: np.ndarray
+    over_budget: int
+
+
+class Selection:
+    """The rules of token selection; the arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`."""
+
+    def __init__(
+        self,
+        *,
+        vlm: FrozenVLM | str,
+        task: Task | str,
+        split: str,
+        budget: Budget,
+        action_mode: ActionMode,
+        reward: Reward | str,
+        over_budget_penalty: float,
+        question_aware: bool,
+        max_tokens: int | None,
+        max_question_tokens: int,
+        cache_size: int,
+    ) -> None:
+        if action_mode not in ("binary", "scores"):
+            raise ValueError(f"action_mode must be 'binary' or 'scores'; got {action_mode!r}")
+        for name, value, least in (
+            ("cache_size", cache_size, 0),
+            ("max_question_tokens", max_question_tokens, 1),
+            ("max_tokens", 1 if max_tokens is None else max_tokens, 1),
+            ("over_budget_penalty", over_budget_penalty, 0),
+        ):
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        self.budget = check_budget(budget)
+        self.reward = resolve_reward(reward)
+        self.task = _resolve_task(task)
+        check_index(self.task, split, 0)
+        self.vlm = _resolve_vlm(vlm)
+        self.split = split
+        self.size = self.task.size(split)
+        self.action_mode = action_mode
+        self.over_budget_penalty = float(over_budget_penalty)
+        self.question_aware = question_aware
+        self.max_question_tokens = max_question_tokens
+        self._cache: OrderedDict[int, Instance] = OrderedDict()
+        self._cache_size = cache_size
+        if max_tokens is None:
+            max_tokens = self.vlm.encode([self.task.example(split, 0)]).token_mask.shape[1]
+        self.max_tokens = max_tokens
+        self.observation_space = self._observation_space()
+        self.action_space: spaces.MultiBinary | spaces.Box = (
+            spaces.MultiBinary(max_tokens)
+            if action_mode == "binary"
+            else spaces.Box(-1.0, 1.0, (max_tokens,), np.float32)
+        )
+
+    def _observation_space(self) -> spaces.Dict:
+        count, width, words = self.max_tokens, self.vlm.width, self.max_question_tokens
+        fields: dict[str, spaces.Space[Any]] = {
+            "tokens": spaces.Box(-_LARGEST, _LARGEST, (count, width), np.float32),
+            "token_mask": spaces.MultiBinary(count),
+            "positions": spaces.Box(0.0, 1.0, (count, 2), np.float32),
+            "budget": spaces.Box(0.0, 1.0, (1,), np.float32),
+        }
+        if self.question_aware:
+            fields["question"] = spaces.Box(-_LARGEST, _LARGEST, (words, width), np.float32)
+            fields["question_mask"] = spaces.MultiBinary(words)
+        return spaces.Dict(fields)
+
+    # -- episodes --------------------------------------------------------------------------------------------
+
+    def stream(self, generator: np.random.Generator) -> EpisodeStream:
+        """Return the stream of episodes that ``generator`` stands for."""
+        return EpisodeStream(generator, self.size, self.budget)
+
+    def request(self, stream: EpisodeStream, options: dict[str, Any] | None = None) -> tuple[int, float]:
+        """Draw the next (index, budget); what ``options`` fixes is not drawn.
+
+        Raises:
+            ValueError: If an option is unknown or not a valid budget.
+            IndexError: If the split has no such index.
+        """
+        options = options or {}
+        unknown = sorted(set(options) - set(_OPTIONS))
+        if unknown:
+            raise ValueError(f"unknown reset options {unknown}: the options are {', '.join(_OPTIONS)}")
+        if options.get("budget") is not None:
+            budget = check_budget(float(options["budget"]))
+            assert isinstance(budget, float)
+        else:
+            budget = stream.next_budget()
+        index = int(options["index"]) if options.get("index") is not None else stream.next_index()
+        check_index(self.task, self.split, index)
+        return index, budget
+
+    def advance(
+        self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()
+    ) -> list[Episode]:
+        """End some episodes and begin others with at most one call of the encoder and one of the language model.
+
+        Args:
+            decisions: Episodes that end; their outcome is filled in.
+            requests: (index, budget) of each episode that begins.
+
+        Returns:
+            The new episodes, in the order of ``requests``.
+        """
+        instances = self._load([index for index, _ in requests])
+        unscored = [instance for instance in instances.values() if instance.full is None]
+        jobs = [(decision.episode.instance, decision.selection) for decision in decisions]
+        jobs += [(instance, instance.real) for instance in unscored]
+        scores = self._score(jobs) if jobs else []
+        for instance, full in zip(unscored, scores[len(decisions) :], strict=True):
+            instance.full = full
+        for decision, score in zip(decisions, scores, strict=False):
+            self._finish(decision, score)
+        return [
+            Episode(instances[index], tokens_in_budget(budget, int(instances[index].real.sum())))
+            for index, budget in requests
+        ]
+
+    def _finish(self, decision: Decision, scores: Scores) -> None:
+        episode = decision.episode
+        assert episode.instance.full is not None
+        reward = float(self.reward(scores, episode.instance.full))
+        episode.outcome = Outcome(
+            selection=decision.selection,
+            over_budget=decision.over_budget,
+            log_likelihood=float(scores.log_likelihood),
+            correct=bool(scores.correct),
+            reward=reward - self.over_budget_penalty * decision.over_budget,
+        )
+
+    # -- what the agent sees and does ----------------------------------------------------------------------------
+
+    def observe(self, episode: Episode) -> Observation:
+        """Return a fresh observation of an episode."""
+        instance = episode.instance
+        encoded = instance.encoded
+        observation = {
+            "tokens": _fit(_array(encoded.tokens[0]), self.max_tokens),
+            "token_mask": instance.real.astype(np.int8),
+            "positions": instance.positions.copy(),
+            "budget": np.array([episode.k / instance.real.sum()], dtype=np.float32),
+        }
+        if self.question_aware:
+            words = self.max_question_tokens
+            observation["question"] = _fit(_array(encoded.question[0]), words)
+            observation["question_mask"] = _fit(encoded.question_mask[0].cpu().numpy(), words).astype(np.int8)
+        return observation
+
+    def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Return ``action`` as an array of ``shape``.
+
+        Raises:
+            ValueError: If the shape is another, a binary action is not made of 0 and 1, or a score is NaN.
+        """
+        given = np.asarray(action)
+        if given.shape != shape:
+            raise ValueError(
+                f"the action has shape {given.shape}, expected {shape}: one {_MEANING[self.action_mode]} for each of "
+                f"the {self.max_tokens} visual tokens"
+            )
+        if self.action_mode == "scores":
+            if np.isnan(given).any():
+                raise ValueError(
+                    f"the action has {np.isnan(given).sum()} NaN among its scores: scores must be numbers, check the "
+                    "policy that gave them"
+                )
+            return given.astype(np.float64)
+        if not np.isin(given, (0, 1)).all():
+            raise ValueError(
+                "a binary action holds only 0 (drop) and 1 (keep); for real-valued scores use action_mode='scores'"
+            )
+        return given.astype(bool)
+
+    def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
+        """Turn a checked action (N,) into a selection within the budget; only an excess draws from ``generator``."""
+        real = episode.instance.real
+        selection = np.zeros(self.max_tokens, dtype=bool)
+        if self.action_mode == "scores":
+            candidates = np.flatnonzero(real)
+            best = np.argsort(-action[candidates], kind="stable")[: episode.k]
+            selection[candidates[best]] = True
+            return Decision(episode, selection, 0)
+        chosen = np.flatnonzero(action & real)
+        excess = max(0, len(chosen) - episode.k)
+        if excess:
+            chosen = generator.choice(chosen, episode.k, replace=False)
+        selection[chosen] = True
+        return Decision(episode, selection, excess)
+
+    def start_info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset."""
+        example = episode.instance.example
+        return {
+            "index": episode.instance.index,
+            "split": self.split,
+            "question": example.question,
+            "family": example.family,
+            **self._common_info(episode),
+        }
+
+    def end_info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a step."""
+        outcome = episode.outcome
+        assert outcome is not None
+        return {
+            "log_likelihood": outcome.log_likelihood,
+            "correct": outcome.correct,
+            "kept": [int(token) for token in np.flatnonzero(outcome.selection)],
+            "over_budget": outcome.over_budget,
+            **self._common_info(episode),
+        }
+
+    def _common_info(self, episode: Episode) -> dict[str, Any]:
+        full, relevant = episode.instance.full, episode.instance.relevant()
+        assert full is not None
+        info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": float(full.log_likelihood)}
+        return info if relevant is None else info | {"relevant": relevant}
+
+
+_MEANING = {"binary": "0 or 1", "scores": "score"}
+
+
+def _resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:
+    if not isinstance(vlm, str):
+        return vlm
+    from grip_env.vlms import load_vlm
+
+    return load_vlm(vlm)
+
+
+def _resolve_task(task: Task | str) -> Task:
+    if not isinstance(task, str):
+        return task
+    if task != "scenes":
+        raise ValueError(f"unknown task {task!r}: use 'scenes', or pass an object that implements Task")
+    from grip_env.tasks.scenes import SceneTask
+
+    return SceneTask()

@@ -1,0 +1,267 @@
+"""What was kept, drawn over the image; and grids of such pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["Panel", "draw_selection", "gallery"]
+
+_PAPER = (250, 250, 248)
+_INK = (28, 30, 34)
+_GREY = (112, 116, 124)
+_HAIRLINE = (214, 214, 210)
+_OUTLINE = np.array([255, 255, 255], dtype=np.float32)
+_RELEVANT = (255, 190, 60)
+_DIM = 0.30  # brightness left to dropped cells
+_FADE = 0.75  # how far their colours move to grey
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a gallery."""
+
+    image: np.ndarray
+    """uint8 (H, W, 3)."""
+    caption: str = ""
+    """One line below the picture."""
+
+
+def draw_selection(
+    image: np.ndarray,
+    positions: np.ndarray,
+    selection: np.ndarray | None = None,
+    lines: Sequence[str] = (),
+    relevant: np.ndarray | None = None,
+    size: int = 480,
+) -> np.ndarray:
+    """Draw which visual tokens are kept: their cells stay bright inside a light outline, the others fade.
+
+    Args:
+        image: uint8 (H, W, 3).
+        positions: (N, 2) row and column of each token's centre in the image, in [0, 1]; their spacing gives the size
+            of the cells.
+        selection: bool (N,), True for kept tokens; ``None`` shows the plain image.
+        lines: Text under the image, wrapped; the first line is set larger.
+        relevant: bool (N,); these cells get a small dot.
+        size: About how many pixels the longer side of the image takes (a small image grows by a whole factor).
+
+    Returns:
+        uint8 (height, width, 3), with a strip for the text below the image if there is any.
+
+    Raises:
+        ValueError: If image, positions and masks do not fit together.
+    """
+    picture = np.asarray(image)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 of shape (H, W, 3); got {picture.dtype} of shape {picture.shape}"
+        )
+    places = np.asarray(positions, dtype=np.float64)
+    for name, mask in (("selection", selection), ("relevant", relevant)):
+        if mask is not None and np.shape(mask) != places.shape[:1]:
+            raise ValueError(
+                f"{name} must have shape {places.shape[:1]}, one entry per position; got {np.shape(mask)}"
+            )
+    drawn = _resized(picture, size)
+    boxes = _boxes(places, drawn.shape[0], drawn.shape[1])
+    if selection is not None:
+        drawn = _faded(drawn, boxes[np.asarray(selection, dtype=bool)])
+    if relevant is not None:
+        drawn = _dotted(drawn, boxes[np.asarray(relevant, dtype=bool)])
+    return np.concatenate([drawn, _strip(lines, drawn.shape[1])]) if lines else drawn
+
+
+def gallery(
+    panels: Sequence[Sequence[Panel | np.ndarray | None]],
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+    note: str = "",
+    size: int = 240,
+) -> np.ndarray:
+    """Compose pictures into a labelled grid.
+
+    Args:
+        panels: Rows of pictures; ``None`` leaves a place empty.
+        rows: A label for each row, such as the question families.
+        columns: A label for each column, such as the budgets.
+        title: A heading.
+        note: A remark at the foot, wrapped.
+        size: Width of a picture, in pixels; its height follows.
+
+    Returns:
+        uint8 (height, width, 3).
+
+    Raises:
+        ValueError: If there are no pictures, or a label is missing or left over.
+    """
+    grid = [[Panel(p) if isinstance(p, np.ndarray) else p for p in row] for row in panels]
+    across = max((len(row) for row in grid), default=0)
+    if not any(panel is not None for row in grid for panel in row):
+        raise ValueError("a gallery needs at least one picture")
+    for name, labels, count in (("rows", rows, len(grid)), ("columns", columns, across)):
+        if labels and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels for {count} {name}: give one for each, or none")
+    margin, gap = size // 10, size // 20
+    heading, label, caption = _font(size / 11), _font(size / 15), _font(size / 17)
+    line = int(size / 17 * 1.45)
+    images = [[_framed(panel.image, size) if panel else None for panel in row] for row in grid]
+    heights = [max((image.height for image in row if image), default=0) for row in images]
+    captioned = [any(panel is not None and panel.caption for panel in row) for row in grid]
+    left = margin + (max(int(label.getlength(text)) for text in rows) + margin // 2 if rows else 0)
+    width = left + across * size + (across - 1) * gap + margin
+    notes = _wrapped(note, caption, width - 2 * margin) if note else []
+    top = margin + (int(size / 11 * 1.9) if title else 0)
+    start = top + (int(size / 15 * 1.8) if columns else 0)
+    cell_heights = [
+        high + (line + gap // 3 if cap else 0) + gap for high, cap in zip(heights, captioned, strict=True)
+    ]
+    height = start + sum(cell_heights) - gap + margin + (len(notes) * line + gap if notes else 0)
+
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((margin, margin), title, _INK, heading)
+    for column, text in enumerate(columns):
+        pen.text((left + column * (size + gap) + size / 2, top), text, _INK, label, anchor="ma")
+    y = start
+    for row, (panels_here, images_here) in enumerate(zip(grid, images, strict=True)):
+        if rows:
+            pen.text((left - margin // 2, y + heights[row] / 2), rows[row], _INK, label, anchor="rm")
+        for column, (panel, image) in enumerate(zip(panels_here, images_here, strict=True)):
+            if panel is None or image is None:
+                continue
+            x = left + column * (size + gap)
+            sheet.paste(image, (x, y))
+            text = _shortened(panel.caption, caption, size)
+            pen.text((x + size / 2, y + image.height + gap // 3), text, _GREY, caption, anchor="ma")
+        y += cell_heights[row]
+    for text in notes:
+        pen.text((margin, y), text, _GREY, caption)
+        y += line
+    return np.asarray(sheet).copy()
+
+
+# -- the image ---------------------------------------------------------------------------------------------------
+
+
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest <= size:
+        factor = max(1, round(size / longest))
+        return np.repeat(np.repeat(image, factor, 0), factor, 1)
+    shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
+    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS)).copy()
+
+
+def _boxes(positions: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return top, left, bottom and right of each token's cell in pixels, int (N, 4)."""
+    half = np.array([_spacing(positions[:, 0]), _spacing(positions[:, 1])]) / 2
+    scale = np.array([height, width])
+    corners = np.concatenate([(positions - half) * scale, (positions + half) * scale], 1)
+    return np.clip(np.rint(corners), 0, np.concatenate([scale, scale])).astype(int)
+
+
+def _spacing(values: np.ndarray) -> float:
+    """Return the usual distance between neighbouring rows (or columns) of tokens; 1 where there is only one."""
+    gaps = np.diff(np.unique(np.round(values, 5)))
+    return float(np.median(gaps)) if len(gaps) else 1.0
+
+
+def _faded(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    inside = np.zeros(image.shape[:2], dtype=bool)
+    for top, left, bottom, right in kept:
+        inside[top:bottom, left:right] = True
+    grey = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    dim = (image * (1 - _FADE) + grey[..., None] * _FADE) * _DIM
+    drawn = np.where(inside[..., None], image, dim).astype(np.float32)
+    if len(kept) and not inside.all():
+        # the rim lies just outside the kept cells, so that it hides nothing of them
+        thickness = max(1, round(min(image.shape[:2]) / 240))
+        padded = np.pad(inside, thickness)
+        grown = np.zeros_like(inside)
+        for down in range(2 * thickness + 1):
+            for across in range(2 * thickness + 1):
+                grown |= padded[down : down + inside.shape[0], across : across + inside.shape[1]]
+        rim = grown & ~inside
+        drawn[rim] = 0.15 * drawn[rim] + 0.85 * _OUTLINE
+    return np.clip(np.rint(drawn), 0, 255).astype(np.uint8)
+
+
+def _dotted(image: np.ndarray, marked: np.ndarray) -> np.ndarray:
+    sheet = Image.fromarray(image)
+    pen = ImageDraw.Draw(sheet)
+    for top, left, bottom, right in marked.tolist():
+        row, column = (top + bottom) / 2, (left + right) / 2
+        radius = max(1.5, min(bottom - top, right - left) / 12)
+        box = (column - radius, row - radius, column + radius, row + radius)
+        pen.ellipse(box, fill=_RELEVANT, outline=_INK)
+    return np.asarray(sheet).copy()
+
+
+def _framed(image: np.ndarray, width: int) -> Image.Image:
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ValueError(
+            f"a picture must be uint8 of shape (H, W, 3); got {image.dtype} of shape {image.shape}"
+        )
+    picture = Image.fromarray(image)
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    enlarging = width >= image.shape[1]
+    return picture.resize(
+        (width, height), Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS
+    )
+
+
+# -- the text ----------------------------------------------------------------------------------------------------
+
+
+def _font(size: float) -> _Font:
+    return ImageFont.load_default(size=max(8.0, size))
+
+
+def _strip(lines: Sequence[str], width: int) -> np.ndarray:
+    """Set lines of text on a strip of paper, uint8 (height, width, 3)."""
+    margin = max(8, width // 32)
+    large, small = width / 24, width / 30
+    rows: list[tuple[str, _Font, tuple[int, int, int], int]] = []
+    for number, text in enumerate(lines):
+        size, colour = (large, _INK) if number == 0 else (small, _GREY)
+        font = _font(size)
+        rows += [
+            (part, font, colour, round(max(8, size) * 1.45))
+            for part in _wrapped(text, font, width - 2 * margin)
+        ]
+    sheet = Image.new("RGB", (width, sum(row[3] for row in rows) + 2 * margin), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.line((0, 0, width, 0), _HAIRLINE)
+    y = margin
+    for text, font, colour, height in rows:
+        pen.text((margin, y), text, colour, font)
+        y += height
+    return np.asarray(sheet)
+
+
+def _wrapped(text: str, font: _Font, width: float) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_shortened(line, font, width) for line in lines]
+
+
+def _shortened(text: str, font: _Font, width: float) -> str:
+    """Cut ``text`` to ``width`` pixels, with dots where something is missing."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

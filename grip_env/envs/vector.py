@@ -1,0 +1,217 @@
+"""Many instances at once, with one call of the language model per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from grip_env.envs.episodes import ActionMode, Episode, Observation, Selection
+from grip_env.envs.rewards import Reward
+from grip_env.envs.sampling import Budget, EpisodeStream
+from grip_env.envs.selection import RenderMode, draw_episode
+from grip_env.tasks.base import Task
+from grip_env.vlms.base import FrozenVLM
+
+__all__ = ["TokenSelectionVectorEnv"]
+
+
+class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored together.
+
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. Every step
+    ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the returned observations belong to the
+    new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to those that ended,
+    each with the ``_key`` masks of Gymnasium. Lists such as ``kept`` come as object arrays of lists.
+
+    Args:
+        num_envs: How many instances.
+        vlm: See the single environment, also for the arguments that follow.
+        task: Where instances come from.
+        split: Which split of the task.
+        budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
+        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
+        reward: A name or an object.
+        over_budget_penalty: Charged for each token over budget.
+        question_aware: Whether the agent sees the question.
+        render_mode: ``None`` or "rgb_array".
+        max_tokens: N.
+        max_question_tokens: Q.
+        cache_size: How many encoded examples to keep in memory.
+        max_episode_steps: What ``gymnasium.make_vec`` may pass on; at least 1, and without effect, as every episode
+            has one step.
+
+    Raises:
+        ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
+
+    ```python
+    import gymnasium
+    import grip_env
+
+    envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=8, budget=(0.05, 0.5), action_mode="scores")
+    observations, infos = envs.reset(seed=0)
+    observations, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())
+    print(rewards, infos["final_info"]["correct"])
+    ```
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "render_modes": ["rgb_array"],
+        "render_fps": 2,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        vlm: FrozenVLM | str = "tiny",
+        task: Task | str = "scenes",
+        split: str = "train",
+        budget: Budget = 0.1,
+        action_mode: ActionMode = "binary",
+        reward: Reward | str = "log_likelihood",
+        over_budget_penalty: float = 0.0,
+        question_aware: bool = True,
+        render_mode: RenderMode | None = None,
+        max_tokens: int | None = None,
+        max_question_tokens: int = 24,
+        cache_size: int = 256,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise ValueError(
+                f"max_episode_steps must be at least 1, the length of an episode; got {max_episode_steps}"
+            )
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
+        self.rules = Selection(
+            vlm=vlm,
+            task=task,
+            split=split,
+            budget=budget,
+            action_mode=action_mode,
+            reward=reward,
+            over_budget_penalty=over_budget_penalty,
+            question_aware=question_aware,
+            max_tokens=max_tokens,
+            max_question_tokens=max_question_tokens,
+            cache_size=cache_size,
+        )
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.single_observation_space = self.rules.observation_space
+        self.single_action_space = self.rules.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators, self._seeds = self._seeded([None] * num_envs)
+        self._streams: list[EpisodeStream | None] = [None] * num_envs
+        self._episodes: list[Episode] = []
+        self._ended: list[Episode] = []
+
+    @staticmethod
+    def _seeded(seeds: Sequence[int | None]) -> tuple[list[np.random.Generator], list[int]]:
+        pairs = [seeding.np_random(seed) for seed in seeds]
+        return [generator for generator, _ in pairs], [seed for _, seed in pairs]
+
+    @property
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The generator of each instance."""
+        return tuple(self._generators)
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each instance."""
+        return tuple(self._seeds)
+
+    def reset(  # type: ignore[override]
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode everywhere.
+
+        Args:
+            seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each.
+            options: "index" and "budget" as in the single environment: one value for all, or a list with one for each.
+        """
+        seeds = [None] * self.num_envs if seed is None else seed
+        seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one for each")
+        for i, own in enumerate(seeds):
+            if own is not None:
+                (self._generators[i],), (self._seeds[i],) = self._seeded([own])
+            if own is not None or self._streams[i] is None:
+                self._streams[i] = self.rules.stream(self._generators[i])
+        self._episodes, self._ended = [], []
+        self._episodes = self.rules.advance(requests=self._requests(options))
+        return self._observe(), self._start_infos({})
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Decide in every episode and begin the next ones.
+
+        Args:
+            actions: (num_envs, N).
+        """
+        if not self._episodes:
+            raise gymnasium.error.ResetNeeded("there are no episodes; call reset() before step()")
+        checked = self.rules.check_action(actions, (self.num_envs, self.rules.max_tokens))
+        ended = self._episodes
+        decisions = [
+            self.rules.decide(episode, action, generator)
+            for episode, action, generator in zip(ended, checked, self._generators, strict=True)
+        ]
+        self._episodes = self.rules.advance(decisions, self._requests())
+        self._ended = ended
+        infos: dict[str, Any] = {}
+        for i, episode in enumerate(ended):
+            final = {"final_obs": self.rules.observe(episode), "final_info": self.rules.end_info(episode)}
+            infos = self._add_info(infos, final, i)
+        rewards = np.array([episode.outcome.reward for episode in ended if episode.outcome], dtype=np.float64)
+        everywhere = np.ones(self.num_envs, dtype=bool)
+        return self._observe(), rewards, everywhere, ~everywhere, self._start_infos(infos)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Draw what the last step decided in each instance (after a reset: the new episodes), uint8 (H, W, 3) each."""
+        if self.render_mode is None:
+            gymnasium.logger.warn(
+                "render() draws nothing without a render_mode: pass render_mode='rgb_array'"
+            )
+            return None
+        if not self._episodes:
+            raise gymnasium.error.ResetNeeded("there are no episodes to draw; call reset() before render()")
+        return tuple(draw_episode(episode) for episode in self._ended or self._episodes)
+
+    def _requests(self, options: dict[str, Any] | None = None) -> list[tuple[int, float]]:
+        shared = dict(options or {})
+        lists = {
+            key: shared.pop(key) for key in list(shared) if isinstance(shared[key], Sequence | np.ndarray)
+        }
+        for key, values in lists.items():
+            if len(values) != self.num_envs:
+                raise ValueError(
+                    f"the reset option {key!r} has {len(values)} values for {self.num_envs} environments: give one for "
+                    "each, or a single value for all"
+                )
+        own = [shared | {key: values[i] for key, values in lists.items()} for i in range(self.num_envs)]
+        return [
+            self.rules.request(stream, fixed)
+            for stream, fixed in zip(self._streams, own, strict=True)
+            if stream
+        ]
+
+    def _observe(self) -> Observation:
+        rows = [self.rules.observe(episode) for episode in self._episodes]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _start_infos(self, infos: dict[str, Any]) -> dict[str, Any]:
+        for i, episode in enumerate(self._episodes):
+            infos = self._add_info(infos, self.rules.start_info(episode), i)
+        return infos
