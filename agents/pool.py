@@ -32,29 +32,24 @@ class ExamplePool:
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
         self._generator = torch.Generator().manual_seed(seed)
         self._held: Encoded | None = None
-        self._full: torch.Tensor | None = None  # log-likelihood with all tokens, (size,)
+        self._full: Scores | None = None  # with all tokens, (size, 1)
 
-    def _draw(self, count: int) -> tuple[Encoded, torch.Tensor]:
+    def _draw(self, count: int) -> tuple[Encoded, Scores]:
         indices = torch.randint(self.task.size(self.split), (count,), generator=self._generator)
         parts, full = [], []
         for rows in indices.split(128):
             encoded = self.vlm.encode([self.task.example(self.split, int(index)) for index in rows])
-            full.append(self.vlm.score(encoded, encoded.full_selection()).log_likelihood[:, 0])
+            full.append(self.vlm.score(encoded, encoded.full_selection()))
             parts.append(encoded)
-        return Encoded.concatenate(parts), torch.cat(full)
+        return Encoded.concatenate(parts), Scores.concatenate(full)
 
-    def batch(self, count: int) -> tuple[Encoded, torch.Tensor]:
-        """Return ``count`` examples, and their log-likelihood with all tokens (count,)."""
+    def batch(self, count: int) -> tuple[Encoded, Scores]:
+        """Return ``count`` examples, and their scores with all tokens, (count, 1)."""
         if self._held is None or self._full is None:
             self._held, self._full = self._draw(self.size)
         fresh = -(-count // self.reuse)
         new, full = self._draw(fresh)
         self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])
-        self._full = torch.cat([self._full[fresh:], full])
+        self._full = Scores.concatenate([self._full[slice(fresh, None)], full])
         rows = torch.randperm(len(self._held), generator=self._generator)[:count]
         return self._held[rows], self._full[rows]
-
-
-def rewards(scores: Scores, full: torch.Tensor) -> torch.Tensor:
-    """Return log-likelihood minus that with all tokens: (B, G) from scores (B, G) and ``full`` (B,)."""
-    return scores.log_likelihood - full[:, None]

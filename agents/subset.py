@@ -19,7 +19,6 @@ probabilities, and covariances (the gradient of the marginals) are expectations 
 
 from __future__ import annotations
 
-import itertools
 from functools import cached_property
 from typing import Any
 
@@ -52,36 +51,37 @@ class _Chain:
         for i, (p, q) in enumerate(zip(keep.unbind(0), drop.unbind(0), strict=True)):
             torch.mul(here[i], q, out=here[i + 1]).addcmul_(below[i], p)
         self.log_pmf = f[-1, self.k + 1, self.row].log().reshape(self.shape[:-1])  # log P(count = k), (B...)
-        # 0 / 0 marks a state that is never visited.
+        # 0 / 0 marks a state that is never visited: the ratios that lead to it are exactly 0 or 1.
         ratio = keep.unsqueeze(1) * f[:-1, :-1]
         self.ratio = ratio.div_(f[1:, 1:]).nan_to_num_(0.0).clamp_(max=1.0)  # (N, K, B)
 
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Return ``count`` exact draws per row, bool (count, B, N)."""
-        n_tokens, _, n_rows = self.ratio.shape
-        u = torch.rand(
-            n_tokens, count, n_rows, generator=generator, dtype=self.ratio.dtype, device=self.ratio.device
-        )
-        kept = torch.empty(u.shape, dtype=torch.bool, device=u.device)
-        state = (self.k * n_rows + self.row).repeat(
-            count, 1
-        )  # (count, B): flat position of (tokens left, row)
+        n_rows, like = len(self.k), self.ratio
+        u = torch.rand(len(like), count, n_rows, generator=generator, dtype=like.dtype, device=like.device)
+        kept = torch.empty(u.shape, dtype=torch.bool, device=u.device)  # (N, count, B)
+        state = (self.k * n_rows + self.row).repeat(count, 1)  # (count, B): where r holds (tokens left, row)
         for r, u_i, kept_i in zip(*(reversed(x.unbind(0)) for x in (self.ratio, u, kept)), strict=True):
             torch.lt(u_i, r.take(state), out=kept_i)
             state.sub_(kept_i.long(), alpha=n_rows)
         return kept.permute(1, 2, 0).contiguous()
 
     @cached_property
+    def states(self) -> Tensor:
+        """(N+1, K, B): P(j kept among the first i)."""
+        states = self.ratio.new_zeros(len(self.ratio) + 1, *self.ratio.shape[1:])
+        states[-1, self.k, self.row] = 1
+        at = states.unbind(0)
+        for i in range(len(self.ratio) - 1, -1, -1):
+            kept = at[i + 1] * self.ratio[i]
+            torch.sub(at[i + 1], kept, out=at[i])
+            at[i][:-1].add_(kept[1:])
+        return states
+
+    @cached_property
     def joint(self) -> Tensor:
         """(N, K, B): P(token i is kept and is the j-th kept one)."""
-        joint = torch.empty_like(self.ratio)
-        at = torch.zeros_like(self.ratio[0])
-        at[self.k, self.row] = 1  # (K, B): P(j kept among the first i)
-        for r, out in zip(reversed(self.ratio.unbind(0)), reversed(joint.unbind(0)), strict=True):
-            torch.mul(at, r, out=out)
-            at.sub_(out)
-            at[:-1].add_(out[1:])
-        return joint
+        return self.states[1:] * self.ratio
 
     @cached_property
     def marginals(self) -> Tensor:
@@ -91,26 +91,30 @@ class _Chain:
     def covariance_product(self, v: Tensor) -> Tensor:
         """Multiply the covariance matrix of the kept indicators x by v (B..., N).
 
-        E[x_i * v.x] splits at token i into what is gathered before it (``prefix``, given the state) and after
-        it (``suffix``, weighted by the probability of the state). The count is fixed, so adding a constant
-        to v changes nothing, and the constant that makes E[v.x] zero turns E[x_i * v.x] into the covariance.
+        Entry i is E[x_i * y], y = sum of v_l * (x_l - m_l) with m the marginals: what y gathers before token i
+        (``prefix``, given the state) and after it (``suffix``, times the probability of the state). The count
+        is fixed, so v may be shifted by a constant; shift and m keep the sums small, hence exact in float32.
         """
-        centre = (v * self.marginals).sum(-1) / self.k.reshape(self.shape[:-1]).clamp(min=1)
-        v = (v - centre.unsqueeze(-1)).reshape(-1, self.shape[-1]).T.contiguous()  # (N, B)
+        spread = self.marginals * (1 - self.marginals)
+        v = v - ((v * spread).sum(-1) / spread.sum(-1).clamp(min=1e-9)).unsqueeze(-1)
+        v, m = (x.reshape(-1, self.shape[-1]).T for x in (v, self.marginals))  # (N, B)
+        if_kept, if_not = (v * (1 - m)).contiguous(), (-v * m).contiguous()
         n_tokens, n_states, n_rows = self.ratio.shape
         prefix = self.ratio.new_zeros(n_tokens + 1, n_states + 1, n_rows)  # (N+1, K+1, B), padded like f
         here, below = prefix[:, 1:].unbind(0), prefix[:, :-1].unbind(0)
-        for i, (r, v_i) in enumerate(zip(self.ratio.unbind(0), v.unbind(0), strict=True)):
-            torch.addcmul(here[i], r, (below[i] - here[i]).add_(v_i), out=here[i + 1])
-        gathered = self.joint * prefix[:-1, :-1]
+        for i, (r, v_i, if_not_i) in enumerate(zip(self.ratio, v.contiguous(), if_not, strict=True)):
+            gain = (below[i] - here[i]).add_(v_i)
+            torch.addcmul(here[i], r, gain, out=here[i + 1]).add_(if_not_i)
+        expected = self.joint * prefix[:-1, :-1]
+        dropped = self.states[1:] - self.joint
         suffix = torch.zeros_like(self.ratio[0])  # (K, B)
         for i in range(n_tokens - 1, -1, -1):
             kept = suffix * self.ratio[i]
-            suffix.sub_(kept)
-            kept.addcmul_(self.joint[i], v[i])
+            suffix.sub_(kept).addcmul_(dropped[i], if_not[i])
+            kept.addcmul_(self.joint[i], if_kept[i])
             suffix[:-1].add_(kept[1:])
-            gathered[i].add_(kept)
-        return gathered.sum(1).T.reshape(self.shape)
+            expected[i].add_(kept)
+        return expected.sum(1).T.reshape(self.shape)
 
 
 class _LogPmf(torch.autograd.Function):
@@ -189,7 +193,6 @@ class KSubset(Distribution):
     """
 
     arg_constraints = {"theta": constraints.real_vector, "k": constraints.nonnegative_integer}  # noqa: RUF012
-    has_enumerate_support = True
 
     def __init__(
         self, theta: Tensor, k: int | Tensor, mask: Tensor | None = None, validate_args: bool | None = None
@@ -318,11 +321,10 @@ class KSubset(Distribution):
         if self._validate_args and not valid.all():
             row = tuple((~valid).nonzero()[0].tolist())
             kept = (value != 0).expand(*valid.shape, -1)
-            masked = (kept & ~self.mask)[row].sum().item()
+            count, masked = kept[row].sum().item(), (kept & ~self.mask)[row].sum().item()
             raise ValueError(
-                f"selection {row} keeps {kept[row].sum().item()} tokens, {masked} of them masked; expected a 0/1 "
-                f"vector with k = {self.k.expand(valid.shape)[row].item()} real tokens (validate_args=False "
-                "gives -inf instead)"
+                f"selection {row} keeps {count} tokens, {masked} of them masked; expected a 0/1 vector with "
+                f"k = {self.k.expand(valid.shape)[row].item()} real tokens (validate_args=False: -inf)"
             )
         tilted = self._tilted()
         coins = torch.where(value != 0, logsigmoid(tilted), logsigmoid(-tilted)).sum(-1)
@@ -333,21 +335,6 @@ class KSubset(Distribution):
         tilted = self._tilted()
         per_token = logsigmoid(-tilted) + self.marginals * tilted
         return _LogPmf.apply(tilted, self._chain) - per_token.sum(-1)
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Every k-subset, bool (C, B..., N), or with axes of 1 for the batch if not ``expand``; for small N.
-
-        Raises:
-            NotImplementedError: rows differ in k or in mask, so that their supports differ.
-        """
-        masks, ks = self.mask.reshape(-1, self.mask.shape[-1]), self.k.reshape(-1)
-        if (masks != masks[:1]).any() or (ks != ks[:1]).any():
-            raise NotImplementedError("rows differ in k or mask; enumerate the support of one row at a time")
-        chosen = list(itertools.combinations(masks[0].nonzero().squeeze(-1).tolist(), int(ks[0])))
-        index = torch.tensor(chosen, dtype=torch.long, device=masks.device)  # (C, k)
-        values = masks.new_zeros(len(chosen), masks.shape[-1]).scatter(1, index, True)
-        values = values.reshape(len(chosen), *[1] * len(self.batch_shape), -1)
-        return values.expand(-1, *self.batch_shape, -1) if expand else values
 
 
 @register_kl(KSubset, KSubset)

@@ -1,6 +1,6 @@
-"""Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen vision-language model.
+"""Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
 
-Importing this package registers ``GRIP/TokenSelection-v0``. Everything heavier than Gymnasium loads when first used.
+Importing this package registers ``GRIP/TokenSelection-v0``; anything heavier than Gymnasium loads at first use.
 """
 
 from __future__ import annotations

@@ -1,28 +1,28 @@
-"""The logic of an episode, shared by the single and the vector environment: load, observe, select, score."""
+"""The rules of an episode, shared by the single and the vector environment: observe, select, score."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from gymnasium import spaces
 
+from grip_env.envs.instances import Instance, InstanceStore, fit, to_array
 from grip_env.envs.rewards import Reward, resolve_reward
 from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
-from grip_env.tasks.base import Example, Task, check_index
-from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+from grip_env.tasks.base import Task, check_index
+from grip_env.vlms.base import FrozenVLM, Scores
 
-__all__ = ["ActionMode", "Decision", "Episode", "Instance", "Observation", "Outcome", "Selection"]
+__all__ = ["ActionMode", "Decision", "Episode", "Observation", "Outcome", "SelectionRules"]
 
 ActionMode: TypeAlias = Literal["binary", "scores"]
 Observation: TypeAlias = dict[str, np.ndarray]
 
 _LARGEST = np.finfo(np.float32).max  # any finite number; infinite bounds make Gymnasium's checker complain
 _OPTIONS = ("budget", "index")
+_MEANING = {"binary": "0 or 1", "scores": "score"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,11 @@ class Decision(NamedTuple):
     over_budget: int
 
 
-class Selection:
-    """The rules of token selection; the arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`."""
+class SelectionRules:
+    """The decision process without its clock: everything but whose turn it is.
+
+    The arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
+    """
 
     def __init__(
         self,
@@ -88,21 +91,18 @@ class Selection:
         check_index(self.task, split, 0)
         self.vlm = _resolve_vlm(vlm)
         self.split = split
-        self.size = self.task.size(split)
         self.action_mode = action_mode
         self.over_budget_penalty = float(over_budget_penalty)
         self.question_aware = question_aware
         self.max_question_tokens = max_question_tokens
-        self._cache: OrderedDict[int, Instance] = OrderedDict()
-        self._cache_size = cache_size
-        if max_tokens is None:
-            max_tokens = self.vlm.encode([self.task.example(split, 0)]).token_mask.shape[1]
-        self.max_tokens = max_tokens
+        words = max_question_tokens if question_aware else None
+        self.store = InstanceStore(self.vlm, self.task, split, max_tokens, words, cache_size)
+        self.max_tokens = self.store.max_tokens
         self.observation_space = self._observation_space()
         self.action_space: spaces.MultiBinary | spaces.Box = (
-            spaces.MultiBinary(max_tokens)
+            spaces.MultiBinary(self.max_tokens)
             if action_mode == "binary"
-            else spaces.Box(-1.0, 1.0, (max_tokens,), np.float32)
+            else spaces.Box(-1.0, 1.0, (self.max_tokens,), np.float32)
         )
 
     def _observation_space(self) -> spaces.Dict:
@@ -118,11 +118,11 @@ class Selection:
             fields["question_mask"] = spaces.MultiBinary(words)
         return spaces.Dict(fields)
 
-    # -- episodes --------------------------------------------------------------------------------------------
+    # -- episodes ----------------------------------------------------------------------------------------
 
     def stream(self, generator: np.random.Generator) -> EpisodeStream:
         """Return the stream of episodes that ``generator`` stands for."""
-        return EpisodeStream(generator, self.size, self.budget)
+        return EpisodeStream(generator, self.task.size(self.split), self.budget)
 
     def request(self, stream: EpisodeStream, options: dict[str, Any] | None = None) -> tuple[int, float]:
         """Draw the next (index, budget); what ``options`` fixes is not drawn.
@@ -135,19 +135,21 @@ class Selection:
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"unknown reset options {unknown}: the options are {', '.join(_OPTIONS)}")
-        if options.get("budget") is not None:
-            budget = check_budget(float(options["budget"]))
-            assert isinstance(budget, float)
-        else:
-            budget = stream.next_budget()
-        index = int(options["index"]) if options.get("index") is not None else stream.next_index()
-        check_index(self.task, self.split, index)
-        return index, budget
+        # both are checked before either is drawn, so that an error leaves the stream where it was
+        fixed_budget, fixed_index = options.get("budget"), options.get("index")
+        if fixed_budget is not None:
+            fixed_budget = float(fixed_budget)
+            check_budget(fixed_budget)
+        if fixed_index is not None:
+            fixed_index = int(fixed_index)
+            check_index(self.task, self.split, fixed_index)
+        budget = stream.next_budget() if fixed_budget is None else fixed_budget
+        return stream.next_index() if fixed_index is None else fixed_index, budget
 
     def advance(
         self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()
     ) -> list[Episode]:
-        """End some episodes and begin others with at most one call of the encoder and one of the language model.
+        """End some episodes and begin others: at most one call of the encoder, one of the language model.
 
         Args:
             decisions: Episodes that end; their outcome is filled in.
@@ -156,14 +158,14 @@ class Selection:
         Returns:
             The new episodes, in the order of ``requests``.
         """
-        instances = self._load([index for index, _ in requests])
+        instances = self.store.load(index for index, _ in requests)
         unscored = [instance for instance in instances.values() if instance.full is None]
         jobs = [(decision.episode.instance, decision.selection) for decision in decisions]
         jobs += [(instance, instance.real) for instance in unscored]
-        scores = self._score(jobs) if jobs else []
+        scores = self.store.score(jobs) if jobs else []
         for instance, full in zip(unscored, scores[len(decisions) :], strict=True):
             instance.full = full
-        for decision, score in zip(decisions, scores, strict=False):
+        for decision, score in zip(decisions, scores[: len(decisions)], strict=True):
             self._finish(decision, score)
         return [
             Episode(instances[index], tokens_in_budget(budget, int(instances[index].real.sum())))
@@ -182,22 +184,22 @@ class Selection:
             reward=reward - self.over_budget_penalty * decision.over_budget,
         )
 
-    # -- what the agent sees and does ----------------------------------------------------------------------------
+    # -- what the agent sees and does --------------------------------------------------------------------
 
     def observe(self, episode: Episode) -> Observation:
         """Return a fresh observation of an episode."""
         instance = episode.instance
         encoded = instance.encoded
         observation = {
-            "tokens": _fit(_array(encoded.tokens[0]), self.max_tokens),
+            "tokens": fit(to_array(encoded.tokens[0]), self.max_tokens),
             "token_mask": instance.real.astype(np.int8),
             "positions": instance.positions.copy(),
             "budget": np.array([episode.k / instance.real.sum()], dtype=np.float32),
         }
         if self.question_aware:
             words = self.max_question_tokens
-            observation["question"] = _fit(_array(encoded.question[0]), words)
-            observation["question_mask"] = _fit(encoded.question_mask[0].cpu().numpy(), words).astype(np.int8)
+            observation["question"] = fit(to_array(encoded.question[0]), words)
+            observation["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), words).astype(np.int8)
         return observation
 
     def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -209,24 +211,30 @@ class Selection:
         given = np.asarray(action)
         if given.shape != shape:
             raise ValueError(
-                f"the action has shape {given.shape}, expected {shape}: one {_MEANING[self.action_mode]} for each of "
-                f"the {self.max_tokens} visual tokens"
+                f"the action has shape {given.shape}, expected {shape}: one {_MEANING[self.action_mode]} for "
+                f"each of the {self.max_tokens} visual tokens"
             )
         if self.action_mode == "scores":
-            if np.isnan(given).any():
+            bad = int(np.isnan(given).sum())
+            if bad:
                 raise ValueError(
-                    f"the action has {np.isnan(given).sum()} NaN among its scores: scores must be numbers, check the "
+                    f"the action has NaN for {bad} of its {given.size} scores, expected numbers: check the "
                     "policy that gave them"
                 )
             return given.astype(np.float64)
         if not np.isin(given, (0, 1)).all():
+            strange = given[~np.isin(given, (0, 1))].flat[0]
             raise ValueError(
-                "a binary action holds only 0 (drop) and 1 (keep); for real-valued scores use action_mode='scores'"
+                f"a binary action holds 0 (drop) and 1 (keep), but this one has {strange}: for real-valued "
+                "scores use action_mode='scores'"
             )
         return given.astype(bool)
 
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
-        """Turn a checked action (N,) into a selection within the budget; only an excess draws from ``generator``."""
+        """Turn a checked action (N,) into a selection within the budget.
+
+        Only an action over budget draws from ``generator``.
+        """
         real = episode.instance.real
         selection = np.zeros(self.max_tokens, dtype=bool)
         if self.action_mode == "scores":
@@ -256,6 +264,7 @@ class Selection:
         """Return the info of a step."""
         outcome = episode.outcome
         assert outcome is not None
+        # lists, because Gymnasium's vector environments stack arrays, and these differ in length
         return {
             "log_likelihood": outcome.log_likelihood,
             "correct": outcome.correct,
@@ -269,9 +278,6 @@ class Selection:
         assert full is not None
         info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": float(full.log_likelihood)}
         return info if relevant is None else info | {"relevant": relevant}
-
-
-_MEANING = {"binary": "0 or 1", "scores": "score"}
 
 
 def _resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:

@@ -1,3 +1,20 @@
+"""Encoded examples: loaded and scored in batches, the recent ones kept in memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from grip_env.tasks.base import Example, Task
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+
+__all__ = ["Instance", "InstanceStore", "fit", "to_array"]
+
+
 @dataclass
 class Instance:
     """One encoded example, its visual tokens, and how the model answers with all of them."""
@@ -27,10 +44,44 @@ class Instance:
         return [int(token) for token in order if grades[token] > 0]
 
 
+class InstanceStore:
+    """The instances of one split.
 
+    Args:
+        vlm: The frozen model.
+        task: Where examples come from.
+        split: Which split of the task.
+        max_tokens: N, most visual tokens an instance may have; ``None`` takes the number of the first
+            example.
+        max_question_tokens: Q, most question tokens an instance may have; ``None`` allows any number.
+        cache_size: How many instances to keep; the least recently used go first.
+    """
 
-    def _load(self, indices: Iterable[int]) -> dict[int, Instance]:
-        """Return instances by index, from the cache where they are there; the others are encoded together."""
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        task: Task,
+        split: str,
+        max_tokens: int | None,
+        max_question_tokens: int | None,
+        cache_size: int,
+    ) -> None:
+        self.vlm = vlm
+        self.task = task
+        self.split = split
+        if max_tokens is None:
+            max_tokens = vlm.encode([task.example(split, 0)]).token_mask.shape[1]
+        self.max_tokens = max_tokens
+        self.max_question_tokens = max_question_tokens
+        self._cache: OrderedDict[int, Instance] = OrderedDict()
+        self._cache_size = cache_size
+
+    def load(self, indices: Iterable[int]) -> dict[int, Instance]:
+        """Return instances by index; those that are not in memory are encoded together.
+
+        Raises:
+            ValueError: If an instance has more visual or question tokens than there is room for.
+        """
         wanted = list(dict.fromkeys(indices))
         found = {index: self._cache[index] for index in wanted if index in self._cache}
         missing = [index for index in wanted if index not in found]
@@ -44,39 +95,40 @@ class Instance:
             self._cache.popitem(last=False)
         return found
 
-    def _instance(self, index: int, encoded: Encoded) -> Instance:
-        mask = encoded.token_mask[0].cpu().numpy()
-        real = _fit(mask, self.max_tokens)
-        if real.sum() != mask.sum():
-            raise ValueError(
-                f"example {index} of split {self.split!r} has {mask.sum()} visual tokens but the observation space has "
-                f"room for {self.max_tokens}: pass max_tokens={mask.sum()} or more"
-            )
-        words = int(encoded.question_mask[0].sum())
-        if self.question_aware and words > self.max_question_tokens:
-            raise ValueError(
-                f"the question of example {index} of split {self.split!r} has {words} tokens but the observation space "
-                f"has room for {self.max_question_tokens}: pass max_question_tokens={words} or more"
-            )
-        positions = _fit(_array(encoded.positions[0]), self.max_tokens) * real[:, None]
-        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0))
-
-    def _score(self, jobs: Sequence[tuple[Instance, np.ndarray]]) -> list[Scores]:
+    def score(self, jobs: Sequence[tuple[Instance, np.ndarray]]) -> list[Scores]:
+        """Score one selection, bool (N,), of each instance in one call; the fields have shape (1, 1)."""
         batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
         length = batch.token_mask.shape[1]
-        chosen = torch.from_numpy(np.stack([_fit(selection, length) for _, selection in jobs]))[:, None]
+        chosen = torch.from_numpy(np.stack([fit(selection, length) for _, selection in jobs]))[:, None]
         with torch.no_grad():
             scores = self.vlm.score(batch, chosen.to(batch.token_mask.device))
         likelihood, correct = scores.log_likelihood.float().cpu(), scores.correct.cpu()  # (B, 1)
         return [Scores(likelihood[row : row + 1], correct[row : row + 1]) for row in range(len(jobs))]
 
+    def _instance(self, index: int, encoded: Encoded) -> Instance:
+        mask = encoded.token_mask[0].cpu().numpy()
+        real = fit(mask, self.max_tokens)
+        self._check_room(index, "visual", int(mask.sum()), int(real.sum()), "max_tokens")
+        words = int(encoded.question_mask[0].sum())
+        room = words if self.max_question_tokens is None else self.max_question_tokens
+        self._check_room(index, "question", words, room, "max_question_tokens")
+        positions = fit(to_array(encoded.positions[0]), self.max_tokens) * real[:, None]
+        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0))
+
+    def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
+        if count > room:
+            raise ValueError(
+                f"example {index} of split {self.split!r} has {count} {kind} tokens, but the observation "
+                f"space has room for {getattr(self, argument)}: pass {argument}={count} or more"
+            )
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's values as float32."""
     return tensor.detach().float().cpu().numpy()
 
 
-def _fit(rows: np.ndarray, length: int) -> np.ndarray:
+def fit(rows: np.ndarray, length: int) -> np.ndarray:
     """Return a copy of ``rows`` cut or zero-padded to ``length``."""
     fitted = np.zeros((length, *rows.shape[1:]), dtype=rows.dtype)
     fitted[: len(rows)] = rows[:length]

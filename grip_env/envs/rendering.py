@@ -16,8 +16,8 @@ _GREY = (112, 116, 124)
 _HAIRLINE = (214, 214, 210)
 _OUTLINE = np.array([255, 255, 255], dtype=np.float32)
 _RELEVANT = (255, 190, 60)
-_DIM = 0.30  # brightness left to dropped cells
-_FADE = 0.75  # how far their colours move to grey
+_DIM = 0.40  # brightness left to dropped cells
+_FADE = 0.70  # how far their colours move to grey
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -44,12 +44,13 @@ def draw_selection(
 
     Args:
         image: uint8 (H, W, 3).
-        positions: (N, 2) row and column of each token's centre in the image, in [0, 1]; their spacing gives the size
-            of the cells.
+        positions: (N, 2) row and column of each token's centre in the image, in [0, 1]; their spacing gives
+            the size of the cells.
         selection: bool (N,), True for kept tokens; ``None`` shows the plain image.
         lines: Text under the image, wrapped; the first line is set larger.
         relevant: bool (N,); these cells get a small dot.
-        size: About how many pixels the longer side of the image takes (a small image grows by a whole factor).
+        size: About how many pixels the longer side of the image takes (a small image grows by a whole
+            factor).
 
     Returns:
         uint8 (height, width, 3), with a strip for the text below the image if there is any.
@@ -147,7 +148,7 @@ def gallery(
     return np.asarray(sheet).copy()
 
 
-# -- the image ---------------------------------------------------------------------------------------------------
+# -- the image ---------------------------------------------------------------------------------------
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:
@@ -169,16 +170,16 @@ def _boxes(positions: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _spacing(values: np.ndarray) -> float:
-    """Return the usual distance between neighbouring rows (or columns) of tokens; 1 where there is only one."""
+    """Return the usual distance between neighbouring rows (or columns); 1 where there is only one."""
     gaps = np.diff(np.unique(np.round(values, 5)))
     return float(np.median(gaps)) if len(gaps) else 1.0
 
 
 def _faded(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     inside = np.zeros(image.shape[:2], dtype=bool)
-    for top, left, bottom, right in kept:
+    for top, left, bottom, right in kept.tolist():
         inside[top:bottom, left:right] = True
-    grey = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (H, W)
     dim = (image * (1 - _FADE) + grey[..., None] * _FADE) * _DIM
     drawn = np.where(inside[..., None], image, dim).astype(np.float32)
     if len(kept) and not inside.all():
@@ -218,7 +219,7 @@ def _framed(image: np.ndarray, width: int) -> Image.Image:
     )
 
 
-# -- the text ----------------------------------------------------------------------------------------------------
+# -- the text ----------------------------------------------------------------------------------------
 
 
 def _font(size: float) -> _Font:

@@ -1,6 +1,7 @@
 """What a selection is worth: small objects that compare its scores with those of the full image.
 
-A reward is any callable ``reward(scores, full) -> tensor (B, G)``; pass one to an environment as ``reward=...``.
+A reward is any callable ``reward(scores, full) -> tensor (B, G)``; pass one to an environment as
+``reward=...``.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class AnswerLogLikelihood:
 
 @dataclass(frozen=True)
 class AnswerProbability:
-    """Geometric mean of the answer tokens' probabilities, in [0, 1]: the answer's own probability if it is one token.
+    """Geometric mean of the answer tokens' probabilities, in [0, 1]: exp of the mean log-likelihood.
 
-    It does not look at the full image, so an example the model cannot answer pays little whatever is kept.
+    For an answer of one token this is its probability. The full image plays no part, so an example that the
+    model cannot answer pays little whatever is kept.
     """
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
@@ -89,7 +91,7 @@ def resolve_reward(reward: str | Reward) -> Reward:
         return REWARDS[reward]()
     if isinstance(reward, type) or not callable(reward):
         raise TypeError(
-            f"reward must be one of {', '.join(map(repr, REWARDS))} or an object called as reward(scores, full); "
-            f"got {reward!r}"
+            f"reward must be one of {', '.join(map(repr, REWARDS))} or an object called as "
+            f"reward(scores, full); got {reward!r}"
         )
     return reward

@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ["Budget", "EpisodeStream", "check_budget", "shuffled_index", "tokens_in_budget"]
 
 Budget: TypeAlias = "float | tuple[float, float] | list[float]"
-"""A fixed share of the tokens, a (low, high) range drawn from log-uniformly, or a list drawn from uniformly."""
+"""A share of the tokens, a (low, high) range to draw from log-uniformly, or a list to draw from uniformly."""
 
 _ROUNDS = 6
 
@@ -51,9 +51,9 @@ def tokens_in_budget(budget: float, count: int) -> int:
 def shuffled_index(key: int, step: int, size: int) -> int:
     """Return element ``step`` of an endless shuffle of ``range(size)``: every pass is a new permutation.
 
-    A keyed Feistel network permutes the smallest even-bit domain that holds the split, and values that fall outside
-    are permuted again (cycle walking, fewer than four tries on average). So an element costs the same at any size,
-    and a split of a million is never laid out.
+    A keyed Feistel network permutes the smallest even-bit domain that holds the split, and values that fall
+    outside are permuted again (cycle walking, fewer than four tries on average). So an element costs the same
+    at any size, and a split of a million is never laid out.
 
     >>> sorted(shuffled_index(7, step, 5) for step in range(5))
     [0, 1, 2, 3, 4]

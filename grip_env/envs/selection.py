@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, cast
 
 import gymnasium
 import numpy as np
 
-from grip_env.envs.episodes import ActionMode, Episode, Observation, Selection
+from grip_env.envs.episodes import ActionMode, Episode, Observation, SelectionRules
 from grip_env.envs.rendering import draw_selection
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
@@ -24,19 +24,20 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
 
     ## Description
 
-    Each episode is one question about one image. The model's encoder has turned the image into N visual tokens of
-    width D; a budget allows k of them into the language model. The agent chooses the set in a single decision and is
-    paid by how well the model then answers. The model never changes.
+    Each episode is one question about one image. The model's encoder has turned the image into N visual
+    tokens of width D; a budget allows k of them into the language model. The agent chooses the set in a
+    single decision and is paid by how well the model then answers. The model never changes.
 
     B instances, N visual tokens, D width, Q question tokens, k kept.
 
     ## Action Space
 
-    - ``action_mode="binary"``: ``MultiBinary(N)``, int8 (N,), 1 = keep. If more than k tokens are chosen, k of them
-      are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` tells by how
-      many. Fewer are allowed; with none kept the language model answers from the question alone.
-    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``, the k highest scores are kept; of equal scores, those
-      of lower index. The bounds only suit policies that want normalised actions: any number but NaN is accepted.
+    - ``action_mode="binary"``: ``MultiBinary(N)``, int8 (N,), 1 = keep. If more than k are chosen, k of them
+      are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` tells
+      by how many. Fewer are allowed; with none kept the model answers from the question alone.
+    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``, the k highest scores are kept; of equal scores,
+      those of lower index. The bounds are there for policies that want a normalised space: any number but
+      NaN is accepted.
 
     Padding tokens are never kept, whatever the action.
 
@@ -57,10 +58,10 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
 
     ## Starting State
 
-    The next instance of a shuffle of the split, under the next budget; k = max(1, round(budget * real tokens)). Both
-    depend on the seed alone, never on the actions. Every instance comes once before any comes again; each pass has
-    a new order. ``reset(options={"index": 3, "budget": 0.05})`` fixes either or both for one episode; a fixed index
-    leaves the shuffle where it is.
+    The next instance of a shuffle of the split, under the next budget; k = max(1, round(budget * real
+    tokens)). Both depend on the seed alone, never on the actions. Every instance comes once before any comes
+    again; each pass has a new order. ``reset(options={"index": 3, "budget": 0.05})`` fixes either or both for
+    one episode; a fixed index leaves the shuffle where it is.
 
     ## Rewards
 
@@ -69,16 +70,17 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
 
     ## Episode End
 
-    After one step: always ``terminated``, never ``truncated``. The last observation shows the same instance again.
+    After one step: always ``terminated``, never ``truncated``. The last observation shows the same instance
+    again.
 
     ## Information
 
-    Both ``reset`` and ``step``: ``k`` (int), ``full_log_likelihood`` (float, nats per answer token, every token
-    kept) and, where the task knows it, ``relevant`` (list of int: tokens that decide the answer, best first).
-    ``reset`` alone: ``index`` (int), ``split``, ``question`` and ``family`` (str). ``step`` alone:
-    ``log_likelihood`` (float), ``correct`` (bool: would greedy decoding give the answer?), ``kept`` (list of int,
-    ascending) and ``over_budget`` (int). What is not known is absent. The lists index arrays as they are:
-    ``observation["tokens"][info["kept"]]``.
+    Both ``reset`` and ``step``: ``k`` (int), ``full_log_likelihood`` (float, nats per answer token, every
+    token kept) and, where the task knows it, ``relevant`` (list of int: tokens that decide the answer, best
+    first). ``reset`` alone: ``index`` (int), ``split``, ``question`` and ``family`` (str). ``step`` alone:
+    ``log_likelihood`` (float), ``correct`` (bool: would greedy decoding give the answer?), ``kept`` (list of
+    int, ascending) and ``over_budget`` (int). What is not known is absent. The lists index arrays as they
+    are: ``observation["tokens"][info["kept"]]``.
 
     ## Arguments
 
@@ -86,22 +88,23 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`.
         task: Where instances come from, or "scenes".
         split: Which split of the task.
-        budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each episode; or
-            a list, drawn uniformly.
+        budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
+            episode; or a list, drawn uniformly.
         action_mode: "binary" or "scores".
-        reward: "log_likelihood", "probability", "exact_match", or an object called as ``reward(scores, full)``.
+        reward: "log_likelihood", "probability" or "exact_match", or an object called as
+            ``reward(scores, full)``.
         over_budget_penalty: Charged for each token by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
-        render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3)) or "human" (a window).
-        max_tokens: N. By default the number of visual tokens of the split's first example; set it for models with
-            dynamic resolution, whose images differ.
+        render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3)) or "human" (window).
+        max_tokens: N. By default the number of visual tokens of the split's first example; set it for models
+            with dynamic resolution, whose images differ.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
 
     Raises:
-        ValueError: If an argument is none of the above; while it runs, for an example with more than ``max_tokens``
-            visual or ``max_question_tokens`` question tokens, an action of the wrong shape or with NaN in it, and
-            unknown reset options.
+        ValueError: If an argument is none of the above; while it runs, for an example with more than
+            ``max_tokens`` visual or ``max_question_tokens`` question tokens, an action of the wrong shape or
+            with NaN in it, and unknown reset options.
         gymnasium.error.ResetNeeded: If ``step`` comes before ``reset`` or after the episode's end.
 
     ```python
@@ -116,7 +119,10 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
     ```
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array"], "render_fps": 2}
+    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
+        "render_modes": ["human", "rgb_array"],
+        "render_fps": 2,
+    }
 
     def __init__(
         self,
@@ -135,7 +141,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
-        self.rules = Selection(
+        self.rules = SelectionRules(
             vlm=vlm,
             task=task,
             split=split,
@@ -149,7 +155,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
             cache_size=cache_size,
         )
         self.render_mode = render_mode
-        self.observation_space = self.rules.observation_space
+        self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
         self.action_space = self.rules.action_space
         self._stream: EpisodeStream | None = None
         self._episode: Episode | None = None
@@ -190,8 +196,8 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
             self.render()
         return self.rules.observe(episode), episode.outcome.reward, True, False, self.rules.end_info(episode)
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """Draw the episode: the image and the question; after the step also what was kept and what came of it."""
+    def render(self) -> np.ndarray | None:
+        """Draw the image and the question; after the step also what was kept and what came of it."""
         if self._episode is None:
             raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
         if self.render_mode is None:

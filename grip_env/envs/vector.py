@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -11,7 +11,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from grip_env.envs.episodes import ActionMode, Episode, Observation, Selection
+from grip_env.envs.episodes import ActionMode, Episode, Observation, SelectionRules
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
 from grip_env.envs.selection import RenderMode, draw_episode
@@ -22,12 +22,14 @@ __all__ = ["TokenSelectionVectorEnv"]
 
 
 class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
-    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored together.
+    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
+    together.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. Every step
-    ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the returned observations belong to the
-    new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to those that ended,
-    each with the ``_key`` masks of Gymnasium. Lists such as ``kept`` come as object arrays of lists.
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
+    Every step ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the observations
+    returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts) and
+    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Lists such as ``kept``
+    come as object arrays of lists.
 
     Args:
         num_envs: How many instances.
@@ -43,8 +45,8 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         max_tokens: N.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory.
-        max_episode_steps: What ``gymnasium.make_vec`` may pass on; at least 1, and without effect, as every episode
-            has one step.
+        max_episode_steps: What ``gymnasium.make_vec`` may pass on; at least 1, and without effect, as every
+            episode has one step.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
@@ -60,7 +62,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     ```
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
         "render_modes": ["rgb_array"],
         "render_fps": 2,
         "autoreset_mode": AutoresetMode.SAME_STEP,
@@ -91,7 +93,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             )
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
-        self.rules = Selection(
+        self.rules = SelectionRules(
             vlm=vlm,
             task=task,
             split=split,
@@ -120,7 +122,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         pairs = [seeding.np_random(seed) for seed in seeds]
         return [generator for generator, _ in pairs], [seed for _, seed in pairs]
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The generator of each instance."""
         return tuple(self._generators)
@@ -130,14 +132,15 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """The seed of each instance."""
         return tuple(self._seeds)
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode everywhere.
 
         Args:
             seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each.
-            options: "index" and "budget" as in the single environment: one value for all, or a list with one for each.
+            options: "index" and "budget" as in the single environment: one value for all, or a list with one
+                for each.
         """
         seeds = [None] * self.num_envs if seed is None else seed
         seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
@@ -179,7 +182,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self._observe(), rewards, everywhere, ~everywhere, self._start_infos(infos)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """Draw what the last step decided in each instance (after a reset: the new episodes), uint8 (H, W, 3) each."""
+        """Draw what the last step decided in each instance (after a reset: the new episodes)."""
         if self.render_mode is None:
             gymnasium.logger.warn(
                 "render() draws nothing without a render_mode: pass render_mode='rgb_array'"
@@ -197,8 +200,8 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for key, values in lists.items():
             if len(values) != self.num_envs:
                 raise ValueError(
-                    f"the reset option {key!r} has {len(values)} values for {self.num_envs} environments: give one for "
-                    "each, or a single value for all"
+                    f"the reset option {key!r} has {len(values)} values for {self.num_envs} environments: "
+                    "give one for each, or a single value for all"
                 )
         own = [shared | {key: values[i] for key, values in lists.items()} for i in range(self.num_envs)]
         return [

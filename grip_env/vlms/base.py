@@ -87,6 +87,17 @@ class Scores:
     correct: torch.Tensor
     """Whether greedy decoding would give the answer, bool (B, G)."""
 
+    def __getitem__(self, rows: slice | torch.Tensor) -> Scores:
+        """Return the chosen examples' scores."""
+        return Scores(self.log_likelihood[rows], self.correct[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Scores]) -> Scores:
+        """Join the scores of several batches."""
+        return Scores(
+            torch.cat([part.log_likelihood for part in parts]), torch.cat([part.correct for part in parts])
+        )
+
 
 @runtime_checkable
 class FrozenVLM(Protocol):

@@ -1,0 +1,58 @@
+"""Trained scorers as selectors and policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from agents.base import top_k
+from agents.scorer import Scorer
+from grip_env.vlms.base import Encoded, FrozenVLM
+
+__all__ = ["ScorerPolicy", "ScorerSelector"]
+
+
+class ScorerSelector:
+    """Keeps the tokens a scorer scores highest: the mode of its policy.
+
+    Args:
+        scorer: The trained network.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    @torch.no_grad()
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose tokens; see :class:`agents.base.Selector`."""
+        return top_k(self.scorer.score(encoded, kept), kept, encoded.token_mask)
+
+
+class ScorerPolicy:
+    """The same on one observation of the environment.
+
+    Args:
+        scorer: The trained network.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    @torch.no_grad()
+    def select(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return a bool mask over the visual tokens, (N,)."""
+
+        def row(key: str) -> torch.Tensor:
+            return torch.as_tensor(observation[key])[None]
+
+        mask = row("token_mask").bool()
+        budget = row("budget")[:, 0]
+        scores = self.scorer(
+            row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget
+        )
+        kept = (budget * mask.sum(1)).round().long()
+        return top_k(scores, kept, mask)[0].numpy()

@@ -1,0 +1,112 @@
+"""What the commands share: checks before the work starts, and the folder a run writes to."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RunFolder", "check_agents_package", "fail", "load_task", "versions"]
+
+
+def fail(message: str) -> SystemExit:
+    """Return an exit that prints one line and no traceback."""
+    return SystemExit(f"error: {message}")
+
+
+def check_agents_package() -> None:
+    """Stop with advice when the importable package ``agents`` is not the one that came with grip_env.
+
+    Other distributions (openai-agents is one) install a package of that name over ours.
+    """
+    ours = Path(__file__).parent.parent / "agents"
+    spec = importlib.util.find_spec("agents")
+    found = Path(spec.origin) if spec is not None and spec.origin else None
+    if found is not None and found.is_file() and 'DISTRIBUTION = "grip-env"' in found.read_text(encoding="utf-8"):
+        return
+    if found is None:
+        raise fail(f"the package 'agents' that belongs to grip_env is missing (expected in {ours}): reinstall grip-env")
+    owners = sorted(set(metadata.packages_distributions().get("agents", [])) - {"grip-env"})
+    owner = f" of the distribution {' and '.join(owners)}" if owners else ""
+    remedy = f"pip uninstall {' '.join(owners)}" if owners else f"move {found.parent} away"
+    raise fail(
+        f"the package 'agents' at {found.parent}{owner} shadows the one of grip_env. "
+        f"Use an environment of its own for grip-env, or `{remedy}` and reinstall grip-env."
+    )
+
+
+def load_task(name: str) -> Any:
+    """Return the task of that name."""
+    from grip_env.tasks.scenes import SceneTask
+
+    if name != "scenes":
+        raise fail(f"unknown task {name!r}: choose 'scenes'")
+    return SceneTask()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    names = ("grip-env", "torch", "transformers", "gymnasium", "numpy", "pillow", "tokenizers", "safetensors")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class RunFolder:
+    """Where one run keeps its configuration, metrics, checkpoints and report.
+
+    Args:
+        path: The folder; it must not hold another run.
+
+    Raises:
+        SystemExit: If it does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise fail(f"{path} already exists: choose another --name, or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._columns: list[str] = []
+
+    def write_config(self, config: Any, **more: Any) -> None:
+        """Write ``config.json``: the full configuration, the command line, versions, and anything else given."""
+        import torch
+
+        content = {
+            "config": asdict(config),
+            "command": [Path(sys.executable).name, *sys.argv],
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            **more,
+        }
+        (self.path / "config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """Append a row to ``{phase}.csv``; a phase always logs the same values."""
+        path = self.path / f"{phase}.csv"
+        fresh = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if fresh:
+                writer.writerow(["step", *values])
+            writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+
+    @staticmethod
+    def replace(path: Path, text: str) -> None:
+        """Write a file whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)

@@ -1,0 +1,107 @@
+"""Compare a trained agent with the baselines: ``python -m grip_env.evaluate runs/NAME``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from grip_env.commands import check_agents_package, fail, load_task
+
+if TYPE_CHECKING:
+    from agents.scorer import Scorer
+    from grip_env.report import Comparison
+    from grip_env.tasks.base import Task
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["Config", "main", "report"]
+
+
+@dataclass
+class Config:
+    """Print the comparison tables of a trained agent and draw its curve and gallery."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, as train printed it."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Examples to compare on; use validation while you tune."""
+    examples: int = 480
+    """How many examples."""
+    out: Path | None = None
+    """Where report.md, report.json, pareto.png and kept_tokens.png go; the run's folder when not given."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch."""
+
+
+def report(
+    run: Path,
+    vlm: HuggingFaceVLM,
+    task: Task,
+    scorer: Scorer,
+    split: str,
+    examples: int,
+    out: Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Compare, print the tables, and write tables and pictures into ``out`` (the run's folder by default)."""
+    from PIL import Image
+
+    from agents.base import Selector
+    from agents.heuristics import BASELINES
+    from agents.scorer import Scorer
+    from agents.selectors import ScorerSelector
+    from grip_env.report import AGENT, WARMUP, compare, draw_curve, draw_gallery
+
+    out = out or run
+    out.mkdir(parents=True, exist_ok=True)
+    selectors: dict[str, Selector] = dict(BASELINES)
+    if (run / "warmup").is_dir():
+        selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup"))
+    selectors[AGENT] = ScorerSelector(scorer.eval())
+    comparison = compare(vlm, task, selectors, split, examples, progress=progress)
+    print("\n" + comparison.markdown() + "\n")
+    comparison.save(out)
+    draw_curve(comparison, out / "pareto.png")
+    encoded = vlm.encode([task.example(split, index) for index in range(6)])
+    Image.fromarray(draw_gallery(vlm, encoded, selectors[AGENT])).save(out / "kept_tokens.png")
+    for name in ("report.md", "pareto.png", "kept_tokens.png"):
+        print(f"wrote {out / name}")
+    return comparison
+
+
+def _load(run: Path) -> tuple[dict[str, Any], Scorer]:
+    from agents.scorer import Scorer
+
+    if not (run / "config.json").is_file():
+        raise fail(f"{run} is not a run: expected a folder with config.json, as grip_env.train writes it")
+    try:
+        return json.loads((run / "config.json").read_text()), Scorer.load(run / "agent")
+    except FileNotFoundError as error:
+        raise fail(f"{run} has no trained agent yet: {error}") from None
+
+
+def main() -> None:
+    """Run the command."""
+    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
+    check_agents_package()
+    if config.examples < 1:
+        raise fail(f"--examples must be at least 1; got {config.examples}")
+    saved, scorer = _load(config.run)
+    import torch
+
+    from grip_env.vlms import load_vlm
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    vlm = load_vlm(saved["config"]["vlm"])
+    if vlm.checksum() != saved["vlm"]["checksum"]:
+        print("note: this vision-language model is not the one the agent was trained with; expect other numbers")
+    task = load_task(saved["config"]["task"])
+    report(config.run, vlm, task, scorer, config.split, config.examples, config.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Train an agent: ``python -m grip_env.train --algo grpo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from grip_env.commands import RunFolder, check_agents_package, fail, load_task
+
+check_agents_package()
+
+from agents.grpo import GRPO, GRPOConfig, Metrics  # noqa: E402  (the check above explains a failing import)
+
+if TYPE_CHECKING:
+    from agents.base import Selector
+    from agents.scorer import Scorer
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["Config", "main", "train"]
+
+
+@dataclass
+class Config:
+    """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
+
+    algo: Literal["grpo"] = "grpo"
+    """The algorithm."""
+    vlm: str = "tiny"
+    """The frozen vision-language model: "tiny" is embedded, anything else is a folder with a saved model."""
+    task: Literal["scenes"] = "scenes"
+    """Where images and questions come from."""
+    reward: Literal["log_likelihood", "probability", "exact_match"] = "log_likelihood"
+    """What a selection is worth."""
+    seed: int = 0
+    """Decides weights, examples, budgets and subsets."""
+    name: str = ""
+    """Name of the run; made from algorithm, task, seed and time when empty."""
+    runs: Path = Path("runs")
+    """Where runs are kept."""
+    report_examples: int = 480
+    """Test examples the final report is measured on; 0 skips the report."""
+    picture_every: int = 100
+    """Steps between galleries in TensorBoard and checkpoints."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch."""
+    progress: bool = True
+    """Show progress bars."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """Hyperparameters of GRPO."""
+
+
+def train(config: Config) -> Path:
+    """Train, save and report; returns the run's folder.
+
+    An interrupt (Ctrl-C) saves the agent as it is; SystemExit then carries the shell's code for an interrupt.
+    """
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    from agents.pool import ExamplePool
+    from agents.scorer import Scorer, ScorerConfig
+    from agents.selectors import ScorerSelector
+    from grip_env.report import draw_gallery
+    from grip_env.vlms import load_vlm
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    try:
+        vlm = load_vlm(config.vlm)
+    except (OSError, ValueError) as error:
+        raise fail(f"cannot load the vision-language model {config.vlm!r}: {error}") from None
+    task = load_task(config.task)
+    scorer = Scorer(ScorerConfig(token_width=vlm.width))
+    pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
+    try:
+        algorithm = GRPO(vlm, pool, scorer, config.grpo, config.reward, config.seed)
+    except ValueError as error:
+        raise fail(str(error)) from None
+
+    name = config.name or f"{config.algo}-{config.task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = RunFolder(config.runs / name)
+    checksum = vlm.checksum()
+    run.write_config(config, vlm={"name": vlm.name, "checksum": checksum}, scorer=dataclasses.asdict(scorer.config))
+    print(f"run: {run.path}")
+
+    shown = vlm.encode([task.example("validation", index) for index in range(6)])
+    total = {"warmup": config.grpo.warmup_steps, "grpo": config.grpo.steps}
+    bars: dict[str, Any] = {}
+    writer = SummaryWriter(str(run.path))
+    last = Metrics("start", 0)
+    averages: dict[str, float] = {}
+
+    def checkpoint(step: int, picture: bool) -> None:
+        scorer.save(run.path / "agent")
+        if picture:
+            sheet = draw_gallery(vlm, shown, ScorerSelector(scorer), title=f"What the agent keeps, step {step}")
+            writer.add_image("kept tokens", sheet, step, dataformats="HWC")
+
+    try:
+        for last in algorithm.train():
+            if last.phase not in bars:
+                for bar in bars.values():
+                    bar.close()
+                if last.phase == "grpo" and config.grpo.warmup_steps:
+                    scorer.save(run.path / "warmup")
+                averages.clear()
+                bars[last.phase] = tqdm(
+                    total=total[last.phase],
+                    desc={"warmup": "warm-up"}.get(last.phase, last.phase),
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not config.progress,
+                )
+            run.log(last.phase, last.step, last.values)
+            for key, value in last.values.items():
+                writer.add_scalar(f"{last.phase}/{key}", value, last.step)
+                averages[key] = 0.9 * averages.get(key, value) + 0.1 * value
+            keys = {"reward": "reward", "log_likelihood_smallest_budgets": "ll@smallest", "loss": "loss"}
+            bars[last.phase].update()
+            bars[last.phase].set_postfix(
+                {label: f"{averages[key]:.3f}" for key, label in keys.items() if key in averages}, refresh=False
+            )
+            if last.phase == "grpo" and (last.step + 1) % config.picture_every == 0:
+                checkpoint(last.step + 1, picture=True)
+    except KeyboardInterrupt:
+        for bar in bars.values():
+            bar.close()
+        scorer.save(run.path / "agent")
+        writer.close()
+        print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
+        print(f"compare it:  python -m grip_env.evaluate {run.path}")
+        raise SystemExit(130) from None
+    for bar in bars.values():
+        bar.close()
+    checkpoint(config.grpo.steps, picture=False)
+    if vlm.checksum() != checksum:
+        raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
+    writer.close()
+    if config.report_examples:
+        from grip_env.evaluate import report
+
+        report(run.path, vlm, task, scorer, "test", config.report_examples, progress=config.progress)
+    return run.path
+
+
+def main() -> None:
+    """Run the command."""
+    import tyro
+
+    train(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.train"))
+
+
+if __name__ == "__main__":
+    main()
