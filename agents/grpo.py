@@ -212,7 +212,9 @@ class GRPO:
                 if config.kl_weight and self._reference is not None:
                     with torch.no_grad():
                         reference = self._policy(self._reference, encoded, kept)
-                    objective = objective - config.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
+                    objective = (
+                        objective - config.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
+                    )
                 if config.entropy_weight:
                     objective = objective + config.entropy_weight * (policy.entropy() / kept).mean()
                 norm = self._apply(-objective, optimizer)

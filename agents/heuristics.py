@@ -15,17 +15,13 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 __all__ = ["BASELINES", "all_tokens", "cls_attention", "max_min_diversity", "oracle", "random_tokens", "uniform_grid"]
 
 
-def random_tokens(
-    vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def random_tokens(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep uniformly random tokens."""
     luck = torch.rand(encoded.token_mask.shape, generator=generator).to(encoded.tokens.device)
     return top_k(luck, kept, encoded.token_mask)
 
 
-def uniform_grid(
-    vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def uniform_grid(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep tokens spread evenly over the image: k lattice points, each taken by the nearest token still free."""
     cache: dict[tuple[int, bytes], torch.Tensor] = {}
     chosen = torch.zeros_like(encoded.token_mask)
@@ -51,7 +47,7 @@ def _lattice(count: int) -> torch.Tensor:
 
 def _nearest_free(places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     distance = torch.cdist(targets, places)
-    taken = []
+    taken: list[int] = []
     for row in distance:
         row = row.clone()
         row[taken] = torch.inf
@@ -59,9 +55,7 @@ def _nearest_free(places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.tensor(taken)
 
 
-def cls_attention(
-    vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def cls_attention(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep the tokens the vision tower's CLS token attends to most.
 
     Source: Zhang et al., "[CLS] attention is all you need for training-free visual token pruning" (FasterVLM), 2024.
@@ -69,9 +63,7 @@ def cls_attention(
     return top_k(vlm.attention(encoded, "cls"), kept, encoded.token_mask)
 
 
-def max_min_diversity(
-    vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def max_min_diversity(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Greedily keep the token farthest, in cosine distance, from its nearest kept one.
 
     The first pick is the token whose distance to its nearest neighbour is largest.

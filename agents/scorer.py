@@ -65,8 +65,7 @@ class Scorer(nn.Module):
         self.question_encoder = nn.TransformerEncoderLayer(**layer)
         self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(config.blocks))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
-        nn.init.zeros_(self.out[1].weight)  # starts as uniform sampling
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
+        nn.init.zeros_(self.out[1].weight)  # type: ignore[arg-type]  # starts as uniform sampling
 
     def forward(
         self,
@@ -90,7 +89,7 @@ class Scorer(nn.Module):
         Returns:
             float (B, N); padding gets 0.
         """
-        angles = positions[..., None] * self.frequencies  # (B, N, 2, 6)
+        angles = positions[..., None] * (math.pi * 2.0 ** torch.arange(6, device=positions.device))  # (B, N, 2, 6)
         waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(2)
         scale = torch.stack([budget, budget.log()], -1)  # (B, 2)
         x = self.token_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None]
@@ -98,7 +97,9 @@ class Scorer(nn.Module):
         if not self.config.use_question:
             question_mask = torch.zeros_like(question_mask)
         # one place that is always there, for questions that are hidden or empty
-        memory = torch.cat([self.question_in(question).new_zeros(len(x), 1, x.shape[-1]), self.question_in(question)], 1)
+        memory = torch.cat(
+            [self.question_in(question).new_zeros(len(x), 1, x.shape[-1]), self.question_in(question)], 1
+        )
         memory = memory + torch.cat([self.question_place[:1] * 0, self.question_place])[: memory.shape[1]]
         hidden = torch.cat([torch.zeros_like(question_mask[:, :1]), ~question_mask], 1)
         memory = self.question_encoder(memory, src_key_padding_mask=hidden)

@@ -91,9 +91,9 @@ class _Chain:
     def covariance_product(self, v: Tensor) -> Tensor:
         """Multiply the covariance matrix of the kept indicators x by v (B..., N).
 
-        Entry i is E[x_i * y], y = sum of v_l * (x_l - m_l) with m the marginals: what y gathers before token i
+        Entry i is E[x_i * y], y = sum of v_l * (x_l - m_l) with m the marginals: what y gathers up to token i
         (``prefix``, given the state) and after it (``suffix``, times the probability of the state). The count
-        is fixed, so v may be shifted by a constant; shift and m keep the sums small, hence exact in float32.
+        is fixed, so v may be shifted by a constant; the shift and m keep the sums small, for float32's sake.
         """
         spread = self.marginals * (1 - self.marginals)
         v = v - ((v * spread).sum(-1) / spread.sum(-1).clamp(min=1e-9)).unsqueeze(-1)
@@ -165,6 +165,7 @@ class KSubset(Distribution):
 
     e_k is the elementary symmetric polynomial. Log-probabilities, entropies and divergences are in nats,
     exact and differentiable in theta. One (N, max(k) + 1, B) table, built on first use, serves every method.
+    In float32 with thousands of tokens, entropies lose digits if k is near N or scores span hundreds.
 
     Args:
         theta: scores, float (B..., N); half precision is raised to float32. A score of -inf masks its token.

@@ -1,6 +1,6 @@
 """Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
 
-Importing this package registers ``GRIP/TokenSelection-v0``; anything heavier than Gymnasium loads at first use.
+Importing this package registers ``GRIP/TokenSelection-v0``. What is heavier than Gymnasium loads when used.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
@@ -35,8 +35,10 @@ class Config:
     """Optimizer steps of the language stage."""
     language_batch: int = 32
     """Pictures per step of the language stage, ten questions each."""
-    language_learning_rate: float = 1.5e-3
+    language_learning_rate: float = 1e-3
     """Peak learning rate of the language stage."""
+    easy_steps: int = 600
+    """First steps of the language stage, which show mostly the best patches of all objects."""
     drop: float = 0.35
     """Share of the language stage's steps that show only a subset of the visual tokens."""
     test_examples: int = 3000
@@ -117,7 +119,7 @@ def main(config: Config) -> None:
     model = build_model(tokenizer)
     head = DenseHead(tokenizer)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    words = model.get_input_embeddings()
+    words: Any = model.get_input_embeddings()
 
     def dense_loss(step: int) -> dict[str, torch.Tensor]:
         batch = DenseBatch.draw(config.vision_batch, step)
@@ -151,13 +153,13 @@ def main(config: Config) -> None:
         for shape in SHAPES:
             source, target = (tokenizer.encode(f" {word}")[0] for word in (shape, plural(shape)))
             words.weight[target] = words.weight[source]
-    stage = LanguageStage(model, tokenizer, batch=config.language_batch, drop=config.drop)
+    stage = LanguageStage(model, tokenizer, batch=config.language_batch, drop=config.drop, easy_steps=config.easy_steps)
 
     def export(folder: Path) -> None:
         """Write the model in half precision; readers get it back in the precision they ask for."""
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        half = build_model(tokenizer).to(torch.float16)
+        half = build_model(tokenizer).half()
         half.load_state_dict({key: value.half() for key, value in model.state_dict().items()})
         half.set_attn_implementation("sdpa")
         half.save_pretrained(part)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from grip_env.tasks.base import Task
     from grip_env.vlms.base import Encoded, FrozenVLM
 
-__all__ = ["ALL_TOKENS", "AGENT", "BUDGETS", "Comparison", "WARMUP", "compare", "draw_curve", "draw_gallery"]
+__all__ = ["AGENT", "ALL_TOKENS", "BUDGETS", "WARMUP", "Comparison", "compare", "draw_curve", "draw_gallery"]
 
 BUDGETS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of tokens the reports look at."""
@@ -65,7 +65,7 @@ class Comparison:
                 lines.append(f"| {method} | {values} |")
         gaps = [self.gap_closed(AGENT, budget) for budget in budgets] if AGENT in self.cells else []
         if any(gap is not None for gap in gaps):
-            shown = " | ".join("–" if gap is None else f"{gap:.0%}" for gap in gaps)
+            shown = " | ".join("-" if gap is None else f"{gap:.0%}" for gap in gaps)
             lines += ["", f"Gap between random and oracle log-likelihood closed by {AGENT}:", "", head, rule]
             lines.append(f"| {AGENT} | {shown} |")
         return "\n".join(lines)

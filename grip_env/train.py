@@ -15,9 +15,7 @@ check_agents_package()
 from agents.grpo import GRPO, GRPOConfig, Metrics  # noqa: E402  (the check above explains a failing import)
 
 if TYPE_CHECKING:
-    from agents.base import Selector
-    from agents.scorer import Scorer
-    from grip_env.vlms.huggingface import HuggingFaceVLM
+    pass
 
 __all__ = ["Config", "main", "train"]
 

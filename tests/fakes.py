@@ -15,10 +15,10 @@ WIDTH = 8
 
 
 class FakeVLM:
-    """Answers by how much of the relevant tokens it sees: log-likelihood -2 with none of them, -0.1 with all.
+    """Answers by the share of relevant tokens it sees: log-likelihood -2 with none, -0.1 with all.
 
-    Every other token kept costs a little, so that selections of one size differ and are easy to score by hand
-    (see :func:`expected_log_likelihood`). Tokens are the mean colours of the cells of a ``side`` x ``side`` grid.
+    Every other token kept costs a little, so that selections of one size differ and are easy to score
+    by hand (see :func:`expected_log_likelihood`). Tokens are the mean colours of the cells of a grid.
 
     Args:
         side: Cells along each side of the grid; N = side * side.
@@ -65,9 +65,7 @@ class FakeVLM:
 
     def _colours(self, image: np.ndarray) -> torch.Tensor:
         height, width = image.shape[0] // self.side, image.shape[1] // self.side
-        cells = image[: height * self.side, : width * self.side].reshape(
-            self.side, height, self.side, width, 3
-        )
+        cells = image[: height * self.side, : width * self.side].reshape(self.side, height, self.side, width, 3)
         return torch.from_numpy(cells.mean((1, 3), dtype=np.float64).reshape(-1, 3) / 255).float()
 
     def score(self, encoded: Encoded, selection: torch.Tensor) -> Scores:
@@ -90,9 +88,7 @@ class FakeVLM:
         share = (selection & relevant).sum(-1) / relevant.sum(-1).clamp_min(1)
         return -2.0 + 1.9 * share - 0.001 * (selection & ~relevant).sum(-1)
 
-    def generate(
-        self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16
-    ) -> list[list[str]]:
+    def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
         right = self.score(encoded, selection).correct.tolist()
         return [
             [example.answer if good else "?" for good in row]

@@ -146,9 +146,7 @@ class SelectionRules:
         budget = stream.next_budget() if fixed_budget is None else fixed_budget
         return stream.next_index() if fixed_index is None else fixed_index, budget
 
-    def advance(
-        self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()
-    ) -> list[Episode]:
+    def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
         """End some episodes and begin others: at most one call of the encoder, one of the language model.
 
         Args:

@@ -85,9 +85,7 @@ def resolve_reward(reward: str | Reward) -> Reward:
     """
     if isinstance(reward, str):
         if reward not in REWARDS:
-            raise ValueError(
-                f"unknown reward {reward!r}: choose one of {', '.join(REWARDS)}, or pass a Reward object"
-            )
+            raise ValueError(f"unknown reward {reward!r}: choose one of {', '.join(REWARDS)}, or pass a Reward object")
         return REWARDS[reward]()
     if isinstance(reward, type) or not callable(reward):
         raise TypeError(

@@ -24,18 +24,14 @@ def check_budget(budget: Budget) -> Budget:
     """
     shares = [float(share) for share in budget] if isinstance(budget, Sequence) else [float(budget)]
     if not shares:
-        raise ValueError(
-            "the list of budgets is empty: give at least one share of the tokens, such as [0.05, 0.1]"
-        )
+        raise ValueError("the list of budgets is empty: give at least one share of the tokens, such as [0.05, 0.1]")
     for share in shares:
         if not 0.0 < share <= 1.0:
             raise ValueError(f"a budget is a share of the visual tokens in (0, 1]; got {share:g}")
     if not isinstance(budget, tuple):
         return shares if isinstance(budget, Sequence) else shares[0]
     if len(shares) != 2 or shares[0] > shares[1]:
-        raise ValueError(
-            f"a tuple of budgets is a range (low, high); got {budget!r}: pass a list for several budgets"
-        )
+        raise ValueError(f"a tuple of budgets is a range (low, high); got {budget!r}: pass a list for several budgets")
     return shares[0], shares[1]
 
 

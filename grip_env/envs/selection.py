@@ -201,9 +201,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         if self._episode is None:
             raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
         if self.render_mode is None:
-            gymnasium.logger.warn(
-                "render() draws nothing without a render_mode: pass render_mode='rgb_array'"
-            )
+            gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
             return None
         picture = draw_episode(self._episode)
         if self.render_mode == "rgb_array":
@@ -223,9 +221,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         axes.imshow(picture)
         canvas = self._window.canvas
         canvas.draw()
-        if (
-            canvas.required_interactive_framework is not None
-        ):  # a backend that draws to memory has no window to raise
+        if canvas.required_interactive_framework is not None:  # a backend that draws to memory has no window to raise
             self._window.show()
             canvas.flush_events()
 

@@ -88,9 +88,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(
-                f"max_episode_steps must be at least 1, the length of an episode; got {max_episode_steps}"
-            )
+            raise ValueError(f"max_episode_steps must be at least 1, the length of an episode; got {max_episode_steps}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
         self.rules = SelectionRules(
@@ -155,9 +153,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._episodes = self.rules.advance(requests=self._requests(options))
         return self._observe(), self._start_infos({})
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Decide in every episode and begin the next ones.
 
         Args:
@@ -184,9 +180,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what the last step decided in each instance (after a reset: the new episodes)."""
         if self.render_mode is None:
-            gymnasium.logger.warn(
-                "render() draws nothing without a render_mode: pass render_mode='rgb_array'"
-            )
+            gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
             return None
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes to draw; call reset() before render()")
@@ -194,9 +188,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def _requests(self, options: dict[str, Any] | None = None) -> list[tuple[int, float]]:
         shared = dict(options or {})
-        lists = {
-            key: shared.pop(key) for key in list(shared) if isinstance(shared[key], Sequence | np.ndarray)
-        }
+        lists = {key: shared.pop(key) for key in list(shared) if isinstance(shared[key], Sequence | np.ndarray)}
         for key, values in lists.items():
             if len(values) != self.num_envs:
                 raise ValueError(
@@ -204,11 +196,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                     "give one for each, or a single value for all"
                 )
         own = [shared | {key: values[i] for key, values in lists.items()} for i in range(self.num_envs)]
-        return [
-            self.rules.request(stream, fixed)
-            for stream, fixed in zip(self._streams, own, strict=True)
-            if stream
-        ]
+        return [self.rules.request(stream, fixed) for stream, fixed in zip(self._streams, own, strict=True) if stream]
 
     def _observe(self) -> Observation:
         rows = [self.rules.observe(episode) for episode in self._episodes]

@@ -1,0 +1,1 @@
+"""Sources of examples: images with questions and answers."""

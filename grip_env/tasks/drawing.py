@@ -7,7 +7,7 @@ a handful of small array operations, so that drawing never becomes the slow part
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -67,7 +67,7 @@ def _rotate(points: list[tuple[float, float]], angle: float) -> list[tuple[float
     return [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(kind: str, size: int, variant: int) -> np.ndarray:
     """Return the opacity mask of one sprite.
 
@@ -136,7 +136,7 @@ def sprite(kind: str, size: int, variant: int) -> np.ndarray:
     return mask
 
 
-@lru_cache(maxsize=None)
+@cache
 def card_masks(digit: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the opacity of a card and of the digit on it, each float32 (size, size, 1) in [0, 1]."""
     side = size * _OVERSAMPLE
@@ -153,7 +153,7 @@ def card_masks(digit: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return card, ink
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ramp(side: int) -> np.ndarray:
     return np.arange(side, dtype=np.float32) / side
 

@@ -222,12 +222,14 @@ def _contents(rng: random.Random) -> list[Thing]:
 
 def _bucket(things: list[Thing]) -> int:
     """Return the bucket of a scene: a digest of what questions can ask about, whatever its places and texture."""
-    named = sorted(f"{thing.kind} {thing.colour} {thing.digit}" for thing in things if thing.kind not in drawing.DECORATIONS)
+    named = sorted(
+        f"{thing.kind} {thing.colour} {thing.digit}" for thing in things if thing.kind not in drawing.DECORATIONS
+    )
     return hashlib.blake2b("|".join(named).encode(), digest_size=4).digest()[0] % _BUCKET_COUNT
 
 
 def _arrange(things: list[Thing], rng: random.Random) -> list[Thing] | None:
-    """Give every object a place of its own; decorations that find none are left out. ``None`` if an object finds none."""
+    """Give every object a place of its own; ``None`` if there is no room. Decorations may be left out."""
     placed: list[Thing] = []
     boxes: list[tuple[int, int, int]] = []
     for thing in things:

@@ -94,9 +94,7 @@ class Scores:
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
         """Join the scores of several batches."""
-        return Scores(
-            torch.cat([part.log_likelihood for part in parts]), torch.cat([part.correct for part in parts])
-        )
+        return Scores(torch.cat([part.log_likelihood for part in parts]), torch.cat([part.correct for part in parts]))
 
 
 @runtime_checkable

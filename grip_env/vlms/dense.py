@@ -1,6 +1,6 @@
-"""First stage of pre-training: a vision tower whose every token says what its patch shows, in the words of the tokenizer.
+"""First stage of pre-training: a vision tower whose every token says what its patch shows.
 
-Each projected token is trained to point at the embeddings of the words for what covers its patch (a dense form of
+Each projected token is trained to point at the tokenizer's words for what covers its patch (a dense form of
 contrastive image-text training), and to give its row and column. The tower is frozen afterwards: tokens stay local.
 """
 

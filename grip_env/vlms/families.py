@@ -16,9 +16,7 @@ class Family(Protocol):
         """Return the id that stands for a visual token in ``input_ids``."""
         ...
 
-    def features(
-        self, model: Any, pixels: dict[str, torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def features(self, model: Any, pixels: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return, for each image, its projected tokens (N, D) and their centres (N, 2) in [0, 1]."""
         ...
 
@@ -34,9 +32,7 @@ class LlavaFamily:
         """Return the placeholder's id."""
         return int(config.image_token_id)
 
-    def features(
-        self, model: Any, pixels: dict[str, torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def features(self, model: Any, pixels: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return projected tokens and their centres."""
         output = model.model.get_image_features(pixel_values=pixels["pixel_values"].to(model.dtype), return_dict=True)
         patch = model.config.vision_config.patch_size

@@ -80,7 +80,11 @@ class HuggingFaceVLM:
             raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
         processor = AutoProcessor.from_pretrained(path, backend="pil")
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        return cls(model.to(device), processor, folder.name, positions, token_budget)
+        return cls(model.to(device=device), processor, folder.name, positions, token_budget)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
+        """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
+        return self
 
     @property
     def width(self) -> int:
@@ -113,7 +117,9 @@ class HuggingFaceVLM:
         images = [example.image for example in examples]
         return dict(self.processor.image_processor(images=images, return_tensors="pt").to(self.device))
 
-    def _ids(self, prompts: list[str], answers: list[str], placeholders: list[int]) -> tuple[list[list[int]], list[int]]:
+    def _ids(
+        self, prompts: list[str], answers: list[str], placeholders: list[int]
+    ) -> tuple[list[list[int]], list[int]]:
         """Tokenize prompts and answers; each image placeholder is repeated once per visual token."""
         tokenizer = self.processor.tokenizer
         # as processors do: a template that writes the first token itself must not get it twice
@@ -273,7 +279,7 @@ class HuggingFaceVLM:
             input_ids=ids,
             attention_mask=mask.long(),  # explicit: without it, gapped positions are read as packed sequences
             position_ids=places,
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[kept])} if len(kept) else None,
+            mm_encoder_outputs={"image": _features(kept)} if len(kept) else None,
             use_cache=False,
             logits_to_keep=ids.shape[1] - first,
         )
@@ -293,7 +299,7 @@ class HuggingFaceVLM:
             for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
                 ids, mask, places = self._compact(encoded, stays[rows], example[rows])
                 kept = encoded.tokens[example[rows]][flat[rows] & encoded.token_mask[example[rows]]]
-                more = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[kept])}}
+                more = {"mm_encoder_outputs": {"image": _features(kept)}}
                 output = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask.long(),
@@ -321,6 +327,11 @@ class HuggingFaceVLM:
         rows = self.family.cls_attention(self.model, self._pixels(encoded.examples))
         padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
+
+
+def _features(kept: torch.Tensor) -> BaseModelOutputWithPooling:
+    """Wrap kept tokens (all rows' together, in order) as an encoder's output; models want a list of tensors."""
+    return BaseModelOutputWithPooling(pooler_output=[kept])  # type: ignore[arg-type]
 
 
 def _mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,18 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from grip_env.tasks.scenes import CHOICES, FAMILIES, GRID, Question, Scene
+from grip_env.tasks.scenes import CHOICES, FAMILIES, GRID, Question, Scene, plural
 from grip_env.vlms.dense import draw_scenes, normalise, vision_tokens
 
-__all__ = ["FAMILY_WEIGHTS", "EncodedScenes", "QuestionPacker", "forward_packed", "random_subset"]
+__all__ = [
+    "FAMILY_WEIGHTS",
+    "EncodedScenes",
+    "LanguageStage",
+    "QuestionPacker",
+    "captions",
+    "forward_packed",
+    "random_subset",
+]
 
 TOKENS = GRID * GRID
 FAMILY_WEIGHTS = {"existence": 1.5, "color": 1.0, "counting": 2.0, "reading": 1.0, "shape": 1.0, "relation": 2.5}
@@ -28,11 +36,16 @@ FAMILY_WEIGHTS = {"existence": 1.5, "color": 1.0, "counting": 2.0, "reading": 1.
 
 @dataclass
 class EncodedScenes:
-    """Scenes with the tower's features (S, N, width), and which thing each patch shows (S, N), -1 for none."""
+    """Scenes after the tower.
+
+    ``features`` (S, N, width); ``owners`` (S, N): which thing each patch shows, -1 for none; ``grades`` (S, N): the
+    relevance of each patch if every object were asked for.
+    """
 
     scenes: list[Scene]
     features: torch.Tensor
     owners: torch.Tensor
+    grades: torch.Tensor
 
     @classmethod
     @torch.no_grad()
@@ -40,23 +53,40 @@ class EncodedScenes:
         """Draw scenes of the training split and run the frozen tower over them."""
         scenes = draw_scenes(count, seed)
         features, owners = [], np.full((count, TOKENS), -1)
+        grades = np.zeros((count, TOKENS), dtype=np.float32)
         for start in range(0, count, 128):
             pixels = normalise(np.stack([scene.draw() for scene in scenes[start : start + 128]]))
             features.append(vision_tokens(model, pixels)[0])
         for row, scene in enumerate(scenes):
             cover = np.stack([scene.coverage(index).reshape(-1) for index in range(len(scene.things))])
             owners[row] = np.where(cover.max(0) >= 0.15, cover.argmax(0), -1)
-        return cls(scenes, torch.cat(features), torch.from_numpy(owners))
+            objects = [index for index, thing in enumerate(scene.things) if thing.is_shape or thing.digit is not None]
+            grades[row] = scene.relevance(tuple(objects)).reshape(-1)
+        return cls(scenes, torch.cat(features), torch.from_numpy(owners), torch.from_numpy(grades))
 
 
-def random_subset(owners: torch.Tensor, kept: int, by_object: bool, generator: torch.Generator) -> torch.Tensor:
-    """Choose ``kept`` tokens of each row: uniformly, or whole objects first. Returns sorted indices (B, kept)."""
-    noise = torch.rand(owners.shape, generator=generator)
-    if by_object:
+def random_subset(
+    pool: EncodedScenes, rows: torch.Tensor, kept: int, kind: str, generator: torch.Generator
+) -> torch.Tensor:
+    """Choose ``kept`` tokens of each scene in ``rows`` (B,). Returns sorted indices (B, kept).
+
+    Args:
+        pool: The scenes.
+        rows: Which of them.
+        kept: How many tokens.
+        kind: "uniform", "objects" (a random few things whole, the rest at random), or "anchors" (the best patches of
+            all objects first: little is shown but every question can be answered).
+        generator: Source of randomness.
+    """
+    owners = pool.owners[rows]
+    score = torch.rand(owners.shape, generator=generator)
+    if kind == "objects":
         luck = torch.rand((owners.shape[0], int(owners.max()) + 2), generator=generator)
         luck[:, 0] = 0  # patches that show nothing
-        noise = noise * 0.3 + luck.gather(1, owners + 1)
-    return noise.topk(kept, 1).indices.sort(1).values
+        score = score * 0.3 + luck.gather(1, owners + 1)
+    elif kind == "anchors":
+        score = score * 0.5 + pool.grades[rows]
+    return score.topk(kept, 1).indices.sort(1).values
 
 
 class QuestionPacker:
@@ -71,7 +101,7 @@ class QuestionPacker:
         """Return the ids of prompt, answer and end, and where the answer starts."""
         key = (question.text, question.answer)
         if key not in self._cache:
-            prompt = self.tokenizer.encode(f"\n{question.text} answer:")
+            prompt = self.tokenizer.encode(f"\n{question.text}" + ("" if question.family == "caption" else " answer:"))
             answer = self.tokenizer.encode(f" {question.answer}")
             self._cache[key] = ([*prompt, *answer, self.eos], len(prompt))
         return self._cache[key]
@@ -80,7 +110,10 @@ class QuestionPacker:
         """Return ids, positions (from 0), segment (-1 is padding) and targets (-100 where none), each (B, T)."""
         rows = []
         for asked in questions:
-            ids, positions, segments, targets = [], [], [], []
+            ids: list[int] = []
+            positions: list[int] = []
+            segments: list[int] = []
+            targets: list[int] = []
             for number, question in enumerate(asked):
                 tokens, start = self.encode(question)
                 ids += tokens[:-1]
@@ -107,6 +140,23 @@ class QuestionPacker:
             if possible:
                 asked.append(rng.choice(possible))
         return asked
+
+
+def captions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
+    """Draw short captions to complete, such as " star" with "red": the answer follows the word that names the object.
+
+    They teach words to find their patches in one step; questions, which need several, learn from there.
+    """
+    found = []
+    for kind in scene.questions("color"):
+        found.append(Question("caption", " " + scene.things[kind.about[0]].kind, kind.answer, kind.about))
+    for shape in scene.questions("shape"):
+        found.append(Question("caption", " " + scene.things[shape.about[0]].colour, shape.answer, shape.about))
+    for card in scene.questions("reading"):
+        found.append(Question("caption", f" {scene.things[card.about[0]].colour} card", card.answer, card.about))
+    for group in scene.questions("counting"):
+        found.append(Question("caption", " " + plural(scene.things[group.about[0]].kind), group.answer, group.about))
+    return [rng.choice(found) for _ in range(count)]
 
 
 def forward_packed(
@@ -158,9 +208,11 @@ class LanguageStage:
         tokenizer: Its tokenizer.
         batch: Pictures per step.
         questions: Questions per picture.
+        captions: Captions to complete per picture.
         chunk: Pictures drawn and encoded at a time.
         reuse: How often each picture of a chunk is shown, each time with new questions.
         drop: Share of the steps that show only a subset of the visual tokens.
+        easy_steps: The first steps show mostly the best patches of all objects, more of them as time goes on.
     """
 
     def __init__(
@@ -169,11 +221,14 @@ class LanguageStage:
         tokenizer: PreTrainedTokenizerFast,
         batch: int = 32,
         questions: int = 10,
+        captions: int = 6,
         chunk: int = 2048,
         reuse: int = 4,
         drop: float = 0.35,
+        easy_steps: int = 600,
     ) -> None:
         self.model, self.packer = model, QuestionPacker(tokenizer)
+        self.easy_steps, self.captions = easy_steps, captions
         self.batch, self.questions, self.chunk, self.reuse, self.drop = batch, questions, chunk, reuse, drop
         self._steps_per_chunk = chunk * reuse // batch
         self._current: tuple[int, EncodedScenes] | None = None
@@ -189,11 +244,17 @@ class LanguageStage:
         epoch, place = divmod(inside * self.batch, self.chunk)
         order = torch.randperm(self.chunk, generator=torch.Generator().manual_seed(epoch))
         rows = order[place : place + self.batch]
-        asked = [self.packer.sample(pool.scenes[row], self.questions, rng) for row in rows.tolist()]
+        asked = [
+            self.packer.sample(pool.scenes[row], self.questions, rng) + captions(pool.scenes[row], self.captions, rng)
+            for row in rows.tolist()
+        ]
         kept = None
-        if rng.random() < self.drop:
+        if step < self.easy_steps and rng.random() < 0.8:
+            most = 24 + round(120 * step / self.easy_steps)
+            kept = random_subset(pool, rows, rng.randint(16, most), "anchors", generator)
+        elif rng.random() < self.drop:
             count = round(math.exp(rng.uniform(math.log(5), math.log(120))))
-            kept = random_subset(pool.owners[rows], count, rng.random() < 0.5, generator)
+            kept = random_subset(pool, rows, count, rng.choice(("uniform", "objects")), generator)
         logits, targets = forward_packed(
             self.model, pool.features[rows], self.packer.pack(asked), self.packer.bos, kept
         )

@@ -40,9 +40,7 @@ def test_every_quantity_matches_enumeration(n: int, k: int, scale: float) -> Non
     p = log_p.exp()
     dist = KSubset(theta, k)
     torch.testing.assert_close(dist.log_prob(subsets), log_p, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(
-        dist.log_prob(subsets).logsumexp(0), torch.zeros(()).double(), atol=1e-10, rtol=0
-    )
+    torch.testing.assert_close(dist.log_prob(subsets).logsumexp(0), torch.zeros(()).double(), atol=1e-10, rtol=0)
     log_z = torch.where(subsets, theta, 0.0).sum(-1).logsumexp(0)
     torch.testing.assert_close(dist.log_partition, log_z, rtol=1e-10, atol=1e-10)
     marginals = p @ subsets.double()
@@ -255,8 +253,7 @@ def test_masking_equals_removing_tokens(how: str) -> None:
     theta, other = scores(9), scores(9, seed=1)
     mask = torch.tensor([True, False, True, True, False, True, True, False, True])
     padded, padded_other = (
-        KSubset(t, 3, mask) if how == "mask" else KSubset(t.masked_fill(~mask, -torch.inf), 3)
-        for t in (theta, other)
+        KSubset(t, 3, mask) if how == "mask" else KSubset(t.masked_fill(~mask, -torch.inf), 3) for t in (theta, other)
     )
     removed = KSubset(theta[mask], 3)
     x = padded.sample((50,))
@@ -290,9 +287,7 @@ def test_kl_is_infinite_where_only_the_second_masks() -> None:
 
 def test_log_prob_outside_the_support() -> None:
     mask = torch.tensor([True, True, True, False])
-    values = torch.tensor(
-        [[True, True, False, False], [True, False, False, False], [True, False, False, True]]
-    )
+    values = torch.tensor([[True, True, False, False], [True, False, False, False], [True, False, False, True]])
     theta = torch.zeros(4, requires_grad=True)
     log_p = KSubset(theta, 2, mask, validate_args=False).log_prob(values)
     torch.testing.assert_close(log_p.exp(), torch.tensor([1 / 3, 0, 0]))

@@ -1,0 +1,59 @@
+"""A policy of your own, trained with REINFORCE through the environment and compared with the baselines.
+
+Run with ``python examples/own_policy.py [steps]`` (default 150, about two minutes on two CPU cores).
+"""
+
+import sys
+
+import gymnasium
+import numpy as np
+import torch
+
+import grip_env
+from agents.base import PolicySelector
+from agents.heuristics import BASELINES
+from agents.subset import KSubset
+from grip_env.report import compare
+
+
+class Matcher(torch.nn.Module):
+    """Scores a token by how well it matches the best-matching word of the question."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token, self.word = torch.nn.Linear(width, 32), torch.nn.Linear(width, 32)
+
+    def forward(self, seen: dict[str, np.ndarray]) -> torch.Tensor:
+        match = self.token(torch.as_tensor(seen["tokens"])) @ self.word(torch.as_tensor(seen["question"])).mT
+        return match.masked_fill(torch.as_tensor(seen["question_mask"])[..., None, :] == 0, -30).logsumexp(-1)
+
+    def select(self, seen: dict[str, np.ndarray]) -> np.ndarray:
+        """All that grip_env asks of a policy: a bool mask over the tokens."""
+        scores = self(seen).detach().numpy()
+        kept = round(float(seen["budget"][0]) * len(scores))
+        return np.isin(np.arange(len(scores)), scores.argsort()[-kept:])
+
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 150
+torch.manual_seed(0)
+vlm, task = grip_env.load_vlm("tiny"), grip_env.SceneTask()
+envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=64, vlm=vlm, task=task, budget=0.1)
+policy = Matcher(vlm.width)
+optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+seen, _ = envs.reset(seed=0)
+for step in range(steps):
+    kept = torch.as_tensor(seen["budget"][:, 0] * seen["token_mask"].sum(1)).round().long()
+    subsets = KSubset(policy(seen), kept)
+    action = subsets.sample()
+    log_prob = subsets.log_prob(action)
+    seen, reward, *_ = envs.step(action.numpy().astype(np.int8))
+    advantage = torch.as_tensor(reward - reward.mean()).float()
+    loss = -(advantage * log_prob).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step % 25 == 0:
+        print(f"step {step}: reward {reward.mean():.3f}")
+
+methods = {"my policy": PolicySelector(policy), "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
+print(compare(vlm, task, methods, split="validation", examples=96, budgets=(0.05, 0.1, 0.2)).markdown())

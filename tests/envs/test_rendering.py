@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from grip_env.envs.rendering import Panel, draw_selection, gallery
+from grip_env.envs.selection import TokenSelectionEnv
+from tests.fakes import FakeTask, FakeVLM
+
+
+def grid(rows: int, columns: int) -> np.ndarray:
+    """Return the centres of a grid's cells, (rows * columns, 2)."""
+    down, across = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    return np.stack(np.meshgrid(down, across, indexing="ij"), -1).reshape(-1, 2)
+
+
+IMAGE = np.full((96, 96, 3), (180, 90, 60), dtype=np.uint8)
+
+
+def test_kept_cells_keep_their_pixels_and_dropped_ones_are_dimmer_and_greyer() -> None:
+    selection = np.zeros(144, dtype=bool)
+    selection[[0, 77]] = True
+    drawn = draw_selection(IMAGE, grid(12, 12), selection).astype(float)
+    assert drawn.shape == (480, 480, 3)
+    cells = drawn.reshape(12, 40, 12, 40, 3).swapaxes(1, 2).reshape(144, 40, 40, 3)
+    assert (cells[selection] == IMAGE[0, 0]).all()
+    dropped = np.median(cells[~selection], (1, 2))
+    assert (dropped.max(-1) < 0.6 * IMAGE.max()).all()
+    spread = np.ptp(dropped, -1) / dropped.max(-1)
+    assert (spread < 0.5 * np.ptp(IMAGE[0, 0].astype(float)) / IMAGE.max()).all()
+
+
+def test_a_light_rim_surrounds_kept_cells() -> None:
+    selection = np.zeros(144, dtype=bool)
+    selection[77] = True  # row 6, column 5
+    drawn = draw_selection(IMAGE, grid(12, 12), selection)
+    assert drawn[239, 220].min() > 180
+    assert drawn[260, 199].min() > 180
+    assert drawn[230, 220].max() < 120
+
+
+def test_without_a_selection_or_with_all_kept_the_image_is_untouched() -> None:
+    enlarged = np.repeat(np.repeat(IMAGE, 5, 0), 5, 1)
+    assert (draw_selection(IMAGE, grid(12, 12)) == enlarged).all()
+    assert (draw_selection(IMAGE, grid(12, 12), np.ones(144, dtype=bool)) == enlarged).all()
+
+
+def test_nothing_kept_dims_everything() -> None:
+    drawn = draw_selection(IMAGE, grid(12, 12), np.zeros(144, dtype=bool))
+    assert drawn.max() < 0.6 * IMAGE.max()
+
+
+def test_relevant_cells_are_marked_inside_only() -> None:
+    relevant = np.zeros(144, dtype=bool)
+    relevant[77] = True
+    plain, marked = (
+        draw_selection(IMAGE, grid(12, 12)),
+        draw_selection(IMAGE, grid(12, 12), relevant=relevant),
+    )
+    changed = np.argwhere((plain != marked).any(-1))
+    assert len(changed) > 0
+    assert changed.min(0).tolist() >= [240, 200]
+    assert changed.max(0).tolist() <= [279, 239]
+    assert len(changed) < 0.1 * 40 * 40
+
+
+@pytest.mark.parametrize(("shape", "rows", "columns"), [((600, 900), 16, 24), ((20, 31), 4, 1), ((7, 480), 1, 6)])
+def test_any_image_size_and_any_grid(shape: tuple[int, int], rows: int, columns: int) -> None:
+    image = np.full((*shape, 3), 200, dtype=np.uint8)
+    selection = np.zeros(rows * columns, dtype=bool)
+    selection[-1] = True
+    drawn = draw_selection(image, grid(rows, columns), selection)
+    assert 400 <= max(drawn.shape[:2]) <= 520
+    assert drawn[-1, -1].tolist() == [200, 200, 200]
+    bright = (drawn == 200).all(-1).mean()
+    assert bright == pytest.approx(1 / (rows * columns), rel=0.25)
+
+
+def test_text_goes_below_and_long_text_is_wrapped_not_cut() -> None:
+    plain = draw_selection(IMAGE, grid(12, 12))
+    short = draw_selection(IMAGE, grid(12, 12), lines=["why?"])
+    long = draw_selection(IMAGE, grid(12, 12), lines=["why does this take so very many words to ask? " * 3])
+    assert (short[:480] == plain).all()
+    assert short.shape[1] == long.shape[1] == 480
+    assert long.shape[0] > short.shape[0] > 480
+    assert short[480:].min() < 100  # there is ink
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        draw_selection(IMAGE / 255, grid(12, 12))
+    with pytest.raises(ValueError, match=r"selection must have shape \(144,\).*\(3,\)"):
+        draw_selection(IMAGE, grid(12, 12), np.ones(3, dtype=bool))
+
+
+def test_gallery_places_pictures_in_a_grid() -> None:
+    red, blue = np.zeros((30, 30, 3), np.uint8), np.zeros((30, 30, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    sheet = gallery([[red, blue], [Panel(blue, "caption"), None]], size=100)
+    assert sheet.dtype == np.uint8
+    is_red, is_blue = (sheet == (255, 0, 0)).all(-1), (sheet == (0, 0, 255)).all(-1)
+    assert is_red.sum() == 100 * 100
+    assert is_blue.sum() == 2 * 100 * 100
+    red_row, red_column = np.argwhere(is_red).min(0)
+    assert is_blue[red_row, red_column + 100 :].sum() == 100  # to the right of red
+    assert is_blue[red_row + 100 :, red_column].sum() == 100  # and below it
+
+
+def test_gallery_labels_make_room_for_themselves() -> None:
+    pictures: list[list[Any]] = [[IMAGE, IMAGE]]
+    bare = gallery(pictures, size=120)
+    labelled = gallery(pictures, ["family"], ["5%", "10%"], title="Title", note="note " * 40, size=120)
+    assert labelled.shape[0] > bare.shape[0]
+    assert labelled.shape[1] > bare.shape[1]
+    with pytest.raises(ValueError, match="1 labels for 2 columns"):
+        gallery(pictures, columns=["5%"])
+    with pytest.raises(ValueError, match="at least one picture"):
+        gallery([[None]])
+
+
+# -- through the environment -----------------------------------------------------------------------------
+
+
+def make(render_mode: Any) -> TokenSelectionEnv:
+    return TokenSelectionEnv(vlm=FakeVLM(), task=FakeTask(), budget=0.25, action_mode="scores", render_mode=render_mode)
+
+
+def test_rgb_array_shows_the_plain_image_first_and_the_selection_after_the_step() -> None:
+    env = make("rgb_array")
+    env.reset(seed=0)
+    before = env.render()
+    _, _, _, _, info = env.step(np.arange(16.0))
+    after = env.render()
+    assert before is not None
+    assert after is not None
+    assert before.dtype == after.dtype == np.uint8
+    assert before.shape[1:] == after.shape[1:] == (480, 3)
+    assert before.shape[0] > 480
+    cells = after[:480].reshape(4, 120, 4, 120, 3).mean((1, 3, 4)).reshape(16)
+    plain = before[:480].reshape(4, 120, 4, 120, 3).mean((1, 3, 4)).reshape(16)
+    kept = np.isin(np.arange(16), info["kept"])
+    assert (cells[:8] < plain[:8]).all()  # row 2 has the rim of the kept row
+    assert (np.abs(cells - plain)[kept] < 5).all()  # but for dots
+
+
+def test_human_mode_draws_without_a_display_and_without_a_warning() -> None:
+    matplotlib.use("Agg", force=True)
+    from matplotlib import pyplot
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = make("human")
+        for seed in range(2):
+            env.reset(seed=seed)
+            env.step(np.arange(16.0))
+        assert env.render() is None
+        assert len(pyplot.get_fignums()) == 1
+        env.close()
+        env.close()
+    assert pyplot.get_fignums() == []
+
+
+def test_render_without_a_mode_warns_and_unknown_modes_are_refused() -> None:
+    env = make(None)
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match="render_mode"):
+        assert env.render() is None
+    with pytest.raises(ValueError, match="ascii"):
+        make("ascii")
