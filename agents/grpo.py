@@ -151,9 +151,11 @@ class GRPO:
         yield from self._optimise()
 
     def draw_counts(self, encoded: Encoded) -> torch.Tensor:
-        """Draw a subset size for each example, log-uniform over the budgets: long (B,)."""
+        """Draw a subset size for each example, long (B,): log-uniform over the budgets, spread evenly in a batch."""
         low, high = math.log(self.config.min_budget), math.log(self.config.max_budget)
-        budget = (low + (high - low) * torch.rand(len(encoded), generator=self._generator)).exp()
+        count = len(encoded)
+        place = torch.randperm(count, generator=self._generator) + torch.rand(count, generator=self._generator)
+        budget = (low + (high - low) * place / count).exp()
         return (encoded.token_mask.sum(1) * budget.to(encoded.tokens.device)).round().long().clamp_min(1)
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
@@ -221,7 +223,7 @@ class GRPO:
             with torch.no_grad():
                 entropy = float((policy.entropy() / kept).mean())
             spread = reward.std(1)
-            small = kept <= kept.float().quantile(0.25)
+            small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
             yield Metrics(
                 "grpo",
                 step,

@@ -160,19 +160,19 @@ def _ramp(side: int) -> np.ndarray:
 
 def background(rng: np.random.Generator, side: int) -> np.ndarray:
     """Draw a textured, nearly grey background: float32 (side, side, 3) in [0, 255]."""
-    base = rng.uniform(85, 165) + rng.uniform(-14, 14, 3).astype(np.float32)
+    base = rng.uniform(85, 165) + rng.uniform(-14, 14, 3)
     cells = rng.integers(-16, 17, (8, 8)).astype(np.float32)
     step = side // 7 + 1
     top, left = rng.integers(0, step, 2)
     patches = cells.repeat(step, 0).repeat(step, 1)[top : top + side, left : left + side]
     fx, fy = rng.uniform(-60, 60, 2)
-    phase = rng.uniform(0, 2 * math.pi)
+    strength, phase = rng.uniform(0, 12), rng.uniform(0, 2 * math.pi)
     # sin(a + b) from two short vectors: a full-size sine would cost more than the rest of the scene
-    a, b = fx * _ramp(side) + phase, fy * _ramp(side)
-    stripes = np.outer(np.cos(b), np.sin(a)) + np.outer(np.sin(b), np.cos(a))
-    grain = rng.integers(0, 25, (side, side), dtype=np.uint8).astype(np.float32) - 12
-    light = patches + rng.uniform(0, 12) * stripes + grain
-    return (base + light[..., None]).astype(np.float32)
+    a, b = _ramp(side) * np.float32(fx) + np.float32(phase), _ramp(side) * np.float32(fy)
+    waves = np.stack([np.cos(b), np.sin(b)], 1) @ np.stack([np.sin(a), np.cos(a)])  # (side, side)
+    grain = np.frombuffer(rng.bytes(side * side), dtype=np.uint8).reshape(side, side) % np.uint8(25)
+    light = waves * np.float32(strength) + patches + grain  # grain's mean of 12 is taken off below
+    return light[..., None] + (base - 12).astype(np.float32)
 
 
 def composite(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, top: int, left: int) -> None:

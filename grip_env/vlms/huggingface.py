@@ -80,7 +80,7 @@ class HuggingFaceVLM:
             raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
         processor = AutoProcessor.from_pretrained(path, backend="pil")
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        return cls(model.to(device=device), processor, folder.name, positions, token_budget)
+        return cls(model.to(device), processor, folder.name, positions, token_budget)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grip_env.tasks.base import Example
+from grip_env.tasks.scenes import CHOICES, SceneTask
+from grip_env.vlms.building import build_model, build_processor
+from grip_env.vlms.huggingface import HuggingFaceVLM
+
+
+@pytest.fixture(scope="session")
+def random_vlm() -> HuggingFaceVLM:
+    """The embedded model before training; what it answers is wrong but depends on what it sees."""
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    model = build_model(tokenizer, seed=1)
+    words = sorted({word for answers in CHOICES.values() for word in answers})
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(8)  # so that pictures differ
+        embeddings = model.get_input_embeddings().weight
+        embeddings[tokenizer.encode(":")] *= 0.1  # else it repeats the end of the prompt
+        embeddings[[tokenizer.encode(f" {word}")[0] for word in words]] *= 2.5  # so that it says answers
+    return HuggingFaceVLM(model, processor, "random")
+
+
+@pytest.fixture(scope="session")
+def scene_examples() -> list[Example]:
+    """One example of each question family."""
+    task = SceneTask()
+    return [task.example("validation", index) for index in range(6)]
