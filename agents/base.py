@@ -47,7 +47,7 @@ def budget_to_count(encoded: Encoded, budget: float) -> torch.Tensor:
     """Return k = max(1, round(budget * real tokens)) for each example, long (B,)."""
     if not 0 < budget <= 1:
         raise ValueError(f"a budget is the share of tokens to keep, in (0, 1]; got {budget}")
-    return (encoded.token_mask.sum(1) * budget).round().long().clamp_min(1)
+    return (encoded.token_mask.sum(1).double() * budget).round().long().clamp_min(1)  # as Python rounds
 
 
 def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

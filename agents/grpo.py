@@ -119,8 +119,6 @@ class GRPO:
         config: Hyperparameters.
         reward: A reward's name or object.
         seed: Decides budgets and subsets.
-
-    >>> # for metrics in GRPO(vlm, pool, scorer, GRPOConfig()).train(): print(metrics.values)
     """
 
     def __init__(
@@ -138,6 +136,11 @@ class GRPO:
             )
         if config.group < 2:
             raise ValueError(f"a group needs at least 2 subsets to compare; got group={config.group}")
+        if config.instances > pool.size:
+            raise ValueError(
+                f"a step needs as many examples as the pool holds, at most; got instances={config.instances} and "
+                f"pool={pool.size}: choose a larger pool"
+            )
         if config.teacher not in TEACHERS:
             raise ValueError(f"unknown teacher {config.teacher!r}: choose one of {', '.join(TEACHERS)}")
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config

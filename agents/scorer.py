@@ -34,6 +34,19 @@ class ScorerConfig:
     """False hides the question: the agent then learns what matters whatever is asked."""
 
 
+def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
+    """Let queries start out matching keys of like content, and pass on what they find.
+
+    Tokens then find the words that name them in a fraction of the steps. After Trockman & Kolter, "Mimetic
+    initialization of self-attention layers", 2023.
+    """
+    width = attention.embed_dim
+    match, content = (nn.init.orthogonal_(torch.empty(width, width)) for _ in range(2))
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([match, match, 0.7 * content]))
+        attention.out_proj.weight.copy_(0.7 * content.T)
+
+
 class Scorer(nn.Module):
     """Maps visual tokens, question and budget to one score per token.
 
@@ -48,10 +61,10 @@ class Scorer(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.token_in = nn.Sequential(nn.LayerNorm(config.token_width), nn.Linear(config.token_width, width))
+        # visual tokens and words live in the language model's input space: one projection serves both
+        self.embed_in = nn.Sequential(nn.LayerNorm(config.token_width), nn.Linear(config.token_width, width))
         self.position_in = nn.Sequential(nn.Linear(2 * 2 * 6, width), nn.GELU(), nn.Linear(width, width))
         self.budget_in = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
-        self.question_in = nn.Sequential(nn.LayerNorm(config.token_width), nn.Linear(config.token_width, width))
         self.question_place = nn.Parameter(torch.randn(64, width) * 0.02)
         layer: dict[str, Any] = {
             "d_model": width,
@@ -66,6 +79,8 @@ class Scorer(nn.Module):
         self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(config.blocks))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         nn.init.zeros_(self.out[1].weight)  # type: ignore[arg-type]  # starts as uniform sampling
+        for block in self.blocks:
+            _match_and_pass_on(block.multihead_attn)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -92,15 +107,16 @@ class Scorer(nn.Module):
         angles = positions[..., None] * (math.pi * 2.0 ** torch.arange(6, device=positions.device))  # (B, N, 2, 6)
         waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(2)
         scale = torch.stack([budget, budget.log()], -1)  # (B, 2)
-        x = self.token_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None]
+        real = token_mask[..., None].to(tokens.dtype)
+        # what all tokens of an image share says nothing about which to keep, and in some models outweighs the rest
+        tokens = tokens - (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+        x = self.embed_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None]
         question, question_mask = question[:, :64], question_mask[:, :64]
         if not self.config.use_question:
             question_mask = torch.zeros_like(question_mask)
         # one place that is always there, for questions that are hidden or empty
-        memory = torch.cat(
-            [self.question_in(question).new_zeros(len(x), 1, x.shape[-1]), self.question_in(question)], 1
-        )
-        memory = memory + torch.cat([self.question_place[:1] * 0, self.question_place])[: memory.shape[1]]
+        words = self.embed_in(question) + self.question_place[: question.shape[1]]
+        memory = torch.cat([words.new_zeros(len(x), 1, x.shape[-1]), words], 1)
         hidden = torch.cat([torch.zeros_like(question_mask[:, :1]), ~question_mask], 1)
         memory = self.question_encoder(memory, src_key_padding_mask=hidden)
         padding = None if bool(token_mask.all()) else ~token_mask

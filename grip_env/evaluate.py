@@ -96,7 +96,10 @@ def main() -> None:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    vlm = load_vlm(saved["config"]["vlm"])
+    try:
+        vlm = load_vlm(saved["config"]["vlm"])
+    except (OSError, ValueError) as error:
+        raise fail(f"cannot load the vision-language model {saved['config']['vlm']!r}: {error}") from None
     if vlm.checksum() != saved["vlm"]["checksum"]:
         print("note: this vision-language model is not the one the agent was trained with; expect other numbers")
     task = load_task(saved["config"]["task"])

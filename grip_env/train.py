@@ -74,8 +74,8 @@ def train(config: Config) -> Path:
         raise fail(f"cannot load the vision-language model {config.vlm!r}: {error}") from None
     task = load_task(config.task)
     scorer = Scorer(ScorerConfig(token_width=vlm.width))
-    pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
     try:
+        pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
         algorithm = GRPO(vlm, pool, scorer, config.grpo, config.reward, config.seed)
     except ValueError as error:
         raise fail(str(error)) from None

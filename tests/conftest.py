@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +24,15 @@ def random_vlm() -> HuggingFaceVLM:
         embeddings[tokenizer.encode(":")] *= 0.1  # else it repeats the end of the prompt
         embeddings[[tokenizer.encode(f" {word}")[0] for word in words]] *= 2.5  # so that it says answers
     return HuggingFaceVLM(model, processor, "random")
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(random_vlm: HuggingFaceVLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``random_vlm`` as ``save_pretrained`` writes it, for what loads a model by its path."""
+    folder = tmp_path_factory.mktemp("vlm") / "random"
+    random_vlm.model.save_pretrained(folder)
+    random_vlm.processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

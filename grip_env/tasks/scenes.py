@@ -193,7 +193,7 @@ class Scene:
         for kind, index in single:
             for other_kind, other in single:
                 gap = self.things[index].centre[1] - self.things[other].centre[1]
-                if index != other and abs(gap) >= 12:
+                if index != other and abs(gap) >= 20:
                     text = f"is the {kind} left or right of the {other_kind}?"
                     asked.append(Question("relation", text, "left" if gap < 0 else "right", (index, other)))
         return asked

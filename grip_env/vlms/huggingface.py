@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
@@ -78,8 +79,14 @@ class HuggingFaceVLM:
         folder = Path(path)
         if (folder.exists() or str(path).startswith((".", "/"))) and not (folder / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
-        processor = AutoProcessor.from_pretrained(path, backend="pil")
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            processor = AutoProcessor.from_pretrained(path, backend="pil")
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        finally:
+            if bars:
+                logging.enable_progress_bar()
         return cls(model.to(device), processor, folder.name, positions, token_budget)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
@@ -135,7 +142,7 @@ class HuggingFaceVLM:
             shared = 0
             while shared < min(len(start), len(whole)) and start[shared] == whole[shared]:
                 shared += 1
-            if shared == len(whole):
+            if shared == len(whole) or not answer.strip():
                 raise ValueError(f"the answer {answer!r} has no tokens: give a non-empty answer")
             if whole.count(self._image_token) != 1:
                 raise ValueError("the prompt must hold exactly one image placeholder: is there one in the question?")

@@ -1,0 +1,315 @@
+"""Every answer is worked out again from what is in the scene, by rules of their own."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+import re
+
+import numpy as np
+import pytest
+
+from grip_env.tasks import drawing
+from grip_env.tasks.base import Task
+from grip_env.tasks.scenes import CHOICES, FAMILIES, GRID, SIDE, Question, Scene, SceneTask, Thing, plural
+
+COUNT = 600  # 100 of each family
+CELL = SIDE // GRID
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[Scene, Question]]:
+    task = SceneTask()
+    return [task.scene_and_question("validation", index) for index in range(COUNT)]
+
+
+def matching(scene: Scene, **wanted: object) -> list[Thing]:
+    return [thing for thing in scene.things if all(getattr(thing, key) == value for key, value in wanted.items())]
+
+
+def the(things: list[Thing]) -> Thing:
+    (one,) = things  # fails where the premise "the ..." does not hold
+    return one
+
+
+def work_out(scene: Scene, text: str) -> tuple[str, str, list[Thing]]:
+    """Answer a question by looking through all things: family, answer and the things it is about."""
+    if found := re.fullmatch(r"is there (a|an) (\w+) (\w+)\?", text):
+        article, colour, kind = found.groups()
+        assert (article == "an") == (colour[0] in "aeiou")
+        there = matching(scene, kind=kind, colour=colour)
+        # both words occur in the scene, so that neither alone gives "no" away
+        assert matching(scene, kind=kind)
+        assert [thing for thing in matching(scene, colour=colour) if thing.kind in drawing.SHAPES]
+        return "existence", "yes" if there else "no", there or matching(scene, kind=kind)
+    if found := re.fullmatch(r"what color is the (\w+)\?", text):
+        thing = the(matching(scene, kind=found[1]))
+        return "color", thing.colour, [thing]
+    if found := re.fullmatch(r"how many (\w+) are there\?", text):
+        kind = next(kind for kind in drawing.SHAPES if plural(kind) == found[1])
+        return "counting", str(len(matching(scene, kind=kind))), matching(scene, kind=kind)
+    if found := re.fullmatch(r"what digit is on the (\w+) card\?", text):
+        card = the(matching(scene, kind="card", colour=found[1]))
+        return "reading", str(card.digit), [card]
+    if found := re.fullmatch(r"what shape is the (\w+) object\?", text):
+        thing = the(matching(scene, colour=found[1]))  # decorations and cards count: nothing else has the colour
+        return "shape", thing.kind, [thing]
+    found = re.fullmatch(r"is the (\w+) left or right of the (\w+)\?", text)
+    assert found, f"unknown question {text!r}"
+    first, second = the(matching(scene, kind=found[1])), the(matching(scene, kind=found[2]))
+    gap = (first.left + first.size / 2) - (second.left + second.size / 2)
+    assert abs(gap) >= 1.5 * CELL, "left or right must be visible on the grid"
+    return "relation", "left" if gap < 0 else "right", [first, second]
+
+
+def painted(thing: Thing) -> np.ndarray:
+    """The share of each cell that ``thing`` covers, by painting it and counting: float (GRID, GRID)."""
+    canvas = np.zeros((SIDE, SIDE, 3), dtype=np.float32)
+    card = thing.digit is not None
+    mask = (
+        drawing.card_masks(thing.digit, thing.size)[0]
+        if card
+        else drawing.sprite(thing.kind, thing.size, thing.variant)
+    )
+    drawing.composite(canvas, mask, np.ones(3, dtype=np.float32), thing.top, thing.left)
+    cells = [
+        [canvas[CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)].mean() for column in range(GRID)]
+        for row in range(GRID)
+    ]
+    return np.array(cells)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_true_and_premises_hold_over_everything(asked: list[tuple[Scene, Question]], family: str) -> None:
+    rows = [(scene, question) for scene, question in asked if question.family == family]
+    assert len(rows) == COUNT // 6
+    for scene, question in rows:
+        expected_family, answer, about = work_out(scene, question.text)
+        assert (question.family, question.answer) == (expected_family, answer), question.text
+        assert question.answer in CHOICES[family]
+        assert [scene.things[index] for index in sorted(question.about)] == [t for t in scene.things if t in about]
+
+
+def test_every_question_a_scene_can_be_asked_is_true(asked: list[tuple[Scene, Question]]) -> None:
+    """Pre-training asks them all, not only the one an example shows."""
+    total = 0
+    for scene, _ in asked[:60]:
+        for family in FAMILIES:
+            for question in scene.questions(family):
+                assert work_out(scene, question.text)[:2] == (question.family, question.answer)
+                total += 1
+            for answer in CHOICES[family]:
+                assert all(question.answer == answer for question in scene.questions(family, answer))
+    assert total > 60 * 10
+
+
+def test_relevance_marks_the_cells_of_the_things_asked_about_and_no_others(
+    asked: list[tuple[Scene, Question]],
+) -> None:
+    for scene, question in asked[:240]:
+        relevance = scene.relevance(question.about)
+        assert relevance.shape == (GRID, GRID)
+        assert relevance.dtype == np.float32
+        assert relevance.min() >= 0
+        assert relevance.max() <= 1
+        cover = np.stack([painted(thing) for thing in work_out(scene, question.text)[2]])
+        best = cover >= cover.max((1, 2), keepdims=True) - 1e-3
+        clearly = (cover >= 0.26).any(0)
+        hardly = (cover <= 0.24).all(0) & ~best.any(0)
+        assert (relevance[clearly] > 0).all()
+        assert (relevance[hardly] == 0).all()
+        # one best cell of each thing comes before every other cell
+        top = np.sort(relevance, axis=None)[::-1][: len(cover)]
+        assert top.min() > 0.5
+        assert all((relevance[cells] > 0.5).any() for cells in best)
+        assert (relevance > 0.5).sum() == len(cover)
+
+
+def test_a_question_needs_few_tokens_and_clutter_covers_a_third_to_a_half(asked: list[tuple[Scene, Question]]) -> None:
+    relevant = [float((scene.relevance(question.about) > 0).mean()) for scene, question in asked]
+    assert 0.02 < np.mean(relevant) < 0.08
+    assert max(relevant) < 0.2
+    covered = [
+        np.mean(np.max([scene.coverage(index) for index in range(len(scene.things))], axis=0) >= 0.15)
+        for scene, _ in asked[:150]
+    ]
+    assert 0.3 < np.mean(covered) < 0.5
+
+
+def test_things_lie_inside_the_picture_and_never_touch(asked: list[tuple[Scene, Question]]) -> None:
+    for scene, _ in asked:
+        taken = np.zeros((SIDE + 2, SIDE + 2), dtype=bool)
+        for thing in scene.things:
+            assert min(thing.top, thing.left) >= 0
+            assert max(thing.top, thing.left) + thing.size <= SIDE
+            rows = slice(thing.top, thing.top + thing.size + 1)  # with a pixel's distance
+            columns = slice(thing.left, thing.left + thing.size + 1)
+            assert not taken[rows, columns].any()
+            taken[rows, columns] = True
+
+
+def test_scenes_hold_five_to_seven_shapes_two_cards_and_decorations(asked: list[tuple[Scene, Question]]) -> None:
+    sizes: collections.Counter[int] = collections.Counter()
+    clutter = 0
+    for scene, _ in asked:
+        shapes = [thing for thing in scene.things if thing.is_shape]
+        cards = [thing for thing in scene.things if thing.kind == "card"]
+        decorations = [thing for thing in scene.things if thing.kind in drawing.DECORATIONS]
+        assert len(cards) == 2
+        assert cards[0].colour != cards[1].colour
+        assert len(shapes) + 2 + len(decorations) == len(scene.things)
+        assert 1 <= len(decorations) <= 11
+        sizes[len(shapes)] += 1
+        clutter += len(decorations)
+    assert set(sizes) == {5, 6, 7}
+    assert clutter / len(asked) > 4  # what found no place was left out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_balanced(family: str) -> None:
+    task = SceneTask((family,))
+    given = collections.Counter(task.scene_and_question("train", index)[1].answer for index in range(300))
+    choices = len(CHOICES[family])
+    assert set(given) == set(CHOICES[family])
+    # each count is binomial: five standard deviations
+    assert max(given.values()) / 300 < 1 / choices + 5 * (1 / choices * (1 - 1 / choices) / 300) ** 0.5
+
+
+def test_question_words_do_not_give_the_answer_away() -> None:
+    """Answering each question text by its most frequent answer in training stays close to guessing."""
+    task = SceneTask(("existence", "counting", "relation"))
+    seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for index in range(1500):
+        question = task.scene_and_question("train", index)[1]
+        seen[question.text][question.answer] += 1
+    hits = total = 0
+    for index in range(450):
+        question = task.scene_and_question("validation", index)[1]
+        if question.text in seen:
+            hits += seen[question.text].most_common(1)[0][0] == question.answer
+            total += 1
+    assert total > 400
+    assert hits / total < 0.55  # guessing is right in (1/2 + 1/3 + 1/2) / 3 = 0.44 of the cases
+
+
+def test_same_split_and_index_give_the_same_example() -> None:
+    for index in (0, 1, 2, 3, 4, 5, 11_999):
+        one, two = (SceneTask().example("test", index) for _ in range(2))
+        assert np.array_equal(one.image, two.image)
+        assert np.array_equal(one.relevance, two.relevance)  # type: ignore[arg-type]
+        assert (one.question, one.answer, one.family, one.key) == (two.question, two.answer, two.family, two.key)
+    keys = [SceneTask().example(split, index).key for split in SceneTask.splits for index in range(20)]
+    assert len(set(keys)) == 60
+
+
+def test_global_random_state_has_no_say() -> None:
+    task = SceneTask()
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002  (the state that must not matter)
+    one = task.example("train", 7).image
+    random.seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert np.array_equal(one, task.example("train", 7).image)
+
+
+def test_pictures_are_rgb_and_differ() -> None:
+    task = SceneTask()
+    examples = [task.example("train", index) for index in range(12)]
+    for example in examples:
+        assert example.image.shape == (SIDE, SIDE, 3)
+        assert example.image.dtype == np.uint8
+        assert example.image.std() > 15
+    assert len({example.image.tobytes() for example in examples}) == 12
+    assert [example.family for example in examples] == list(FAMILIES) * 2
+
+
+def test_drawing_shows_each_thing_at_its_place() -> None:
+    scene, _ = SceneTask().scene_and_question("train", 0)
+    *others, last = scene.things
+    differs = (scene.draw() != Scene(others, scene.texture).draw()).any(-1)
+    rows, columns = slice(last.top, last.top + last.size), slice(last.left, last.left + last.size)
+    inside = np.zeros_like(differs)
+    inside[rows, columns] = True
+    assert not differs[~inside].any()
+    assert differs[rows, columns].mean() > 0.1
+    for thing in scene.things:
+        if thing.kind in ("circle", "square", "star", "cross"):
+            row, column = (int(place) for place in thing.centre)
+            seen = scene.draw()[row, column].astype(int)
+            assert np.abs(seen - drawing.PALETTE[thing.colour]).max() <= 13
+
+
+# -- splits ----------------------------------------------------------------------------------------------
+
+
+def contents(scene: Scene) -> tuple[tuple[str, str, int], ...]:
+    return tuple(
+        sorted(
+            (thing.kind, thing.colour, -1 if thing.digit is None else thing.digit)
+            for thing in scene.things
+            if thing.kind not in drawing.DECORATIONS
+        )
+    )
+
+
+def test_no_draw_of_objects_is_in_two_splits() -> None:
+    """The draws begin with the objects, so equal seeds offer equal objects to each split; only one may take them."""
+    taken: collections.Counter[str] = collections.Counter()
+    for seed in range(600):
+        splits = [split for split in SceneTask.splits if SceneTask.sample_scene(split, random.Random(seed)) is not None]
+        assert len(splits) <= 1
+        taken.update(splits)
+    total = sum(taken.values())
+    assert total > 400
+    for split, share in (("train", 0.6), ("validation", 0.2), ("test", 0.2)):
+        assert abs(taken[split] / total - share) < 0.08
+
+
+def test_a_split_depends_on_objects_alone() -> None:
+    """Clutter, sizes, places and order may be what they like: the same objects stay in their split."""
+    by_contents: dict[tuple[tuple[str, str, int], ...], set[str]] = collections.defaultdict(set)
+    task = SceneTask()
+    for split in task.splits:
+        for index in range(500):
+            by_contents[contents(task.scene_and_question(split, index)[0])].add(split)
+    assert all(len(splits) == 1 for splits in by_contents.values())
+
+    from grip_env.tasks import scenes
+
+    things = task.scene_and_question("test", 0)[0].things
+    objects = [thing for thing in things if thing.kind not in drawing.DECORATIONS]
+    moved = [dataclasses.replace(thing, top=0, left=0, size=14, variant=1) for thing in reversed(objects)]
+    assert scenes._bucket(moved) == scenes._bucket(objects)
+    # with eight colours for one shape, some other bucket must come up: the digest does read colours
+    recoloured = [[dataclasses.replace(objects[0], colour=colour), *objects[1:]] for colour in drawing.PALETTE]
+    assert len({scenes._bucket(row) for row in recoloured}) > 1
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_refused_with_the_choices() -> None:
+    task = SceneTask()
+    assert isinstance(task, Task)
+    with pytest.raises(
+        ValueError, match=r"unknown split 'dev' of task 'scenes': choose one of train, validation, test"
+    ):
+        task.example("dev", 0)
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        task.size("dev")
+    with pytest.raises(IndexError, match="example 12000 of split 'test' does not exist: choose 0 to 11999"):
+        task.example("test", task.size("test"))
+    with pytest.raises(IndexError, match="example -1"):
+        task.example("train", -1)
+    with pytest.raises(ValueError, match=r"\['colour'\]: choose from existence, color"):
+        SceneTask(("color", "colour"))
+    with pytest.raises(ValueError, match="choose from existence"):
+        SceneTask(())
+    with pytest.raises(ValueError, match="unknown sprite 'heart'"):
+        drawing.sprite("heart", 14, 0)
+
+
+def test_chosen_families_take_turns() -> None:
+    task = SceneTask(("reading", "shape"))
+    assert [task.scene_and_question("test", index)[1].family for index in range(4)] == ["reading", "shape"] * 2

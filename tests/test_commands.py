@@ -1,0 +1,329 @@
+"""The commands, as a library and as a user starts them, with a random model and settings that take seconds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.grpo import GRPOConfig
+from agents.scorer import Scorer
+from grip_env import commands, evaluate
+from grip_env import train as train_module
+from grip_env.train import Config, train
+
+TIMES = {"seconds", "scoring_seconds"}
+
+
+def settings(vlm: Path, runs: Path, name: str = "run", /, **changes: Any) -> Config:
+    grpo = GRPOConfig(steps=3, instances=6, group=2, warmup_steps=2, pool=8)
+    for key in set(changes) & {field.name for field in dataclasses.fields(GRPOConfig)}:
+        grpo = dataclasses.replace(grpo, **{key: changes.pop(key)})
+    options: dict[str, Any] = {"vlm": str(vlm), "name": name, "runs": runs, "progress": False, "grpo": grpo}
+    return Config(**(options | {"report_examples": 0} | changes))
+
+
+@pytest.fixture(scope="module")
+def run(vlm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a report."""
+    return train(settings(vlm_folder, tmp_path_factory.mktemp("runs"), report_examples=6, picture_every=2))
+
+
+def start(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def rows(run: Path, phase: str) -> list[dict[str, str]]:
+    with (run / f"{phase}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def one_line(text: str) -> bool:
+    return text.startswith("error: ") and len(text.strip().splitlines()) == 1
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------------
+
+
+def test_run_folder_holds_all_there_is_to_know(run: Path, vlm_folder: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    expected = {"config.json", "warmup.csv", "grpo.csv", "agent", "warmup"}
+    expected |= {"report.md", "report.json", "pareto.png", "kept_tokens.png"}
+    assert expected <= names
+    assert len(names - expected) == 1
+    assert (names - expected).pop().startswith("events.out.tfevents")
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["seed"] == 0
+    assert config["config"]["grpo"]["steps"] == 3
+    assert config["config"]["vlm"] == str(vlm_folder)
+    assert torch.__version__.startswith(config["versions"]["torch"].split("+")[0])
+    assert {"python", "transformers", "gymnasium", "grip-env"} <= set(config["versions"])
+    assert "not installed" not in config["versions"].values()
+    assert config["command"][1:] == sys.argv
+    assert len(config["vlm"]["checksum"]) == 64
+    assert config["scorer"]["token_width"] == 128
+
+
+def test_metrics_are_complete(run: Path) -> None:
+    warmup, grpo = rows(run, "warmup"), rows(run, "grpo")
+    assert [row["step"] for row in warmup] == ["0", "1"]
+    assert [row["step"] for row in grpo] == ["0", "1", "2"]
+    assert {"reward", "log_likelihood", "accuracy", "entropy_per_token", "flat_groups", *TIMES} <= set(grpo[0])
+    assert all(np.isfinite(float(value)) for row in warmup + grpo for value in row.values())
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    scalars = {f"grpo/{key}" for key in grpo[0] if key != "step"} | {"warmup/loss", "warmup/gradient_norm"}
+    assert set(events.Tags()["scalars"]) == scalars
+    assert [event.step for event in events.Scalars("grpo/reward")] == [0, 1, 2]
+    assert events.Scalars("grpo/reward")[1].value == pytest.approx(float(grpo[1]["reward"]), rel=1e-4)
+    assert [event.step for event in events.Images("kept tokens")] == [2]
+
+
+def test_report_compares_the_agent_with_every_baseline(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    methods = ["random", "uniform grid", "CLS attention", "max-min diversity", "oracle", "its warm-up", "this agent"]
+    assert list(report["cells"]) == [*methods, "all tokens"]
+    assert (report["split"], report["examples"], report["tokens"]) == ("test", 6, 144)
+    for row in report["cells"].values():
+        assert list(row) == ["0.03", "0.05", "0.1", "0.2", "0.3", "0.5"]
+        for cell in row.values():
+            assert cell["log_likelihood"] < 0
+            assert 0 <= cell["accuracy"] <= 1
+            families = cell["families"].values()
+            assert len(families) == 6
+            assert np.mean([part["log_likelihood"] for part in families]) == pytest.approx(cell["log_likelihood"])
+    table = (run / "report.md").read_text()
+    assert all(f"| {method} |" in table for method in methods)
+    assert f"{report['cells']['this agent']['0.1']['log_likelihood']:.3f}" in table
+    for name in ("pareto.png", "kept_tokens.png"):
+        picture = np.asarray(Image.open(run / name).convert("RGB"))
+        assert min(picture.shape[:2]) > 300
+        assert picture.std() > 10
+
+
+def test_nothing_is_pickled(run: Path) -> None:
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files if "tfevents" not in path.name} == {
+        ".json",
+        ".csv",
+        ".md",
+        ".png",
+        ".safetensors",
+    }
+    for path in files:
+        head = path.read_bytes()[:2]
+        assert head != b"PK", f"{path} is a zip archive, as torch.save writes it"
+        assert not (head[:1] == b"\x80" and head[1] in range(2, 6)), f"{path} is a pickle"
+
+
+def test_agent_and_warmup_are_two_scorers_that_load(run: Path) -> None:
+    agent, warmup = Scorer.load(run / "agent").state_dict(), Scorer.load(run / "warmup").state_dict()
+    assert any(not value.equal(warmup[key]) for key, value in agent.items())
+    assert agent["out.1.weight"].abs().sum() > 0
+
+
+# -- reproducibility -------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_metrics_and_weights(run: Path, vlm_folder: Path, tmp_path: Path) -> None:
+    again = train(settings(vlm_folder, tmp_path, "again"))
+    other = train(settings(vlm_folder, tmp_path, "other", seed=1))
+    for phase in ("warmup", "grpo"):
+        one, two, three = (
+            [{key: value for key, value in row.items() if key not in TIMES} for row in rows(folder, phase)]
+            for folder in (run, again, other)
+        )
+        assert one == two
+        assert one != three
+    weights = "agent/scorer.safetensors"
+    assert (run / weights).read_bytes() == (again / weights).read_bytes() != (other / weights).read_bytes()
+
+
+def test_evaluate_gives_the_numbers_of_the_report(run: Path, tmp_path: Path) -> None:
+    command = ("-m", "grip_env.evaluate", run, "--examples", "6", "--out", tmp_path / "again")
+    code, out, err = finish(start(*command, cwd=tmp_path))
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert "note:" not in out  # the model is the one it was trained with
+    assert "| this agent |" in out
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (run, tmp_path / "again"))
+    assert list(one["cells"]) == list(two["cells"])
+    for method, row in one["cells"].items():
+        for budget, cell in row.items():
+            other = two["cells"][method][budget]
+            assert other["log_likelihood"] == pytest.approx(cell["log_likelihood"], abs=1e-4), method
+            assert other["accuracy"] == cell["accuracy"], method
+    assert (tmp_path / "again" / "pareto.png").is_file()
+
+
+# -- interrupts ------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_the_agent(vlm_folder: Path, tmp_path: Path) -> None:
+    command = f"-m grip_env.train --vlm {vlm_folder} --runs {tmp_path} --name cut --report-examples 0 --no-progress"
+    tiny = "--grpo.steps 100000 --grpo.instances 6 --grpo.group 2 --grpo.warmup-steps 1 --grpo.pool 8"
+    process = start(*command.split(), *tiny.split(), cwd=tmp_path)
+    metrics = tmp_path / "cut" / "grpo.csv"
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None, finish(process)[2]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130
+    assert "Traceback" not in err
+    assert "interrupted in grpo at step" in out
+    assert f"python -m grip_env.evaluate {tmp_path / 'cut'}" in out
+    agent, warmup = (Scorer.load(tmp_path / "cut" / name).state_dict() for name in ("agent", "warmup"))
+    assert any(not value.equal(warmup[key]) for key, value in agent.items())
+    assert len({len(row) for row in csv.reader(metrics.open())}) == 1
+
+
+def test_interrupt_in_the_warmup_keeps_the_agent(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any, phase: str, step: int, values: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.RunFolder, "log", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(settings(vlm_folder, tmp_path))
+    assert stop.value.code == 130
+    assert "interrupted in warmup at step 0" in capsys.readouterr().out
+    assert Scorer.load(tmp_path / "run" / "agent").state_dict()["out.1.weight"].abs().sum() > 0
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"vlm": "/no/such/folder"}, ["cannot load the vision-language model '/no/such/folder'", "save_pretrained"]),
+        ({"group": 1}, ["at least 2 subsets", "group=1"]),
+        ({"min_budget": 0.9}, ["0 < min_budget <= max_budget <= 1", "0.9, 0.5"]),
+        ({"pool": 0}, ["size=0"]),
+        ({"pool": 4}, ["instances=6", "pool=4"]),
+        ({"task": "photos"}, ["unknown task 'photos'", "scenes"]),
+    ],
+)
+def test_impossible_settings_stop_with_one_line_and_leave_no_folder(
+    vlm_folder: Path, tmp_path: Path, changes: dict[str, Any], parts: list[str]
+) -> None:
+    config = settings(vlm_folder, tmp_path, **changes)
+    with pytest.raises(SystemExit) as stop:
+        train(config)
+    message = str(stop.value)
+    assert one_line(message)
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_runs_are_never_written_to(run: Path, vlm_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        train(settings(vlm_folder, run.parent, run.name))
+    assert one_line(str(stop.value))
+    assert f"{run} already exists: choose another --name" in str(stop.value)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_evaluating_what_is_no_run_stops_with_one_line(tmp_path: Path) -> None:
+    code, out, err = finish(start("-m", "grip_env.evaluate", tmp_path, cwd=tmp_path))
+    assert code == 1
+    assert out == ""
+    assert one_line(err)
+    assert f"{tmp_path} is not a run: expected a folder with config.json" in err
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("agent", "has no trained agent yet"),
+        ("vlm", "cannot load the vision-language model '/moved/away'"),
+        ("examples", "--examples must be at least 1; got 0"),
+    ],
+)
+def test_evaluating_an_incomplete_run_stops_with_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, message: str
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    if broken == "vlm":
+        config["config"]["vlm"] = "/moved/away"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if broken != "agent":
+        Scorer.load(run / "agent").save(tmp_path / "agent")
+    count = "0" if broken == "examples" else "6"
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--examples", count])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert one_line(str(stop.value))
+    assert message in str(stop.value)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("owned", [False, True])
+def test_another_package_called_agents_is_named_with_the_remedy(tmp_path: Path, command: str, owned: bool) -> None:
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "__init__.py").write_text("class Agent: ...\n")
+    if owned:
+        record = tmp_path / "openai_agents-0.1.dist-info"
+        record.mkdir()
+        (record / "METADATA").write_text("Metadata-Version: 2.1\nName: openai-agents\nVersion: 0.1\n")
+        (record / "top_level.txt").write_text("agents\n")
+    code, out, err = finish(start("-m", f"grip_env.{command}", tmp_path / "x", cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert code == 1
+    assert out == ""
+    assert one_line(err), err
+    assert f"the package 'agents' at {tmp_path / 'agents'}" in err
+    assert "shadows the one of grip_env" in err
+    remedy = "`pip uninstall openai-agents` and reinstall grip-env" if owned else f"move {tmp_path / 'agents'} away"
+    assert remedy in err
+    assert ("of the distribution openai-agents" in err) == owned
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (train_module, ["--algo", "--vlm", "--seed", "--grpo.std-floor", "--grpo.kl-weight", "--report-examples"]),
+        (evaluate, ["Folder of the run", "--split", "--examples", "--out"]),
+    ],
+)
+def test_help_lists_every_option(
+    module: Any, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in options)
+    assert f"python -m {module.__name__}" in shown

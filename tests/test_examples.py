@@ -1,0 +1,38 @@
+"""The examples run as they are, from any folder."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(tmp_path: Path, name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def test_quickstart_plays_an_episode_and_draws_it(tmp_path: Path) -> None:
+    out = run(tmp_path, "quickstart.py")
+    assert "144 visual tokens and may keep 14" in out
+    assert re.search(r"question: .+\?", out)
+    assert re.search(r"reward: -?\d+\.\d+, answered correctly: (True|False)", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart.png"]
+    assert np.asarray(Image.open(tmp_path / "quickstart.png")).std() > 10
+
+
+def test_own_policy_trains_and_is_compared(tmp_path: Path) -> None:
+    out = run(tmp_path, "own_policy.py", "2")
+    assert re.search(r"^step 0: reward -?\d+\.\d+$", out, re.MULTILINE)
+    for method in ("my policy", "random", "oracle", "all tokens"):
+        assert re.search(rf"^\| {method} \|( -?\d+\.\d+ \|){{3}}$", out, re.MULTILINE)
+    assert "96 examples of the validation split" in out
