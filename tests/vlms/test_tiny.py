@@ -89,5 +89,4 @@ def test_without_tokens_it_does_not_claim_to_know(tiny: HuggingFaceVLM, encoded:
     nothing = torch.zeros_like(encoded.full_selection())
     blind = tiny.score(encoded, nothing)
     assert blind.correct.float().mean() < 0.5
-    assert blind.log_likelihood.mean() > -6
     assert blind.log_likelihood.mean() < tiny.score(encoded, encoded.full_selection()).log_likelihood.mean() - 0.5
