@@ -30,11 +30,11 @@ __all__ = ["GRPO", "GRPOConfig", "advantages", "surrogate"]
 class GRPOConfig:
     """Group-relative policy optimisation (GRPO)."""
 
-    steps: int = 500
+    steps: int = 360
     """Policy updates with rewards."""
-    instances: int = 48
+    instances: int = 32
     """Examples per step (B)."""
-    group: int = 8
+    group: int = 16
     """Subsets drawn for each example (G)."""
     min_budget: float = 0.03
     """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""

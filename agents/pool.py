@@ -21,7 +21,7 @@ class ExamplePool:
         reuse: About how often each is used before it makes room for a new one.
         seed: Decides the order of examples.
 
-    Each call of :meth:`batch` replaces the oldest ``batch / reuse`` examples and draws from what is there.
+    Every ``reuse`` calls of :meth:`batch` replace the oldest examples by as many new ones as a batch holds.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class ExamplePool:
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
         self._generator = torch.Generator().manual_seed(seed)
         self._held: Encoded | None = None
+        self._calls = 0
         self._full: Scores | None = None  # with all tokens, (size, 1)
 
     def _draw(self, count: int) -> tuple[Encoded, Scores]:
@@ -47,9 +48,11 @@ class ExamplePool:
         """Return ``count`` examples, and their scores with all tokens, (count, 1)."""
         if self._held is None or self._full is None:
             self._held, self._full = self._draw(self.size)
-        fresh = -(-count // self.reuse)
-        new, full = self._draw(fresh)
-        self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])
-        self._full = Scores.concatenate([self._full[slice(fresh, None)], full])
+        elif self._calls % self.reuse == 0:
+            fresh = min(count, self.size)  # all at once: encoding and moving a batch costs little more than one example
+            new, full = self._draw(fresh)
+            self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])
+            self._full = Scores.concatenate([self._full[slice(fresh, None)], full])
+        self._calls += 1
         rows = torch.randperm(len(self._held), generator=self._generator)[:count]
         return self._held[rows], self._full[rows]

@@ -77,7 +77,7 @@ def promises(table: dict[str, dict[str, dict[str, tuple[float, float]]]], ratio:
         gain, noise = mine - before, max(spread, before_spread)
         text = f"{float(budget):.0%}: GRPO gains {gain:+.3f} nats on its warm-up, seed spread {noise:.3f}"
         checks.append((text, gain > noise))
-    checks.append((f"a GRPO step takes {ratio:.2f}x the scoring inside it (<= 1.5, median)", ratio <= 1.5))
+    checks.append((f"a GRPO step takes {ratio:.2f}x the scoring inside it (<= 1.5)", ratio <= 1.5))
     return checks
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     from grip_env import train
     from grip_env.report import AGENT
 
-    reports, ratios, minutes = [], [], []
+    reports, minutes, spent, scoring = [], [], 0.0, 0.0
     for seed in config.seeds:
         folder = config.runs / f"benchmark-seed{seed}"
         if not (folder / "report.json").is_file():
@@ -116,7 +116,9 @@ def main() -> None:
             minutes.append((time.perf_counter() - began) / 60)
         reports.append(json.loads((folder / "report.json").read_text()))
         with (folder / "grpo.csv").open() as file:
-            ratios += [float(row["seconds"]) / float(row["scoring_seconds"]) for row in csv.DictReader(file)]
+            for row in csv.DictReader(file):
+                spent += float(row["seconds"])
+                scoring += float(row["scoring_seconds"])
 
     table = summary(reports)
     budgets = list(table[AGENT])
@@ -128,7 +130,7 @@ def main() -> None:
         for method, row in table.items():
             print(f"| {method} | " + " | ".join(f"{row[b][key][0]:.3f} ({row[b][key][1]:.3f})" for b in budgets) + " |")
     print()
-    for text, holds in promises(table, statistics.median(ratios)):
+    for text, holds in promises(table, spent / scoring):
         print(("holds   " if holds else "MISSED  ") + text)
     if minutes:
         print(f"minutes per run, set-up not included: {', '.join(f'{value:.1f}' for value in minutes)}")

@@ -58,7 +58,7 @@ class Config:
     """Pictures per step of the vision stage."""
     vision_learning_rate: float = 1.5e-3
     """Peak learning rate of the vision stage."""
-    language_steps: int = 1900
+    language_steps: int = 2400
     """Optimizer steps of the language stage."""
     language_batch: int = 32
     """Pictures per step of the language stage, ten questions each."""
@@ -212,7 +212,7 @@ def main(config: Config) -> None:
         config.folder,
         config.language_learning_rate,
         probe=language_probe,
-        probe_every=250,
+        probe_every=200,
     )
     export(config.folder / "model")
     measured = landscape(load_vlm(config.folder / "model"), "test", config.test_examples)

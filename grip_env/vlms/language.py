@@ -66,7 +66,12 @@ class EncodedScenes:
 
 
 def random_subset(
-    pool: EncodedScenes, rows: torch.Tensor, kept: int, kind: str, generator: torch.Generator
+    pool: EncodedScenes,
+    rows: torch.Tensor,
+    kept: int,
+    kind: str,
+    generator: torch.Generator,
+    grades: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose ``kept`` tokens of each scene in ``rows`` (B,). Returns sorted indices (B, kept).
 
@@ -74,9 +79,10 @@ def random_subset(
         pool: The scenes.
         rows: Which of them.
         kept: How many tokens.
-        kind: "uniform", "objects" (a random few things whole, the rest at random), or "anchors" (the best patches of
-            all objects first: little is shown but every question can be answered).
+        kind: "uniform", "objects" (a random few things whole, the rest at random), "anchors" (the best patches of
+            all objects first: little is shown but every question can be answered), or "asked" (what ``grades`` says).
         generator: Source of randomness.
+        grades: For "asked": the relevance of each token to the question, (B, N).
     """
     owners = pool.owners[rows]
     score = torch.rand(owners.shape, generator=generator)
@@ -86,6 +92,8 @@ def random_subset(
         score = score * 0.3 + luck.gather(1, owners + 1)
     elif kind == "anchors":
         score = score * 0.5 + pool.grades[rows]
+    elif kind == "asked" and grades is not None:
+        score = torch.where(grades > 0, 1 + grades, score)
     return score.topk(kept, 1).indices.sort(1).values
 
 
@@ -274,7 +282,16 @@ class LanguageStage:
             kept = random_subset(pool, rows, rng.randint(16, most), "anchors", generator)
         elif rng.random() < self.drop:
             count = round(math.exp(rng.uniform(math.log(5), math.log(120))))
-            kept = random_subset(pool, rows, count, rng.choice(("uniform", "objects", "anchors")), generator)
+            kind = rng.choice(("uniform", "objects", "anchors", "asked", "asked", "asked"))
+            if kind == "asked":
+                asked = [questions[:1] for questions in asked]  # the only ones it is fair to ask
+                pairs = zip(rows.tolist(), asked, strict=True)
+                grades = np.stack(
+                    [pool.scenes[row].relevance(questions[0].about).reshape(-1) for row, questions in pairs]
+                )
+                kept = random_subset(pool, rows, count, kind, generator, torch.from_numpy(grades))
+            else:
+                kept = random_subset(pool, rows, count, kind, generator)
         logits, targets = forward_packed(
             self.model, pool.features[rows], self.packer.pack(asked), self.packer.bos, kept
         )
