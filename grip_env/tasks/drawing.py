@@ -170,9 +170,12 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
     # sin(a + b) from two short vectors: a full-size sine would cost more than the rest of the scene
     a, b = _ramp(side) * np.float32(fx) + np.float32(phase), _ramp(side) * np.float32(fy)
     waves = np.stack([np.cos(b), np.sin(b)], 1) @ np.stack([np.sin(a), np.cos(a)])  # (side, side)
-    grain = np.frombuffer(rng.bytes(side * side), dtype=np.uint8).reshape(side, side) % np.uint8(25)
-    light = waves * np.float32(strength) + patches + grain  # grain's mean of 12 is taken off below
-    return light[..., None] + (base - 12).astype(np.float32)
+    grain = np.frombuffer(rng.bytes(side * side), dtype=np.uint8).reshape(side, side).astype(np.float32)
+    waves *= np.float32(strength)
+    waves += patches
+    grain *= np.float32(24 / 255)  # from 0 to 24; its mean is taken off below
+    waves += grain
+    return waves[..., None] + (base - 12).astype(np.float32)
 
 
 def composite(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, top: int, left: int) -> None:

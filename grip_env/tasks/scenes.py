@@ -100,7 +100,7 @@ class Scene:
                 dark = colour @ np.array([0.3, 0.59, 0.11], dtype=np.float32) < 120
                 shade_of_ink = np.full(3, 250 if dark else 10, dtype=np.float32)
                 drawing.composite(canvas, ink, shade_of_ink, thing.top, thing.left)
-        return np.clip(canvas, 0, 255).astype(np.uint8)
+        return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
 
     def coverage(self, index: int) -> np.ndarray:
         """Return which share of each grid cell thing ``index`` covers: float32 (GRID, GRID) in [0, 1]."""
@@ -204,22 +204,27 @@ def plural(kind: str) -> str:
     return kind + ("es" if kind.endswith("s") else "s")
 
 
-def _objects(rng: random.Random) -> list[Thing]:
-    """Draw the shapes and cards of a scene, without places."""
-    kinds = rng.sample(drawing.SHAPES, 4)
-    things = []
-    for kind, count in zip(kinds, _PATTERNS[_below(rng, len(_PATTERNS))], strict=False):
-        for _ in range(count):
-            colour = COLOURS[_below(rng, len(COLOURS))]
-            things.append(Thing(kind, colour, 14 + _below(rng, 5), _below(rng, drawing.VARIANTS)))
-    for colour in rng.sample(COLOURS, 2):
-        things.append(Thing("card", colour, 18 + _below(rng, 3), 0, digit=_below(rng, 10)))
-    return things
+def _contents(rng: random.Random) -> list[tuple[str, str, int | None]]:
+    """Draw kind, colour and digit of the shapes and cards of a scene."""
+    contents: list[tuple[str, str, int | None]] = []
+    for kind, count in zip(_pick(rng, drawing.SHAPES, 4), _PATTERNS[_below(rng, len(_PATTERNS))], strict=False):
+        contents += [(kind, COLOURS[_below(rng, len(COLOURS))], None) for _ in range(count)]
+    return contents + [("card", colour, _below(rng, 10)) for colour in _pick(rng, COLOURS, 2)]
+
+
+def _objects(contents: list[tuple[str, str, int | None]], rng: random.Random) -> list[Thing]:
+    """Give every shape and card its size and variant, but no place yet."""
+    return [
+        Thing(kind, colour, 14 + _below(rng, 5), _below(rng, drawing.VARIANTS))
+        if digit is None
+        else Thing(kind, colour, 18 + _below(rng, 3), 0, digit)
+        for kind, colour, digit in contents
+    ]
 
 
 def _clutter(rng: random.Random) -> list[Thing]:
     """Draw the decorations of a scene, without places."""
-    colours = rng.sample(COLOURS, 4)  # few enough that some object's colour is its own
+    colours = _pick(rng, COLOURS, 4)  # few enough that some object's colour is its own
     return [
         Thing(
             drawing.DECORATIONS[_below(rng, len(drawing.DECORATIONS))],
@@ -236,36 +241,38 @@ def _below(rng: random.Random, limit: int) -> int:
     return int(rng.random() * limit)
 
 
-def _bucket(things: list[Thing]) -> int:
+def _pick(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]:
+    """Draw ``count`` different items."""
+    left = list(items)
+    return [left.pop(_below(rng, len(left))) for _ in range(count)]
+
+
+def _bucket(contents: list[tuple[str, str, int | None]]) -> int:
     """Return the bucket of a scene, a digest of its objects: what questions can ask about, wherever it is."""
-    named = sorted(f"{thing.kind} {thing.colour} {thing.digit}" for thing in things)
+    named = sorted([f"{kind} {colour} {digit}" for kind, colour, digit in contents])
     return hashlib.blake2b("|".join(named).encode(), digest_size=4).digest()[0] % _BUCKET_COUNT
 
 
 def _arrange(things: list[Thing], rng: random.Random) -> list[Thing] | None:
     """Give every object a place of its own; ``None`` if there is no room. Decorations may be left out."""
     placed: list[Thing] = []
-    boxes: list[tuple[int, int, int]] = []
+    boxes: list[tuple[int, int, int, int]] = []  # first and last row and column, a pixel of margin included
     for thing in things:
-        size = thing.size
-        room = SIDE - size
-        for _ in range(40 if thing.kind not in drawing.DECORATIONS else 12):
-            top, left = int(rng.random() * (room + 1)), int(rng.random() * (room + 1))
-            for other_top, other_left, other in boxes:
-                if (
-                    top < other_top + other + 1
-                    and other_top < top + size + 1
-                    and left < other_left + other + 1
-                    and other_left < left + size + 1
-                ):
+        size, decoration = thing.size, thing.kind in drawing.DECORATIONS
+        room = SIDE - size + 1
+        for _ in range(12 if decoration else 40):
+            top, left = int(rng.random() * room), int(rng.random() * room)
+            bottom, right = top + size, left + size
+            for first_row, first_column, last_row, last_column in boxes:
+                if top <= last_row and left <= last_column and bottom >= first_row and right >= first_column:
                     break
             else:
                 thing.top, thing.left = top, left
-                boxes.append((top, left, size))
+                boxes.append((top, left, bottom, right))
                 placed.append(thing)
                 break
         else:
-            if thing.kind not in drawing.DECORATIONS:
+            if not decoration:
                 return None
     return placed
 
@@ -336,9 +343,10 @@ class SceneTask:
             family: If given, the scene can be asked a question of this family,
             answer: with this answer.
         """
-        things = _objects(rng)
-        if _bucket(things) not in _BUCKETS[split]:
+        contents = _contents(rng)
+        if _bucket(contents) not in _BUCKETS[split]:
             return None
+        things = _objects(contents, rng)
         # every question but left/right depends on the contents alone: look before paying for clutter and places
         if family is not None and family != "relation" and not Scene(things, 0).questions(family, answer):
             return None
