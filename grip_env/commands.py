@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -79,7 +78,6 @@ class RunFolder:
             raise fail(f"{path} already exists: choose another --name, or remove it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._columns: list[str] = []
 
     def write_config(self, config: Any, **more: Any) -> None:
         """Write ``config.json``: the full configuration, the command line, versions, and anything else given."""
@@ -103,10 +101,3 @@ class RunFolder:
             if fresh:
                 writer.writerow(["step", *values])
             writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
-
-    @staticmethod
-    def replace(path: Path, text: str) -> None:
-        """Write a file whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(text)
-        os.replace(part, path)

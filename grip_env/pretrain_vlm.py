@@ -36,7 +36,7 @@ procedural scenes of `grip_env.tasks.scenes` and on nothing else, by
 {table}
 
 "Random", "max-min diversity" and "oracle" (the ground-truth relevant tokens, filled up at random) keep 14 of the 144
-tokens. `python -m grip_env.pretrain_vlm --card-only` prints this table again. Nothing was chosen by the test split.
+tokens. `python -m grip_env.pretrain_vlm --card-only` prints this table again.
 
 ## What it cannot do
 
