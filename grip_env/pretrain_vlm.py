@@ -133,7 +133,7 @@ def main(config: Config) -> None:
     from grip_env.vlms.building import build_model, build_processor
     from grip_env.vlms.dense import DenseBatch, DenseHead, vision_tokens
     from grip_env.vlms.huggingface import HuggingFaceVLM
-    from grip_env.vlms.language import LanguageStage
+    from grip_env.vlms.language import PLACE_WEIGHT, LanguageStage, place_loss
     from grip_env.vlms.stage import run_stage
 
     if config.threads:
@@ -152,7 +152,9 @@ def main(config: Config) -> None:
     def dense_loss(step: int) -> dict[str, torch.Tensor]:
         batch = DenseBatch.draw(config.vision_batch, step)
         tokens, pooled = vision_tokens(model, batch.pixels)
-        return head.losses(projector(tokens), pooled, words.weight, batch)
+        losses = head.losses(projector(tokens), pooled, words.weight, batch)
+        losses["place"] = place_loss(model, tokens)
+        return losses | {"loss": losses["loss"] + PLACE_WEIGHT * losses["place"]}
 
     held_out = DenseBatch.draw(200, 0, "validation")
 

@@ -1,7 +1,8 @@
 """Sprites and backgrounds for the procedural scenes.
 
 Every sprite is an antialiased opacity mask that is drawn once, at eight times its size, and cached; a scene is then
-a handful of small array operations, so that drawing never becomes the slow part of training.
+a handful of small array operations, so that drawing never becomes the slow part of training. Channels come first
+while a picture is drawn: operations along whole rows are several times faster than operations along three channels.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def sprite(kind: str, size: int, variant: int) -> np.ndarray:
         variant: 0 <= variant < VARIANTS: a slight rotation of a shape, any rotation or outline of a decoration.
 
     Returns:
-        float32 (size, size, 1) in [0, 1]. Shared: do not write to it.
+        float32 (size, size) in [0, 1]. Shared: do not write to it.
     """
     side = size * _OVERSAMPLE
     picture = Image.new("L", (side, side), 0)
@@ -131,23 +132,23 @@ def sprite(kind: str, size: int, variant: int) -> np.ndarray:
     else:
         raise ValueError(f"unknown sprite {kind!r}: choose one of {', '.join(SHAPES + DECORATIONS)}")
     picture = picture.resize((size, size), Image.Resampling.BOX)
-    mask = np.asarray(picture, dtype=np.float32)[..., None] / 255
+    mask = np.asarray(picture, dtype=np.float32) / 255
     mask.setflags(write=False)
     return mask
 
 
 @cache
 def card_masks(digit: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the opacity of a card and of the digit on it, each float32 (size, size, 1) in [0, 1]."""
+    """Return the opacity of a card and of the digit on it, each float32 (size, size) in [0, 1]."""
     side = size * _OVERSAMPLE
     picture = Image.new("L", (side, side), 0)
     ImageDraw.Draw(picture).rounded_rectangle([0, 0, side - 1, side - 1], radius=side // 8, fill=255)
-    card = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=np.float32)[..., None] / 255
+    card = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     dots = np.array([[bits >> (4 - column) & 1 for column in range(5)] for bits in _DIGITS[digit]], dtype=np.float32)
     glyph = np.kron(dots, np.ones((2, 2), dtype=np.float32))  # 14 x 10 pixels
-    ink = np.zeros((size, size, 1), dtype=np.float32)
+    ink = np.zeros((size, size), dtype=np.float32)
     top, left = (size - 14) // 2, (size - 10) // 2
-    ink[top : top + 14, left : left + 10, 0] = glyph
+    ink[top : top + 14, left : left + 10] = glyph
     card.setflags(write=False)
     ink.setflags(write=False)
     return card, ink
@@ -159,7 +160,7 @@ def _ramp(side: int) -> np.ndarray:
 
 
 def background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Draw a textured, nearly grey background: float32 (side, side, 3) in [0, 255]."""
+    """Draw a textured, nearly grey background: float32 (3, side, side) in [0, 255]."""
     base = rng.uniform(85, 165) + rng.uniform(-14, 14, 3)
     cells = rng.integers(-16, 17, (8, 8)).astype(np.float32)
     step = side // 7 + 1
@@ -175,11 +176,13 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
     waves += patches
     grain *= np.float32(24 / 255)  # from 0 to 24; its mean is taken off below
     waves += grain
-    return waves[..., None] + (base - 12).astype(np.float32)
+    return waves + (base - 12).astype(np.float32)[:, None, None]
 
 
 def composite(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, top: int, left: int) -> None:
-    """Paint ``colour`` (3,) through ``mask`` (h, w, 1) onto ``canvas`` (H, W, 3), in place."""
-    height, width = mask.shape[:2]
-    region = canvas[top : top + height, left : left + width]
-    region += mask * (colour - region)
+    """Paint ``colour`` (3, 1, 1) through ``mask`` (h, w) onto ``canvas`` (3, H, W), in place."""
+    height, width = mask.shape
+    region = canvas[:, top : top + height, left : left + width]
+    change = colour - region
+    change *= mask
+    region += change

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -43,6 +44,11 @@ _SIZES = {"train": 1_000_000, "validation": 12_000, "test": 12_000}
 _BUCKETS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}
 _BUCKET_COUNT = 5
 
+_CELL = SIDE // GRID
+_BOARD = SIDE + 1
+_LUMA = np.array([0.3, 0.59, 0.11], dtype=np.float32)
+_LIGHT_INK, _DARK_INK = (np.full((3, 1, 1), value, dtype=np.float32) for value in (250, 10))
+
 
 @dataclass
 class Thing:
@@ -60,6 +66,13 @@ class Thing:
     def is_shape(self) -> bool:
         """Whether questions can name this thing by its shape."""
         return self.kind in drawing.SHAPES
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Which part of its square it fills: float32 (size, size) in [0, 1]."""
+        if self.digit is None:
+            return drawing.sprite(self.kind, self.size, self.variant)
+        return drawing.card_masks(self.digit, self.size)[0]
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -89,31 +102,29 @@ class Scene:
         rng = np.random.default_rng(self.texture)
         canvas = drawing.background(rng, SIDE)
         shades = rng.uniform(-12, 12, (len(self.things), 3)).astype(np.float32)
-        for thing, shade in zip(self.things, shades, strict=True):
-            colour = np.asarray(drawing.PALETTE[thing.colour], dtype=np.float32) + shade
-            if thing.digit is None:
-                mask = drawing.sprite(thing.kind, thing.size, thing.variant)
-                drawing.composite(canvas, mask, colour, thing.top, thing.left)
-            else:
-                card, ink = drawing.card_masks(thing.digit, thing.size)
-                drawing.composite(canvas, card, colour, thing.top, thing.left)
-                dark = colour @ np.array([0.3, 0.59, 0.11], dtype=np.float32) < 120
-                shade_of_ink = np.full(3, 250 if dark else 10, dtype=np.float32)
-                drawing.composite(canvas, ink, shade_of_ink, thing.top, thing.left)
-        return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
+        colours = np.array([drawing.PALETTE[thing.colour] for thing in self.things], dtype=np.float32) + shades
+        for thing, colour in zip(self.things, colours[..., None, None], strict=True):
+            drawing.composite(canvas, thing.mask, colour, thing.top, thing.left)
+            if thing.digit is not None:
+                dark = _LUMA @ colour[:, 0, 0] < 120
+                ink = drawing.card_masks(thing.digit, thing.size)[1]
+                drawing.composite(canvas, ink, _LIGHT_INK if dark else _DARK_INK, thing.top, thing.left)
+        np.clip(canvas, 0, 255, out=canvas)
+        picture = np.empty((SIDE * SIDE, 3), dtype=np.uint8)
+        for channel, values in enumerate(canvas.astype(np.uint8)):  # several times faster than one transposed copy
+            picture[:, channel] = values.reshape(-1)
+        return picture.reshape(SIDE, SIDE, 3)
 
     def coverage(self, index: int) -> np.ndarray:
         """Return which share of each grid cell thing ``index`` covers: float32 (GRID, GRID) in [0, 1]."""
         thing = self.things[index]
-        mask = (
-            drawing.sprite(thing.kind, thing.size, thing.variant)
-            if thing.digit is None
-            else drawing.card_masks(thing.digit, thing.size)[0]
-        )
-        full = np.zeros((SIDE, SIDE), dtype=np.float32)
-        full[thing.top : thing.top + thing.size, thing.left : thing.left + thing.size] = mask[..., 0]
-        cell = SIDE // GRID
-        return full.reshape(GRID, cell, GRID, cell).mean((1, 3))
+        (row, above), (column, before) = divmod(thing.top, _CELL), divmod(thing.left, _CELL)
+        rows, columns = -(-(above + thing.size) // _CELL), -(-(before + thing.size) // _CELL)
+        block = np.zeros((rows * _CELL, columns * _CELL), dtype=np.float32)  # the cells it touches
+        block[above : above + thing.size, before : before + thing.size] = thing.mask
+        full = np.zeros((GRID, GRID), dtype=np.float32)
+        full[row : row + rows, column : column + columns] = block.reshape(rows, _CELL, columns, _CELL).mean((1, 3))
+        return full
 
     def relevance(self, about: tuple[int, ...]) -> np.ndarray:
         """Grade the cells that show the things in ``about``: float32 (GRID, GRID) in [0, 1].
@@ -212,6 +223,22 @@ def _contents(rng: random.Random) -> list[tuple[str, str, int | None]]:
     return contents + [("card", colour, _below(rng, 10)) for colour in _pick(rng, COLOURS, 2)]
 
 
+def _steer(contents: list[tuple[str, str, int | None]], rng: random.Random, family: str, answer: str) -> None:
+    """Change one property, in place, so that a question of ``family`` with ``answer`` becomes likely."""
+    kinds = [kind for kind, _, digit in contents if digit is None]
+    if family == "color":
+        single = [index for index, kind in enumerate(kinds) if kinds.count(kind) == 1]
+        index = single[_below(rng, len(single))]
+        contents[index] = (kinds[index], answer, None)
+    elif family == "reading":
+        index = len(kinds) + _below(rng, len(contents) - len(kinds))
+        contents[index] = (*contents[index][:2], int(answer))
+    elif family == "shape":
+        swap = kinds[_below(rng, len(kinds))]
+        renamed = {swap: answer, answer: swap}
+        contents[: len(kinds)] = [(renamed.get(kind, kind), *rest) for kind, *rest in contents[: len(kinds)]]
+
+
 def _objects(contents: list[tuple[str, str, int | None]], rng: random.Random) -> list[Thing]:
     """Give every shape and card its size and variant, but no place yet."""
     return [
@@ -250,25 +277,29 @@ def _pick(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]:
 def _bucket(contents: list[tuple[str, str, int | None]]) -> int:
     """Return the bucket of a scene, a digest of its objects: what questions can ask about, wherever it is."""
     named = sorted([f"{kind} {colour} {digit}" for kind, colour, digit in contents])
-    return hashlib.blake2b("|".join(named).encode(), digest_size=4).digest()[0] % _BUCKET_COUNT
+    return (
+        hashlib.blake2b("|".join(named).encode(), digest_size=4, person=b"grip_env scenes").digest()[0] % _BUCKET_COUNT
+    )
+
+
+@cache
+def _square(size: int) -> int:
+    """Return the bits of a square of ``size`` pixels and a margin of one, in the top left corner of a board."""
+    return sum(((2 << size) - 1) << (row * _BOARD) for row in range(size + 1))
 
 
 def _arrange(things: list[Thing], rng: random.Random) -> list[Thing] | None:
     """Give every object a place of its own; ``None`` if there is no room. Decorations may be left out."""
     placed: list[Thing] = []
-    boxes: list[tuple[int, int, int, int]] = []  # first and last row and column, a pixel of margin included
+    taken = 0  # a board of bits, one for each pixel
     for thing in things:
-        size, decoration = thing.size, thing.kind in drawing.DECORATIONS
-        room = SIDE - size + 1
+        square, decoration = _square(thing.size), thing.kind in drawing.DECORATIONS
+        room = SIDE - thing.size + 1
         for _ in range(12 if decoration else 40):
             top, left = int(rng.random() * room), int(rng.random() * room)
-            bottom, right = top + size, left + size
-            for first_row, first_column, last_row, last_column in boxes:
-                if top <= last_row and left <= last_column and bottom >= first_row and right >= first_column:
-                    break
-            else:
+            if not taken >> (top * _BOARD + left) & square:
+                taken |= square << (top * _BOARD + left)
                 thing.top, thing.left = top, left
-                boxes.append((top, left, bottom, right))
                 placed.append(thing)
                 break
         else:
@@ -344,11 +375,13 @@ class SceneTask:
             answer: with this answer.
         """
         contents = _contents(rng)
+        if family is not None and answer is not None:
+            _steer(contents, rng, family, answer)
         if _bucket(contents) not in _BUCKETS[split]:
             return None
-        things = _objects(contents, rng)
-        # every question but left/right depends on the contents alone: look before paying for clutter and places
+        things = _objects(contents, rng) + _clutter(rng)
+        # every question but left/right depends on the contents alone: look before paying for places
         if family is not None and family != "relation" and not Scene(things, 0).questions(family, answer):
             return None
-        placed = _arrange(things + _clutter(rng), rng)
+        placed = _arrange(things, rng)
         return None if placed is None else Scene(placed, rng.getrandbits(32))

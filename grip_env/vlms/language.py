@@ -21,17 +21,22 @@ from grip_env.vlms.dense import draw_scenes, normalise, vision_tokens
 
 __all__ = [
     "FAMILY_WEIGHTS",
+    "PLACE_WEIGHT",
     "EncodedScenes",
     "LanguageStage",
     "QuestionPacker",
     "captions",
     "forward_packed",
+    "place_loss",
     "random_subset",
 ]
 
 TOKENS = GRID * GRID
 FAMILY_WEIGHTS = {"existence": 1.5, "color": 0.8, "counting": 2.0, "reading": 0.8, "shape": 0.9, "relation": 3.0}
 """How often training asks each family: the ones that compare or count are slowest to learn."""
+
+PLACE_WEIGHT = 0.03
+"""Weight of :func:`place_loss` in both stages."""
 
 
 @dataclass
@@ -220,6 +225,10 @@ def place_loss(model: LlavaForConditionalGeneration, features: torch.Tensor) -> 
     """Return how far two fixed directions of the projected tokens are from giving row and column (mean square).
 
     Without it the projector drops the places that the tower knows, and left/right cannot be learnt.
+
+    Args:
+        model: The model; its tower is not run.
+        features: The tower's patch features (B, N, width).
     """
     directions = torch.randn(features.shape[-1], 2, generator=torch.Generator().manual_seed(0))
     directions = torch.linalg.qr(directions).Q  # (D, 2), orthonormal
@@ -296,6 +305,6 @@ class LanguageStage:
             self.model, pool.features[rows], self.packer.pack(asked), self.packer.bos, kept
         )
         answers = targets != self.packer.eos
-        loss = F.cross_entropy(logits, targets) + 0.03 * place_loss(self.model, pool.features[rows])
+        loss = F.cross_entropy(logits, targets) + PLACE_WEIGHT * place_loss(self.model, pool.features[rows])
         right = (logits.argmax(-1) == targets)[answers].float().mean()
         return {"loss": loss, "accuracy" if kept is None else "pruned": right}

@@ -64,16 +64,10 @@ def work_out(scene: Scene, text: str) -> tuple[str, str, list[Thing]]:
 
 def painted(thing: Thing) -> np.ndarray:
     """The share of each cell that ``thing`` covers, by painting it and counting: float (GRID, GRID)."""
-    canvas = np.zeros((SIDE, SIDE, 3), dtype=np.float32)
-    card = thing.digit is not None
-    mask = (
-        drawing.card_masks(thing.digit, thing.size)[0]
-        if card
-        else drawing.sprite(thing.kind, thing.size, thing.variant)
-    )
-    drawing.composite(canvas, mask, np.ones(3, dtype=np.float32), thing.top, thing.left)
+    canvas = np.zeros((3, SIDE, SIDE), dtype=np.float32)
+    drawing.composite(canvas, thing.mask, np.ones((3, 1, 1), dtype=np.float32), thing.top, thing.left)
     cells = [
-        [canvas[CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)].mean() for column in range(GRID)]
+        [canvas[:, CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)].mean() for column in range(GRID)]
         for row in range(GRID)
     ]
     return np.array(cells)
