@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from grip_env.envs.sampling import check_budget, tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["Policy", "PolicySelector", "Selector", "budget_to_count", "observations", "top_k"]
@@ -44,10 +45,14 @@ class Selector(Protocol):
 
 
 def budget_to_count(encoded: Encoded, budget: float) -> torch.Tensor:
-    """Return k = max(1, round(budget * real tokens)) for each example, long (B,)."""
-    if not 0 < budget <= 1:
-        raise ValueError(f"a budget is the share of tokens to keep, in (0, 1]; got {budget}")
-    return (encoded.token_mask.sum(1).double() * budget).round().long().clamp_min(1)  # as Python rounds
+    """Return k = max(1, round(budget * real tokens)) for each example, long (B,).
+
+    Raises:
+        ValueError: If ``budget`` is outside (0, 1].
+    """
+    check_budget(float(budget))
+    counts = [tokens_in_budget(budget, count) for count in encoded.token_mask.sum(1).tolist()]
+    return torch.tensor(counts, device=encoded.token_mask.device)
 
 
 def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["RunFolder", "check_agents_package", "fail", "load_task", "versions"]
+if TYPE_CHECKING:
+    from grip_env.tasks.base import Task
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["RunFolder", "check_agents_package", "fail", "load_model_and_task", "versions"]
 
 
 def fail(message: str) -> SystemExit:
@@ -42,13 +46,19 @@ def check_agents_package() -> None:
     )
 
 
-def load_task(name: str) -> Any:
-    """Return the task of that name."""
-    from grip_env.tasks.scenes import SceneTask
+def load_model_and_task(vlm: str, task: str) -> tuple[HuggingFaceVLM, Task]:
+    """Return the frozen model and the task of these names, or stop with one line that says what is wrong."""
+    from grip_env.tasks import load_task
+    from grip_env.vlms import load_vlm
 
-    if name != "scenes":
-        raise fail(f"unknown task {name!r}: choose 'scenes'")
-    return SceneTask()
+    try:
+        model = load_vlm(vlm)
+    except (OSError, ValueError) as error:
+        raise fail(f"cannot load the vision-language model {vlm!r}: {error}") from None
+    try:
+        return model, load_task(task)
+    except ValueError as error:
+        raise fail(str(error)) from None
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from grip_env.commands import check_agents_package, fail, load_task
+from grip_env.commands import check_agents_package, fail, load_model_and_task
 
 if TYPE_CHECKING:
     from agents.scorer import Scorer
@@ -92,17 +92,11 @@ def main() -> None:
     saved, scorer = _load(config.run)
     import torch
 
-    from grip_env.vlms import load_vlm
-
     if config.threads:
         torch.set_num_threads(config.threads)
-    try:
-        vlm = load_vlm(saved["config"]["vlm"])
-    except (OSError, ValueError) as error:
-        raise fail(f"cannot load the vision-language model {saved['config']['vlm']!r}: {error}") from None
+    vlm, task = load_model_and_task(saved["config"]["vlm"], saved["config"]["task"])
     if vlm.checksum() != saved["vlm"]["checksum"]:
         print("note: this vision-language model is not the one the agent was trained with; expect other numbers")
-    task = load_task(saved["config"]["task"])
     report(config.run, vlm, task, scorer, config.split, config.examples, config.out)
 
 

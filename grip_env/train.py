@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from grip_env.commands import RunFolder, check_agents_package, fail, load_task
+from grip_env.commands import RunFolder, check_agents_package, fail, load_model_and_task
 
 check_agents_package()
 
@@ -63,16 +63,11 @@ def train(config: Config) -> Path:
     from agents.scorer import Scorer, ScorerConfig
     from agents.selectors import ScorerSelector
     from grip_env.report import draw_gallery
-    from grip_env.vlms import load_vlm
 
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    try:
-        vlm = load_vlm(config.vlm)
-    except (OSError, ValueError) as error:
-        raise fail(f"cannot load the vision-language model {config.vlm!r}: {error}") from None
-    task = load_task(config.task)
+    vlm, task = load_model_and_task(config.vlm, config.task)
     scorer = Scorer(ScorerConfig(token_width=vlm.width))
     try:
         pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from grip_env.envs.instances import Instance, InstanceStore, fit, to_array
 from grip_env.envs.rewards import Reward, resolve_reward
 from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
+from grip_env.tasks import load_task
 from grip_env.tasks.base import Task, check_index
 from grip_env.vlms.base import FrozenVLM, Scores
 
@@ -87,7 +88,7 @@ class SelectionRules:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         self.budget = check_budget(budget)
         self.reward = resolve_reward(reward)
-        self.task = _resolve_task(task)
+        self.task = load_task(task)
         check_index(self.task, split, 0)
         self.vlm = _resolve_vlm(vlm)
         self.split = split
@@ -284,13 +285,3 @@ def _resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:
     from grip_env.vlms import load_vlm
 
     return load_vlm(vlm)
-
-
-def _resolve_task(task: Task | str) -> Task:
-    if not isinstance(task, str):
-        return task
-    if task != "scenes":
-        raise ValueError(f"unknown task {task!r}: use 'scenes', or pass an object that implements Task")
-    from grip_env.tasks.scenes import SceneTask
-
-    return SceneTask()

@@ -12,7 +12,6 @@ from agents.base import Policy, PolicySelector, Selector, budget_to_count, obser
 from agents.heuristics import BASELINES, all_tokens
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerPolicy, ScorerSelector
-from grip_env.envs.sampling import tokens_in_budget
 from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.vlms.base import Encoded
 from tests.fakes import WIDTH, FakeTask, FakeVLM
@@ -54,7 +53,7 @@ def test_reports_and_the_environment_keep_equally_many(budget: float) -> None:
     encoded = encode(2)[1]
     for count in range(1, 600):
         encoded.token_mask = torch.ones(2, count, dtype=torch.bool)
-        assert budget_to_count(encoded, budget).tolist() == [tokens_in_budget(budget, count)] * 2, count
+        assert budget_to_count(encoded, budget).tolist() == [max(1, round(budget * count))] * 2, count
 
 
 def test_top_k_keeps_the_best_and_of_equals_the_first() -> None:

@@ -268,15 +268,15 @@ def test_a_split_depends_on_objects_alone() -> None:
             by_contents[contents(task.scene_and_question(split, index)[0])].add(split)
     assert all(len(splits) == 1 for splits in by_contents.values())
 
-    from grip_env.tasks import scenes
+    from grip_env.tasks import layout, scenes
 
     things = task.scene_and_question("test", 0)[0].things
     named = [(thing.kind, thing.colour, thing.digit) for thing in things if thing.kind not in drawing.DECORATIONS]
-    assert scenes._bucket(named[::-1]) == scenes._bucket(named)
-    assert scenes._bucket(named) in scenes._BUCKETS["test"]
+    assert layout.bucket(named[::-1]) == layout.bucket(named)
+    assert layout.bucket(named) in scenes._BUCKETS["test"]
     # with eight colours for one shape, some other bucket must come up: the digest does read colours
     recoloured = [[(named[0][0], colour, named[0][2]), *named[1:]] for colour in drawing.PALETTE]
-    assert len({scenes._bucket(row) for row in recoloured}) > 1
+    assert len({layout.bucket(row) for row in recoloured}) > 1
 
 
 # -- errors ----------------------------------------------------------------------------------------------
