@@ -134,6 +134,12 @@ class GRPO:
             raise ValueError(
                 f"budgets must satisfy 0 < min_budget <= max_budget <= 1; got {config.min_budget}, {config.max_budget}"
             )
+        for name, least in (("instances", 1), ("epochs", 1), ("steps", 0), ("warmup_steps", 0)):
+            if getattr(config, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
+        if not (config.learning_rate > 0 and config.warmup_learning_rate > 0):
+            rates = f"{config.learning_rate} and {config.warmup_learning_rate}"
+            raise ValueError(f"learning_rate and warmup_learning_rate must be above 0; got {rates}")
         if config.group < 2:
             raise ValueError(f"a group needs at least 2 subsets to compare; got group={config.group}")
         if config.instances > pool.size:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -103,7 +104,15 @@ class Scorer(nn.Module):
 
         Returns:
             float (B, N); padding gets 0.
+
+        Raises:
+            ValueError: If the tokens are not as wide as those the scorer was made for.
         """
+        if tokens.shape[-1] != self.config.token_width:
+            raise ValueError(
+                f"this scorer was made for visual tokens of width {self.config.token_width}, and these have "
+                f"{tokens.shape[-1]}: train one for this model"
+            )
         angles = positions[..., None] * (math.pi * 2.0 ** torch.arange(6, device=positions.device))  # (B, N, 2, 6)
         waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(2)
         scale = torch.stack([budget, budget.log()], -1)  # (B, 2)
@@ -150,9 +159,14 @@ class Scorer(nn.Module):
 
         Raises:
             FileNotFoundError: If there is no scorer in ``folder``.
+            ValueError: If there is one, but it cannot be read.
         """
         if not (folder / "scorer.json").is_file() or not (folder / "scorer.safetensors").is_file():
             raise FileNotFoundError(f"no scorer in {folder}: expected scorer.json and scorer.safetensors")
-        scorer = cls(ScorerConfig(**json.loads((folder / "scorer.json").read_text())))
-        scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
+        try:
+            scorer = cls(ScorerConfig(**json.loads((folder / "scorer.json").read_text())))
+            scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
+        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(" .:")
+            raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()

@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from grip_env.commands import check_agents_package
+from grip_env.commands import check_agents_package, check_at_least
 
 __all__ = ["Config", "drawing_speed", "main", "promises", "summary"]
 
@@ -114,6 +114,8 @@ def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark")
     check_agents_package()
+    check_at_least(0, threads=config.threads)
+    check_at_least(1, seeds=len(config.seeds))
     from grip_env import train
     from grip_env.report import AGENT
 

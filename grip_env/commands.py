@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from grip_env.tasks.base import Task
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["RunFolder", "check_agents_package", "fail", "load_model_and_task", "versions"]
+__all__ = ["CommandError", "RunFolder", "check_agents_package", "check_at_least", "load_model_and_task", "versions"]
 
 
-def fail(message: str) -> SystemExit:
-    """Return an exit that prints one line and no traceback."""
-    return SystemExit(f"error: {message}")
+class CommandError(SystemExit):
+    """Ends a command with one line on standard error and exit code 2, the shell's code for wrong usage."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = 2
+        print(f"error: {message}", file=sys.stderr)
 
 
 def check_agents_package() -> None:
@@ -36,14 +40,23 @@ def check_agents_package() -> None:
     if found is not None and found.is_file() and 'DISTRIBUTION = "grip-env"' in found.read_text(encoding="utf-8"):
         return
     if found is None:
-        raise fail(f"the package 'agents' that belongs to grip_env is missing (expected in {ours}): reinstall grip-env")
+        raise CommandError(
+            f"the package 'agents' that belongs to grip_env is missing (expected in {ours}): reinstall grip-env"
+        )
     owners = sorted(set(metadata.packages_distributions().get("agents", [])) - {"grip-env"})
     owner = f" of the distribution {' and '.join(owners)}" if owners else ""
     remedy = f"pip uninstall {' '.join(owners)}" if owners else f"move {found.parent} away"
-    raise fail(
+    raise CommandError(
         f"the package 'agents' at {found.parent}{owner} shadows the one of grip_env. "
         f"Use an environment of its own for grip-env, or `{remedy}` and reinstall grip-env."
     )
+
+
+def check_at_least(least: int, **options: int) -> None:
+    """Stop with one line unless each option, given by its field's name, is at least ``least``."""
+    for name, value in options.items():
+        if value < least:
+            raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
 
 
 def load_model_and_task(vlm: str, task: str) -> tuple[HuggingFaceVLM, Task]:
@@ -54,11 +67,11 @@ def load_model_and_task(vlm: str, task: str) -> tuple[HuggingFaceVLM, Task]:
     try:
         model = load_vlm(vlm)
     except (OSError, ValueError) as error:
-        raise fail(f"cannot load the vision-language model {vlm!r}: {error}") from None
+        raise CommandError(f"cannot load the vision-language model {vlm!r}: {error}") from None
     try:
         return model, load_task(task)
     except ValueError as error:
-        raise fail(str(error)) from None
+        raise CommandError(str(error)) from None
 
 
 def versions() -> dict[str, str]:
@@ -80,12 +93,12 @@ class RunFolder:
         path: The folder; it must not hold another run.
 
     Raises:
-        SystemExit: If it does.
+        CommandError: If it does.
     """
 
     def __init__(self, path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise fail(f"{path} already exists: choose another --name, or remove it")
+            raise CommandError(f"{path} already exists: choose another --name, or remove it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
 

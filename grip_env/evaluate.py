@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from grip_env.commands import check_agents_package, fail, load_model_and_task
+from grip_env.commands import CommandError, check_agents_package, check_at_least, load_model_and_task
 
 if TYPE_CHECKING:
     from agents.scorer import Scorer
@@ -76,25 +76,37 @@ def _load(run: Path) -> tuple[dict[str, Any], Scorer]:
     from agents.scorer import Scorer
 
     if not (run / "config.json").is_file():
-        raise fail(f"{run} is not a run: expected a folder with config.json, as grip_env.train writes it")
+        raise CommandError(f"{run} is not a run: expected a folder with config.json, as grip_env.train writes it")
     try:
-        return json.loads((run / "config.json").read_text()), Scorer.load(run / "agent")
+        saved = json.loads((run / "config.json").read_text())
+        saved["config"]["vlm"], saved["config"]["task"], saved["vlm"]["checksum"]
+    except (ValueError, KeyError, TypeError):
+        raise CommandError(f"{run / 'config.json'} is not as grip_env.train wrote it: train again") from None
+    try:
+        return saved, Scorer.load(run / "agent")
     except FileNotFoundError as error:
-        raise fail(f"{run} has no trained agent yet: {error}") from None
+        raise CommandError(f"{run} has no trained agent yet: {error}") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
     check_agents_package()
-    if config.examples < 1:
-        raise fail(f"--examples must be at least 1; got {config.examples}")
+    check_at_least(1, examples=config.examples)
+    check_at_least(0, threads=config.threads)
     saved, scorer = _load(config.run)
     import torch
 
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = load_model_and_task(saved["config"]["vlm"], saved["config"]["task"])
+    if vlm.width != scorer.config.token_width:
+        raise CommandError(
+            f"the agent in {config.run} was made for visual tokens of width {scorer.config.token_width}, and those "
+            f"of {saved['config']['vlm']!r} have {vlm.width}: train an agent for this model"
+        )
     if vlm.checksum() != saved["vlm"]["checksum"]:
         print("note: this vision-language model is not the one the agent was trained with; expect other numbers")
     report(config.run, vlm, task, scorer, config.split, config.examples, config.out)

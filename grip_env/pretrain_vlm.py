@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 
-from grip_env.commands import check_agents_package
+from grip_env.commands import check_agents_package, check_at_least
 
 if TYPE_CHECKING:
     from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -132,6 +132,10 @@ def format_landscape(table: dict[str, dict[str, float]], count: int, split: str)
 def main(config: Config) -> None:
     """Run every stage that is not finished yet, write the model, and print the table of its card."""
     check_agents_package()
+    check_at_least(0, threads=config.threads)
+    check_at_least(1, vision_steps=config.vision_steps, vision_batch=config.vision_batch)
+    check_at_least(1, language_steps=config.language_steps, language_batch=config.language_batch)
+    check_at_least(1, test_examples=config.test_examples)
     from grip_env.vlms import load_vlm
     from grip_env.vlms.building import build_model, build_processor
     from grip_env.vlms.dense import DenseBatch, DenseHead, vision_tokens
@@ -228,4 +232,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config, prog="python -m grip_env.pretrain_vlm"))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.")
+        raise SystemExit(130) from None

@@ -6,16 +6,13 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from grip_env.commands import RunFolder, check_agents_package, fail, load_model_and_task
+from grip_env.commands import CommandError, RunFolder, check_agents_package, check_at_least, load_model_and_task
 
 check_agents_package()
 
 from agents.grpo import GRPO, GRPOConfig, Metrics  # noqa: E402  (the check above explains a failing import)
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Config", "main", "train"]
 
@@ -64,6 +61,10 @@ def train(config: Config) -> Path:
     from agents.selectors import ScorerSelector
     from grip_env.report import draw_gallery
 
+    check_at_least(0, threads=config.threads, report_examples=config.report_examples, seed=config.seed)
+    check_at_least(1, picture_every=config.picture_every)
+    if Path(config.name).name != config.name:
+        raise CommandError(f"--name is the name of a folder in --runs, without '/' in it; got {config.name!r}")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -73,7 +74,7 @@ def train(config: Config) -> Path:
         pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
         algorithm = GRPO(vlm, pool, scorer, config.grpo, config.reward, config.seed)
     except ValueError as error:
-        raise fail(str(error)) from None
+        raise CommandError(str(error)) from None
 
     name = config.name or f"{config.algo}-{config.task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder(config.runs / name)

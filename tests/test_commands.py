@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.grpo import GRPOConfig
-from agents.scorer import Scorer
+from agents.scorer import Scorer, ScorerConfig
 from grip_env import commands, evaluate
 from grip_env import train as train_module
 from grip_env.train import Config, train
@@ -64,6 +65,15 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, s
 def rows(run: Path, phase: str) -> list[dict[str, str]]:
     with (run / f"{phase}.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def refusal(stop: SystemExit, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that refused printed: one line on standard error, and nothing else."""
+    assert stop.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert one_line(shown.err), shown.err
+    return shown.err
 
 
 def one_line(text: str) -> bool:
@@ -233,60 +243,108 @@ def test_interrupt_in_the_warmup_keeps_the_agent(
         ({"pool": 0}, ["size=0"]),
         ({"pool": 4}, ["instances=6", "pool=4"]),
         ({"task": "photos"}, ["unknown task 'photos'", "scenes"]),
+        ({"min_budget": 0.0}, ["0 < min_budget <= max_budget <= 1", "0.0, 0.5"]),
+        ({"max_budget": 1.5}, ["0 < min_budget <= max_budget <= 1", "0.03, 1.5"]),
+        ({"instances": 0}, ["instances must be at least 1; got 0"]),
+        ({"steps": -1}, ["steps must be at least 0; got -1"]),
+        ({"learning_rate": 0.0}, ["learning_rate", "must be above 0; got 0.0"]),
+        ({"picture_every": 0}, ["--picture-every must be at least 1; got 0"]),
+        ({"report_examples": -1}, ["--report-examples must be at least 0; got -1"]),
+        ({"seed": -1}, ["--seed must be at least 0; got -1"]),
+        ({"name": "../elsewhere"}, ["--name is the name of a folder", "../elsewhere"]),
     ],
 )
 def test_impossible_settings_stop_with_one_line_and_leave_no_folder(
-    vlm_folder: Path, tmp_path: Path, changes: dict[str, Any], parts: list[str]
+    vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], parts: list[str]
 ) -> None:
     config = settings(vlm_folder, tmp_path, **changes)
     with pytest.raises(SystemExit) as stop:
         train(config)
-    message = str(stop.value)
-    assert one_line(message)
+    message = refusal(stop.value, capsys)
     assert all(part in message for part in parts), message
     assert not (tmp_path / "run").exists()
 
 
-def test_existing_runs_are_never_written_to(run: Path, vlm_folder: Path) -> None:
+def test_existing_runs_are_never_written_to(run: Path, vlm_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(SystemExit) as stop:
         train(settings(vlm_folder, run.parent, run.name))
-    assert one_line(str(stop.value))
-    assert f"{run} already exists: choose another --name" in str(stop.value)
+    assert f"{run} already exists: choose another --name" in refusal(stop.value, capsys)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_evaluating_what_is_no_run_stops_with_one_line(tmp_path: Path) -> None:
     code, out, err = finish(start("-m", "grip_env.evaluate", tmp_path, cwd=tmp_path))
-    assert code == 1
+    assert code == 2
     assert out == ""
     assert one_line(err)
     assert f"{tmp_path} is not a run: expected a folder with config.json" in err
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
         ("agent", "has no trained agent yet"),
+        ("truncated", "is damaged (Error while deserializing header"),
+        ("other sizes", "is damaged (Error(s) in loading state_dict"),
+        ("other width", "was made for visual tokens of width 64, and those of"),
+        ("settings", "scorer.json"),
         ("vlm", "cannot load the vision-language model '/moved/away'"),
+        ("config", "config.json is not as grip_env.train wrote it"),
         ("examples", "--examples must be at least 1; got 0"),
     ],
 )
 def test_evaluating_an_incomplete_run_stops_with_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, message: str
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: str,
+    message: str,
 ) -> None:
-    config = json.loads((run / "config.json").read_text())
-    if broken == "vlm":
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for path in copy.glob("*.*"):
+        if path.name != "config.json":
+            path.unlink()
+    agent = copy / "agent"
+    if broken == "agent":
+        shutil.rmtree(agent)
+    elif broken == "truncated":
+        truncate(agent / "scorer.safetensors")
+    elif broken == "other sizes":
+        Scorer(ScorerConfig(width=48)).save(tmp_path)
+        shutil.copy(tmp_path / "scorer.safetensors", agent)
+    elif broken == "other width":
+        Scorer(ScorerConfig(token_width=64)).save(agent)
+    elif broken == "settings":
+        (agent / "scorer.json").unlink()
+    elif broken == "vlm":
+        config = json.loads((copy / "config.json").read_text())
         config["config"]["vlm"] = "/moved/away"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if broken != "agent":
-        Scorer.load(run / "agent").save(tmp_path / "agent")
+        (copy / "config.json").write_text(json.dumps(config))
+    elif broken == "config":
+        truncate(copy / "config.json")
+    before = sorted(copy.rglob("*"))
     count = "0" if broken == "examples" else "6"
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--examples", count])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(copy), "--examples", count])
     with pytest.raises(SystemExit) as stop:
         evaluate.main()
-    assert one_line(str(stop.value))
-    assert message in str(stop.value)
+    assert message in refusal(stop.value, capsys)
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_unknown_algorithms_are_refused_with_the_choices(tmp_path: Path) -> None:
+    code, out, err = finish(start("-m", "grip_env.train", "--algo", "alphazero", cwd=tmp_path))
+    assert code == 2
+    assert out == ""
+    assert "alphazero" in err
+    assert "grpo" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
@@ -300,7 +358,7 @@ def test_another_package_called_agents_is_named_with_the_remedy(tmp_path: Path, 
         (record / "METADATA").write_text("Metadata-Version: 2.1\nName: openai-agents\nVersion: 0.1\n")
         (record / "top_level.txt").write_text("agents\n")
     code, out, err = finish(start("-m", f"grip_env.{command}", tmp_path / "x", cwd=tmp_path, PYTHONPATH=str(tmp_path)))
-    assert code == 1
+    assert code == 2
     assert out == ""
     assert one_line(err), err
     assert f"the package 'agents' at {tmp_path / 'agents'}" in err

@@ -20,8 +20,17 @@ def load_vlm(name_or_path: str | Path = "tiny", **options: Any) -> HuggingFaceVL
     Args:
         name_or_path: "tiny" for the embedded model, else a folder that ``save_pretrained`` wrote.
         options: Passed on to :meth:`~grip_env.vlms.huggingface.HuggingFaceVLM.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If there is no model, or the embedded one did not come whole with the package.
+        ValueError: If the model is damaged or of a family that is not supported.
     """
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-    path = TINY if str(name_or_path) == "tiny" else name_or_path
-    return HuggingFaceVLM.from_pretrained(path, **options)
+    if str(name_or_path) != "tiny":
+        return HuggingFaceVLM.from_pretrained(name_or_path, **options)
+    try:
+        return HuggingFaceVLM.from_pretrained(TINY, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).rpartition(": ")[0]
+        raise FileNotFoundError(f"the embedded model is missing or damaged, {reason}: reinstall grip-env") from error

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
 from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.loading import read_pretrained
 
 __all__ = ["HuggingFaceVLM"]
 
@@ -75,19 +74,10 @@ class HuggingFaceVLM:
 
         Raises:
             FileNotFoundError: If ``path`` looks like a folder and has no config.json.
+            ValueError: If a part of it is missing or damaged, or its family is not supported.
         """
-        folder = Path(path)
-        if (folder.exists() or str(path).startswith((".", "/"))) and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            processor = AutoProcessor.from_pretrained(path, backend="pil")
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        finally:
-            if bars:
-                logging.enable_progress_bar()
-        return cls(model.to(device), processor, folder.name, positions, token_budget)  # type: ignore[arg-type]
+        model, processor = read_pretrained(path, dtype)
+        return cls(model.to(device), processor, Path(path).name, positions, token_budget)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
