@@ -6,6 +6,7 @@ import csv
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Config:
     """Where the runs ``benchmark-seed0``, ... are kept."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
+    examples: int = 1440
+    """Test examples the means are over; runs reported on another number are compared again."""
     drawing: bool = True
     """Also compare the time to draw an example with the time to score it."""
     extra: tuple[str, ...] = field(default_factory=tuple)
@@ -81,33 +84,35 @@ def promises(table: dict[str, dict[str, dict[str, tuple[float, float]]]], ratio:
     return checks
 
 
-def drawing_speed(examples: int = 192) -> tuple[float, float, float]:
+def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float]:
     """Return milliseconds per example to draw its picture, to make all of it, and to score it.
 
-    Making includes choosing scene, question and relevance; scoring includes the vision encoder.
+    Making includes choosing scene, question and relevance; scoring includes the vision encoder. Medians over batches,
+    each kind of work in a stretch of its own: PyTorch's threads go on spinning for a while after they have worked.
     """
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
 
     vlm, task = load_vlm("tiny"), SceneTask()
-    for index in range(600):  # sprites are drawn once
-        task.example("test", index)
-    draw, make, score = [], [], []
-    for start in range(0, examples + 48, 48):  # the first batch warms up and is left out
-        began = time.perf_counter()
-        batch = [task.example("test", index) for index in range(start, start + 48)]
-        made = time.perf_counter()
-        encoded = vlm.encode(batch)
+    time.sleep(1)
+    examples = [task.example("test", index) for index in range(batches * size)]  # draws every sprite once
+
+    def milliseconds(work: Callable[[range], object]) -> float:
+        times = []
+        for start in range(0, batches * size, size):
+            began = time.perf_counter()
+            work(range(start, start + size))
+            times.append((time.perf_counter() - began) / size * 1e3)
+        return statistics.median(times)
+
+    def score(rows: range) -> None:
+        encoded = vlm.encode([examples[row] for row in rows])
         vlm.score(encoded, encoded.full_selection())
-        score.append(time.perf_counter() - made)
-        make.append(made - began)
-        scenes = [task.scene_and_question("test", index)[0] for index in range(start, start + 48)]
-        began = time.perf_counter()
-        for scene in scenes:
-            scene.draw()
-        draw.append(time.perf_counter() - began)
-    medians = [statistics.median(times[1:]) / 48 * 1e3 for times in (draw, make, score)]
-    return medians[0], medians[1], medians[2]
+
+    make = milliseconds(lambda rows: [task.example("test", row) for row in rows])
+    scenes = [task.scene_and_question("test", row)[0] for row in range(batches * size)]
+    draw = milliseconds(lambda rows: [scenes[row].draw() for row in rows])
+    return draw, make, milliseconds(score)
 
 
 def main() -> None:
@@ -115,8 +120,8 @@ def main() -> None:
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark")
     check_agents_package()
     check_at_least(0, threads=config.threads)
-    check_at_least(1, seeds=len(config.seeds))
-    from grip_env import train
+    check_at_least(1, seeds=len(config.seeds), examples=config.examples)
+    from grip_env import evaluate, train
     from grip_env.report import AGENT
 
     reports: list[dict[str, Any]] = []
@@ -129,7 +134,11 @@ def main() -> None:
             began = time.perf_counter()
             train.train(replace(options, seed=seed, name=folder.name, runs=config.runs, threads=config.threads))
             minutes.append((time.perf_counter() - began) / 60)
-        reports.append(json.loads((folder / "report.json").read_text()))
+        result = json.loads((folder / "report.json").read_text())
+        if result["examples"] != config.examples:
+            evaluate.evaluate(evaluate.Config(folder, examples=config.examples, threads=config.threads))
+            result = json.loads((folder / "report.json").read_text())
+        reports.append(result)
         with (folder / "grpo.csv").open() as file:
             for line in csv.DictReader(file):
                 spent += float(line["seconds"])
@@ -148,7 +157,7 @@ def main() -> None:
     for text, holds in promises(table, spent / scoring):
         print(("holds   " if holds else "MISSED  ") + text)
     if minutes:
-        print(f"minutes per run, set-up not included: {', '.join(f'{value:.1f}' for value in minutes)}")
+        print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")
     if config.drawing:
         draw, make, score = drawing_speed()
         print(f"scoring an example takes {score:.2f} ms: {score / draw:.1f}x the time to draw its picture, ", end="")

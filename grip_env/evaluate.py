@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from grip_env.tasks.base import Task
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["Config", "main", "report"]
+__all__ = ["Config", "evaluate", "main", "report"]
 
 
 @dataclass
@@ -90,10 +90,12 @@ def _load(run: Path) -> tuple[dict[str, Any], Scorer]:
         raise CommandError(str(error)) from None
 
 
-def main() -> None:
-    """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
-    check_agents_package()
+def evaluate(config: Config) -> Comparison:
+    """Compare the agent of a run with the baselines, print the tables and draw the pictures.
+
+    Raises:
+        CommandError: If an option is wrong, or the run, its agent or its model cannot be read.
+    """
     check_at_least(1, examples=config.examples)
     check_at_least(0, threads=config.threads)
     saved, scorer = _load(config.run)
@@ -109,7 +111,14 @@ def main() -> None:
         )
     if vlm.checksum() != saved["vlm"]["checksum"]:
         print("note: this vision-language model is not the one the agent was trained with; expect other numbers")
-    report(config.run, vlm, task, scorer, config.split, config.examples, config.out)
+    return report(config.run, vlm, task, scorer, config.split, config.examples, config.out)
+
+
+def main() -> None:
+    """Run the command."""
+    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
+    check_agents_package()
+    evaluate(config)
 
 
 if __name__ == "__main__":
