@@ -137,9 +137,13 @@ class GRPO:
         for name, least in (("instances", 1), ("epochs", 1), ("steps", 0), ("warmup_steps", 0)):
             if getattr(config, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
-        if not (config.learning_rate > 0 and config.warmup_learning_rate > 0):
-            rates = f"{config.learning_rate} and {config.warmup_learning_rate}"
-            raise ValueError(f"learning_rate and warmup_learning_rate must be above 0; got {rates}")
+        # a floor of 0 would divide by 0 in every group of equal rewards
+        for name in ("learning_rate", "warmup_learning_rate", "max_gradient_norm", "std_floor"):
+            if not 0 < getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must be above 0; got {getattr(config, name)}")
+        for name in ("clip_low", "clip_high", "kl_weight"):
+            if not 0 <= getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must not be negative; got {getattr(config, name)}")
         if config.group < 2:
             raise ValueError(f"a group needs at least 2 subsets to compare; got group={config.group}")
         if config.instances > pool.size:

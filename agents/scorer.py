@@ -166,7 +166,7 @@ class Scorer(nn.Module):
         try:
             scorer = cls(ScorerConfig(**json.loads((folder / "scorer.json").read_text())))
             scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
-        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(" .:")
+        except (SafetensorError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()

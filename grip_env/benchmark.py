@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
-from grip_env.commands import check_agents_package, check_at_least
+from grip_env.commands import CommandError, check_agents_package, check_at_least
 
-__all__ = ["Config", "drawing_speed", "main", "promises", "summary"]
+__all__ = ["Config", "drawing_speed", "main", "paired", "promises", "run_seed", "summary"]
 
 GRID = (0.05, 0.1, 0.2, 0.3, 0.5)
 RIVALS = ("uniform grid", "CLS attention", "max-min diversity")
@@ -25,7 +28,8 @@ RIVALS = ("uniform grid", "CLS attention", "max-min diversity")
 class Config:
     """Train the default agent with several seeds, print means over them, and check each promise.
 
-    Runs that have finished are not repeated, so that an interrupted benchmark goes on where it was.
+    Runs that have finished are not repeated, so that an interrupted benchmark goes on where it was; one that has not
+    finished is removed and started again.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -35,11 +39,11 @@ class Config:
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     examples: int = 1440
-    """Test examples the means are over; runs reported on another number are compared again."""
+    """Test examples the means are over."""
     drawing: bool = True
     """Also compare the time to draw an example with the time to score it."""
     extra: tuple[str, ...] = field(default_factory=tuple)
-    """Options of grip_env.train for every run, such as --grpo.steps=100."""
+    """Options of grip_env.train for every run, as in --extra=--grpo.steps=100."""
 
 
 def summary(reports: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
@@ -62,26 +66,78 @@ def summary(reports: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, tupl
     return table
 
 
-def promises(table: dict[str, dict[str, dict[str, tuple[float, float]]]], ratio: float) -> list[tuple[str, bool]]:
+def paired(reports: list[dict[str, Any]], method: str, rival: str, budget: str) -> tuple[float, float]:
+    """Return by how many nats ``method`` beats ``rival``, and the half width of the 95% interval.
+
+    The interval is over examples: both methods answer the same ones, so that what makes an example hard cancels out.
+    """
+    key, other = (f"{name}@{float(budget)}" for name in (method, rival))
+    gains = np.mean([report["single"][key] - report["single"][other] for report in reports], 0)  # (examples,)
+    return float(gains.mean()), 1.96 * float(gains.std(ddof=1)) / math.sqrt(len(gains))
+
+
+def promises(reports: list[dict[str, Any]], ratio: float) -> list[tuple[str, bool]]:
     """Check what the README says of the default agent; returns (statement with numbers, whether it holds)."""
     from grip_env.report import AGENT, WARMUP
 
-    agent, checks = table[AGENT], []
+    table, checks = summary(reports), []
     for budget in ("0.05", "0.1"):
-        gap = agent[budget]["gap"][0]
+        gap = table[AGENT][budget]["gap"][0]
         checks.append((f"{float(budget):.0%}: closes {gap:.0%} of the gap from random to oracle (>= 80%)", gap >= 0.8))
     for rival in RIVALS:
-        margins = {b: agent[str(b)]["log_likelihood"][0] - table[rival][str(b)]["log_likelihood"][0] for b in GRID}
+        margins = {budget: paired(reports, AGENT, rival, str(budget)) for budget in GRID}
         worst = min(margins, key=lambda budget: margins[budget])
-        text = f"beats {rival} from 5% to 50%; smallest margin {margins[worst]:+.3f} nats at {worst:.0%}"
-        checks.append((text, margins[worst] > 0))
+        margin, interval = margins[worst]
+        text = f"beats {rival} from 5% to 50%; smallest margin {margin:+.3f} +- {interval:.3f} nats at {worst:.0%}"
+        checks.append((text, margin > 0))
     for budget in ("0.05", "0.1"):
-        (mine, spread), (before, before_spread) = (table[name][budget]["log_likelihood"] for name in (AGENT, WARMUP))
-        gain, noise = mine - before, max(spread, before_spread)
-        text = f"{float(budget):.0%}: GRPO gains {gain:+.3f} nats on its warm-up, seed spread {noise:.3f}"
-        checks.append((text, gain > noise))
+        gain, interval = paired(reports, AGENT, WARMUP, budget)
+        noise = max(table[name][budget]["log_likelihood"][1] for name in (AGENT, WARMUP))
+        text = f"GRPO gains {gain:+.3f} +- {interval:.3f} nats on its warm-up, seed spread {noise:.3f}"
+        checks.append((f"{float(budget):.0%}: {text}", gain > noise))
     checks.append((f"a GRPO step takes {ratio:.2f}x the scoring inside it (<= 1.5)", ratio <= 1.5))
     return checks
+
+
+def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
+    """Train with one seed and compare, or read what an earlier call left.
+
+    Returns:
+        The report, with the log-likelihoods of single examples as "single", and the minutes the training took (if any).
+
+    Raises:
+        CommandError: If the runs were made with other settings.
+    """
+    from grip_env import evaluate, train
+
+    folder = config.runs / f"benchmark-seed{seed}"
+    options = replace(
+        tyro.cli(train.Config, args=list(config.extra)),
+        seed=seed,
+        name=folder.name,
+        runs=config.runs,
+        threads=config.threads,
+    )
+    minutes = None
+    if folder.is_dir() and not (folder / "report.json").is_file():
+        print(f"{folder} has not finished: starting it again")
+        shutil.rmtree(folder)
+    if folder.is_dir():
+        saved = json.loads((folder / "config.json").read_text())["config"]
+        wanted = json.loads(json.dumps(asdict(options), default=str))
+        other = sorted(key for key in wanted if saved.get(key) != wanted[key] and key not in ("runs", "threads"))
+        if other:
+            raise CommandError(f"{folder} was made with other settings of {', '.join(other)}: choose another --runs")
+    else:
+        began = time.perf_counter()
+        train.train(options)
+        minutes = (time.perf_counter() - began) / 60
+    out = folder / f"test-{config.examples}"
+    if not (out / "report.json").is_file():
+        evaluate.evaluate(evaluate.Config(folder, examples=config.examples, threads=config.threads))
+    report = json.loads((out / "report.json").read_text())
+    with np.load(out / "report.npz") as single:
+        return report | {"single": dict(single)}, minutes
 
 
 def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float]:
@@ -121,25 +177,16 @@ def main() -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, seeds=len(config.seeds), examples=config.examples)
-    from grip_env import evaluate, train
     from grip_env.report import AGENT
 
     reports: list[dict[str, Any]] = []
     minutes: list[float] = []
     spent, scoring = 0.0, 0.0
     for seed in config.seeds:
-        folder = config.runs / f"benchmark-seed{seed}"
-        if not (folder / "report.json").is_file():
-            options = tyro.cli(train.Config, args=list(config.extra))
-            began = time.perf_counter()
-            train.train(replace(options, seed=seed, name=folder.name, runs=config.runs, threads=config.threads))
-            minutes.append((time.perf_counter() - began) / 60)
-        result = json.loads((folder / "report.json").read_text())
-        if result["examples"] != config.examples:
-            evaluate.evaluate(evaluate.Config(folder, examples=config.examples, threads=config.threads))
-            result = json.loads((folder / "report.json").read_text())
-        reports.append(result)
-        with (folder / "grpo.csv").open() as file:
+        report, took = run_seed(config, seed)
+        reports.append(report)
+        minutes += [] if took is None else [took]
+        with (config.runs / f"benchmark-seed{seed}" / "grpo.csv").open() as file:
             for line in csv.DictReader(file):
                 spent += float(line["seconds"])
                 scoring += float(line["scoring_seconds"])
@@ -154,7 +201,7 @@ def main() -> None:
         for method, row in table.items():
             print(f"| {method} | " + " | ".join(f"{row[b][key][0]:.3f} ({row[b][key][1]:.3f})" for b in budgets) + " |")
     print()
-    for text, holds in promises(table, spent / scoring):
+    for text, holds in promises(reports, spent / scoring):
         print(("holds   " if holds else "MISSED  ") + text)
     if minutes:
         print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from grip_env.tasks.base import Task
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["CommandError", "RunFolder", "check_agents_package", "check_at_least", "load_model_and_task", "versions"]
+__all__ = [
+    "CommandError",
+    "RunFolder",
+    "check_agents_package",
+    "check_at_least",
+    "load_model_and_task",
+    "make_folder",
+    "versions",
+]
 
 
 class CommandError(SystemExit):
@@ -86,6 +94,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def make_folder(path: Path) -> Path:
+    """Create a folder if it is not there, or stop with one line; returns it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from None
+    return path
+
+
 class RunFolder:
     """Where one run keeps its configuration, metrics, checkpoints and report.
 
@@ -99,8 +116,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CommandError(f"{path} already exists: choose another --name, or remove it")
-        path.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path = make_folder(path)
 
     def write_config(self, config: Any, **more: Any) -> None:
         """Write ``config.json``: the full configuration, the command line, versions, and anything else given."""

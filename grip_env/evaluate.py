@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from grip_env.commands import CommandError, check_agents_package, check_at_least, load_model_and_task
+from grip_env.commands import CommandError, check_agents_package, check_at_least, load_model_and_task, make_folder
 
 if TYPE_CHECKING:
     from agents.scorer import Scorer
@@ -31,7 +31,7 @@ class Config:
     examples: int = 480
     """How many examples."""
     out: Path | None = None
-    """Where report.md, report.json, pareto.png and kept_tokens.png go; the run's folder when not given."""
+    """Where report.md, report.json, report.npz, pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
 
@@ -55,11 +55,13 @@ def report(
     from agents.selectors import ScorerSelector
     from grip_env.report import AGENT, WARMUP, compare, draw_curve, draw_gallery
 
-    out = out or run
-    out.mkdir(parents=True, exist_ok=True)
     selectors: dict[str, Selector] = dict(BASELINES)
     if (run / "warmup").is_dir():
-        selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup"))
+        try:
+            selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup"))
+        except (OSError, ValueError) as error:
+            raise CommandError(str(error)) from None
+    out = make_folder(out or run)
     selectors[AGENT] = ScorerSelector(scorer.eval())
     comparison = compare(vlm, task, selectors, split, examples, progress=progress)
     print("\n" + comparison.markdown() + "\n")
@@ -110,15 +112,24 @@ def evaluate(config: Config) -> Comparison:
             f"of {saved['config']['vlm']!r} have {vlm.width}: train an agent for this model"
         )
     if vlm.checksum() != saved["vlm"]["checksum"]:
-        print("note: this vision-language model is not the one the agent was trained with; expect other numbers")
-    return report(config.run, vlm, task, scorer, config.split, config.examples, config.out)
+        raise CommandError(
+            f"the agent in {config.run} was trained on a vision-language model with other weights than "
+            f"{saved['config']['vlm']!r} has now: train an agent for this one"
+        )
+    # a folder of its own, so that a look at validation does not replace the report that training wrote
+    out = config.out or config.run / f"{config.split}-{config.examples}"
+    return report(config.run, vlm, task, scorer, config.split, config.examples, out)
 
 
 def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
     check_agents_package()
-    evaluate(config)
+    try:
+        evaluate(config)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written.")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

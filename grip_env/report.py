@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,15 @@ class Comparison:
     """Results of several methods on the same examples.
 
     ``cells[method][budget]`` holds "log_likelihood" and "accuracy", means over the examples, "log_likelihood_se",
-    the standard error of that mean, and "families", the same two means for each question family.
+    the standard error of that mean, and "families", the same two means for each question family;
+    ``log_likelihoods[method][budget]`` those of the single examples, float32 (examples,).
     """
 
     split: str
     examples: int
     tokens: float
     cells: dict[str, dict[float, dict[str, Any]]]
+    log_likelihoods: dict[str, dict[float, np.ndarray]] = field(default_factory=dict)
 
     def value(self, method: str, budget: float, key: str = "log_likelihood") -> float:
         """Return one number of the table."""
@@ -71,7 +74,7 @@ class Comparison:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
-        """Write ``report.md`` and ``report.json``."""
+        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.npz``."""
         (folder / "report.md").write_text(self.markdown() + "\n")
         plain = {
             "split": self.split,
@@ -79,6 +82,8 @@ class Comparison:
             "tokens": self.tokens,
             "cells": {name: {str(budget): cell for budget, cell in row.items()} for name, row in self.cells.items()},
         }
+        arrays = {f"{name}@{b}": values for name, row in self.log_likelihoods.items() for b, values in row.items()}
+        np.savez_compressed(folder / "report.npz", **arrays)  # type: ignore[arg-type]
         (folder / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
 
 
@@ -110,8 +115,11 @@ def compare(
     from agents.base import budget_to_count
 
     examples = min(examples, task.size(split))
-    generator = torch.Generator().manual_seed(seed)
     pairs = [(name, budget) for budget in budgets for name in selectors]
+    # one source of chance each, so that what else is compared does not change a method's numbers
+    generators = [
+        torch.Generator().manual_seed(seed + zlib.crc32(f"{name}@{budget}".encode())) for name, budget in pairs
+    ]
     likelihood: list[np.ndarray] = []
     correct: list[np.ndarray] = []
     families: list[str] = []
@@ -123,7 +131,7 @@ def compare(
         families += [example.family for example in batch]
         tokens += int(encoded.token_mask.sum())
         chosen = [encoded.token_mask]
-        for name, budget in pairs:
+        for (name, budget), generator in zip(pairs, generators, strict=True):
             chosen.append(selectors[name](vlm, encoded, budget_to_count(encoded, budget), generator))
         scores = vlm.score(encoded, torch.stack(chosen, 1))
         likelihood.append(scores.log_likelihood.cpu().numpy())
@@ -145,11 +153,14 @@ def compare(
             },
         }
 
-    cells: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in selectors}
-    for column, (name, budget) in enumerate(pairs, start=1):
-        cells[name][budget] = cell(column)
-    cells[ALL_TOKENS] = {budget: cell(0) for budget in budgets}
-    return Comparison(split, examples, tokens / examples, cells)
+    columns = {pair: column for column, pair in enumerate(pairs, start=1)}
+    columns |= {(ALL_TOKENS, budget): 0 for budget in budgets}
+    cells: dict[str, dict[float, dict[str, Any]]] = {}
+    single: dict[str, dict[float, np.ndarray]] = {}
+    for (name, budget), column in columns.items():
+        cells.setdefault(name, {})[budget] = cell(column)
+        single.setdefault(name, {})[budget] = ll[:, column]
+    return Comparison(split, examples, tokens / examples, cells, single)
 
 
 def draw_curve(comparison: Comparison, path: Path) -> None:

@@ -63,7 +63,9 @@ def train(config: Config) -> Path:
 
     check_at_least(0, threads=config.threads, report_examples=config.report_examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
-    if Path(config.name).name != config.name:
+    if config.seed >= 2**63:
+        raise CommandError(f"--seed must be below 2**63; got {config.seed}")
+    if Path(config.name).name != config.name or config.name == "..":
         raise CommandError(f"--name is the name of a folder in --runs, without '/' in it; got {config.name!r}")
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -76,32 +78,30 @@ def train(config: Config) -> Path:
     except ValueError as error:
         raise CommandError(str(error)) from None
 
+    shown = vlm.encode([task.example("validation", index) for index in range(6)])
+    checksum = vlm.checksum()
     name = config.name or f"{config.algo}-{config.task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder(config.runs / name)
-    checksum = vlm.checksum()
     run.write_config(config, vlm={"name": vlm.name, "checksum": checksum}, scorer=dataclasses.asdict(scorer.config))
+    scorer.save(run.path / "agent")  # from here on, whatever happens leaves an agent that evaluate can read
     print(f"run: {run.path}")
 
-    shown = vlm.encode([task.example("validation", index) for index in range(6)])
     total = {"warmup": config.grpo.warmup_steps, "grpo": config.grpo.steps}
     bars: dict[str, Any] = {}
     writer = SummaryWriter(str(run.path))
     last = Metrics("start", 0)
     averages: dict[str, float] = {}
 
-    def checkpoint(step: int, picture: bool) -> None:
+    def checkpoint(step: int) -> None:
         scorer.save(run.path / "agent")
-        if picture:
-            sheet = draw_gallery(vlm, shown, ScorerSelector(scorer), title=f"What the agent keeps, step {step}")
-            writer.add_image("kept tokens", sheet, step, dataformats="HWC")
+        sheet = draw_gallery(vlm, shown, ScorerSelector(scorer), title=f"What the agent keeps, step {step}")
+        writer.add_image("kept tokens", sheet, step, dataformats="HWC")
 
     try:
         for last in algorithm.train():
             if last.phase not in bars:
                 for bar in bars.values():
                     bar.close()
-                if last.phase == "grpo" and config.grpo.warmup_steps:
-                    scorer.save(run.path / "warmup")
                 averages.clear()
                 bars[last.phase] = tqdm(
                     total=total[last.phase],
@@ -119,26 +119,31 @@ def train(config: Config) -> Path:
             bars[last.phase].set_postfix(
                 {label: f"{averages[key]:.3f}" for key, label in keys.items() if key in averages}, refresh=False
             )
-            if last.phase == "grpo" and (last.step + 1) % config.picture_every == 0:
-                checkpoint(last.step + 1, picture=True)
+            if last.phase == "warmup" and last.step + 1 == config.grpo.warmup_steps:
+                scorer.save(run.path / "warmup")  # now: what comes next is already one reward further
+                checkpoint(0)
+            elif last.phase == "grpo" and (last.step + 1) % config.picture_every == 0:
+                checkpoint(last.step + 1)
+        for bar in bars.values():
+            bar.close()
+        if config.grpo.steps % config.picture_every:
+            checkpoint(config.grpo.steps)
+        if vlm.checksum() != checksum:
+            raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
+        last = Metrics("the report", config.grpo.steps)
+        if config.report_examples:
+            from grip_env.evaluate import report
+
+            report(run.path, vlm, task, scorer, "test", config.report_examples, progress=config.progress)
     except KeyboardInterrupt:
         for bar in bars.values():
             bar.close()
         scorer.save(run.path / "agent")
-        writer.close()
         print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
         print(f"compare it:  python -m grip_env.evaluate {run.path}")
         raise SystemExit(130) from None
-    for bar in bars.values():
-        bar.close()
-    checkpoint(config.grpo.steps, picture=False)
-    if vlm.checksum() != checksum:
-        raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
-    writer.close()
-    if config.report_examples:
-        from grip_env.evaluate import report
-
-        report(run.path, vlm, task, scorer, "test", config.report_examples, progress=config.progress)
+    finally:
+        writer.close()
     return run.path
 
 
@@ -146,7 +151,11 @@ def main() -> None:
     """Run the command."""
     import tyro
 
-    train(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.train"))
+    try:
+        train(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.train"))
+    except KeyboardInterrupt:
+        print("\ninterrupted before the first step; nothing was written.")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
         ValueError: If a part of it is missing, damaged or does not fit the rest.
     """
     folder = Path(path)
-    if (folder.exists() or str(path).startswith((".", "/"))) and not (folder / "config.json").is_file():
+    # what cannot be a model's id on a hub ("owner/name") is not asked for there
+    local = folder.exists() or str(path).startswith((".", "/")) or str(path).count("/") != 1
+    if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
