@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from safetensors.numpy import load_file
 
 from grip_env.commands import CommandError, check_agents_package, check_at_least
 
@@ -136,8 +137,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
     if not (out / "report.json").is_file():
         evaluate.evaluate(evaluate.Config(folder, examples=config.examples, threads=config.threads))
     report = json.loads((out / "report.json").read_text())
-    with np.load(out / "report.npz") as single:
-        return report | {"single": dict(single)}, minutes
+    return report | {"single": load_file(out / "report.safetensors")}, minutes
 
 
 def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float]:

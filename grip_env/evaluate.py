@@ -31,7 +31,7 @@ class Config:
     examples: int = 480
     """How many examples."""
     out: Path | None = None
-    """Where report.md, report.json, report.npz, pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given."""
+    """Where tables (report.*), pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
 

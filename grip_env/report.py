@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 if TYPE_CHECKING:
     from agents.base import Selector
@@ -74,7 +75,7 @@ class Comparison:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
-        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.npz``."""
+        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
         (folder / "report.md").write_text(self.markdown() + "\n")
         plain = {
             "split": self.split,
@@ -82,8 +83,12 @@ class Comparison:
             "tokens": self.tokens,
             "cells": {name: {str(budget): cell for budget, cell in row.items()} for name, row in self.cells.items()},
         }
-        arrays = {f"{name}@{b}": values for name, row in self.log_likelihoods.items() for b, values in row.items()}
-        np.savez_compressed(folder / "report.npz", **arrays)  # type: ignore[arg-type]
+        arrays = {
+            f"{name}@{budget}": np.ascontiguousarray(values)
+            for name, row in self.log_likelihoods.items()
+            for budget, values in row.items()
+        }
+        save_file(arrays, folder / "report.safetensors")
         (folder / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
 
 

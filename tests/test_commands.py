@@ -21,10 +21,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.grpo import GRPOConfig
+from agents.heuristics import BASELINES
 from agents.scorer import Scorer, ScorerConfig
-from grip_env import commands, evaluate
+from grip_env import benchmark, commands, evaluate
 from grip_env import train as train_module
+from grip_env.report import compare
+from grip_env.tasks.scenes import SceneTask
 from grip_env.train import Config, train
+from grip_env.vlms import load_vlm
 
 TIMES = {"seconds", "scoring_seconds"}
 
@@ -86,7 +90,7 @@ def one_line(text: str) -> bool:
 def test_run_folder_holds_all_there_is_to_know(run: Path, vlm_folder: Path) -> None:
     names = {path.name for path in run.iterdir()}
     expected = {"config.json", "warmup.csv", "grpo.csv", "agent", "warmup"}
-    expected |= {"report.md", "report.json", "pareto.png", "kept_tokens.png"}
+    expected |= {"report.md", "report.json", "report.safetensors", "pareto.png", "kept_tokens.png"}
     assert expected <= names
     assert len(names - expected) == 1
     assert (names - expected).pop().startswith("events.out.tfevents")
@@ -113,7 +117,7 @@ def test_metrics_are_complete(run: Path) -> None:
     assert set(events.Tags()["scalars"]) == scalars
     assert [event.step for event in events.Scalars("grpo/reward")] == [0, 1, 2]
     assert events.Scalars("grpo/reward")[1].value == pytest.approx(float(grpo[1]["reward"]), rel=1e-4)
-    assert [event.step for event in events.Images("kept tokens")] == [2]
+    assert [event.step for event in events.Images("kept tokens")] == [0, 2, 3]
 
 
 def test_report_compares_the_agent_with_every_baseline(run: Path) -> None:
@@ -157,6 +161,14 @@ def test_agent_and_warmup_are_two_scorers_that_load(run: Path) -> None:
     agent, warmup = Scorer.load(run / "agent").state_dict(), Scorer.load(run / "warmup").state_dict()
     assert any(not value.equal(warmup[key]) for key, value in agent.items())
     assert agent["out.1.weight"].abs().sum() > 0
+
+
+def test_the_warmup_is_the_agent_before_its_first_reward(vlm_folder: Path, tmp_path: Path) -> None:
+    none, one = (train(settings(vlm_folder, tmp_path, f"steps{steps}", steps=steps)) for steps in (0, 1))
+    untouched = (none / "agent" / "scorer.safetensors").read_bytes()
+    assert (none / "warmup" / "scorer.safetensors").read_bytes() == untouched
+    assert (one / "warmup" / "scorer.safetensors").read_bytes() == untouched
+    assert (one / "agent" / "scorer.safetensors").read_bytes() != untouched
 
 
 # -- reproducibility -------------------------------------------------------------------------------------
@@ -231,6 +243,22 @@ def test_interrupt_in_the_warmup_keeps_the_agent(
     assert Scorer.load(tmp_path / "run" / "agent").state_dict()["out.1.weight"].abs().sum() > 0
 
 
+def test_interrupt_in_the_report_keeps_the_agent(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "report", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(settings(vlm_folder, tmp_path, report_examples=6))
+    assert stop.value.code == 130
+    shown = capsys.readouterr().out
+    assert "interrupted in the report at step 3" in shown
+    assert f"python -m grip_env.evaluate {tmp_path / 'run'}" in shown
+    assert Scorer.load(tmp_path / "run" / "agent").state_dict()["out.1.weight"].abs().sum() > 0
+
+
 # -- errors ----------------------------------------------------------------------------------------------
 
 
@@ -252,6 +280,10 @@ def test_interrupt_in_the_warmup_keeps_the_agent(
         ({"report_examples": -1}, ["--report-examples must be at least 0; got -1"]),
         ({"seed": -1}, ["--seed must be at least 0; got -1"]),
         ({"name": "../elsewhere"}, ["--name is the name of a folder", "../elsewhere"]),
+        ({"name": ".."}, ["--name is the name of a folder", "got '..'"]),
+        ({"seed": 2**64}, ["--seed must be below"]),
+        ({"std_floor": 0.0}, ["std_floor must be above 0; got 0.0"]),
+        ({"clip_low": -0.1}, ["clip_low must not be negative; got -0.1"]),
     ],
 )
 def test_impossible_settings_stop_with_one_line_and_leave_no_folder(
@@ -271,6 +303,16 @@ def test_existing_runs_are_never_written_to(run: Path, vlm_folder: Path, capsys:
         train(settings(vlm_folder, run.parent, run.name))
     assert f"{run} already exists: choose another --name" in refusal(stop.value, capsys)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_runs_path_that_cannot_be_written_stops_with_one_line(
+    vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        train(settings(vlm_folder, tmp_path / "file"))
+    assert f"cannot write to {tmp_path / 'file' / 'run'}" in refusal(stop.value, capsys)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_evaluating_what_is_no_run_stops_with_one_line(tmp_path: Path) -> None:
@@ -295,6 +337,9 @@ def truncate(path: Path) -> None:
         ("settings", "scorer.json"),
         ("vlm", "cannot load the vision-language model '/moved/away'"),
         ("config", "config.json is not as grip_env.train wrote it"),
+        ("other model", "was trained on a vision-language model with other weights than"),
+        ("warmup", "warmup is damaged (Error while deserializing header"),
+        ("out", "cannot write to"),
         ("examples", "--examples must be at least 1; got 0"),
     ],
 )
@@ -329,6 +374,14 @@ def test_evaluating_an_incomplete_run_stops_with_one_line(
         (copy / "config.json").write_text(json.dumps(config))
     elif broken == "config":
         truncate(copy / "config.json")
+    elif broken == "other model":
+        config = json.loads((copy / "config.json").read_text())
+        config["vlm"]["checksum"] = "0" * 64
+        (copy / "config.json").write_text(json.dumps(config))
+    elif broken == "warmup":
+        truncate(copy / "warmup" / "scorer.safetensors")
+    elif broken == "out":
+        (copy / "test-6").write_text("in the way")
     before = sorted(copy.rglob("*"))
     count = "0" if broken == "examples" else "6"
     monkeypatch.setattr(sys, "argv", ["evaluate", str(copy), "--examples", count])
@@ -345,6 +398,58 @@ def test_unknown_algorithms_are_refused_with_the_choices(tmp_path: Path) -> None
     assert "alphazero" in err
     assert "grpo" in err
     assert not list(tmp_path.iterdir())
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------
+
+
+def test_benchmark_trains_once_compares_and_refuses_other_settings(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {"steps": 2, "warmup-steps": 1, "instances": 6, "group": 2, "pool": 8}
+    extra = ("--vlm", str(vlm_folder), "--report-examples", "6", "--no-progress")
+    extra += tuple(f"--grpo.{key}={value}" for key, value in tiny.items())
+    config = benchmark.Config(seeds=(5, 6), runs=tmp_path, examples=12, drawing=False, extra=extra)
+    unfinished = tmp_path / "benchmark-seed5"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+
+    reports = []
+    for seed in config.seeds:
+        report, minutes = benchmark.run_seed(config, seed)
+        assert minutes is not None
+        assert report["examples"] == 12
+        reports.append(report)
+    assert "benchmark-seed5 has not finished: starting it again" in capsys.readouterr().out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train", lambda _: pytest.fail("a finished run was trained again"))
+        again, minutes = benchmark.run_seed(config, 5)
+    assert minutes is None
+    assert again["cells"] == reports[0]["cells"]
+
+    margin, interval = benchmark.paired(reports, "this agent", "random", "0.05")
+    gains = sum(report["single"]["this agent@0.05"] - report["single"]["random@0.05"] for report in reports) / 2
+    assert gains.shape == (12,)
+    assert margin == pytest.approx(gains.mean())
+    assert interval == pytest.approx(1.96 * gains.std(ddof=1) / 12**0.5)
+    table = benchmark.summary(reports)
+    means = [table[name]["0.05"]["log_likelihood"][0] for name in ("this agent", "random")]
+    assert margin == pytest.approx(means[0] - means[1], abs=1e-5)
+    assert not all(holds for _, holds in benchmark.promises(reports, ratio=1.6))  # too slow a step is a miss
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        benchmark.run_seed(dataclasses.replace(config, extra=(*extra, "--reward", "probability")), 5)
+    assert "was made with other settings of reward: choose another --runs" in refusal(stop.value, capsys)
+
+
+def test_what_else_is_compared_does_not_change_a_methods_numbers(vlm_folder: Path) -> None:
+    vlm, task = load_vlm(vlm_folder), SceneTask()
+    alone = compare(vlm, task, {"random": BASELINES["random"]}, examples=6, budgets=(0.1, 0.2), progress=False)
+    beside = compare(vlm, task, BASELINES, examples=6, budgets=(0.2, 0.1), progress=False)
+    for budget in (0.1, 0.2):
+        assert alone.value("random", budget) == pytest.approx(beside.value("random", budget), abs=1e-5)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
