@@ -61,7 +61,7 @@ class Config:
     """Pictures per step of the vision stage."""
     vision_learning_rate: float = 1.5e-3
     """Peak learning rate of the vision stage."""
-    language_steps: int = 2400
+    language_steps: int = 3000
     """Optimizer steps of the language stage."""
     language_batch: int = 32
     """Pictures per step of the language stage, ten questions each."""

@@ -143,10 +143,18 @@ def _square(size: int) -> int:
     return sum(((2 << size) - 1) << (row * _BOARD) for row in range(size + 1))
 
 
-def arrange(things: list[Thing], rng: random.Random) -> list[Thing] | None:
-    """Give every object a place of its own; ``None`` if there is no room. Decorations may be left out."""
+def arrange(things: list[Thing], rng: random.Random, taken: int = 0) -> tuple[list[Thing], int] | None:
+    """Give every object a place of its own; decorations without room are left out.
+
+    Args:
+        things: What to place, in this order.
+        rng: Where the draws come from.
+        taken: A board of bits, one for each pixel: where there is something already.
+
+    Returns:
+        What was placed, and the board with it; ``None`` if an object found no room.
+    """
     placed: list[Thing] = []
-    taken = 0  # a board of bits, one for each pixel
     for thing in things:
         square, decoration = _square(thing.size), thing.kind in drawing.DECORATIONS
         room = SIDE - thing.size + 1
@@ -160,4 +168,4 @@ def arrange(things: list[Thing], rng: random.Random) -> list[Thing] | None:
         else:
             if not decoration:
                 return None
-    return placed
+    return placed, taken

@@ -23,6 +23,9 @@ GRID = 12
 """The relevance grid has GRID x GRID cells, one for each 8-pixel patch."""
 
 FAMILIES = ("existence", "color", "counting", "reading", "shape", "relation")
+GAP = (16, 32)
+"""Least and most pixels between the columns of two objects that left/right questions compare."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "existence": ("yes", "no"),
     "color": COLOURS,
@@ -166,7 +169,8 @@ class Scene:
         for kind, index in single:
             for other_kind, other in single:
                 gap = self.things[index].centre[1] - self.things[other].centre[1]
-                if index != other and abs(gap) >= 20:
+                # near in the row: far apart, the place of one object alone would nearly always give the answer
+                if index != other and GAP[0] <= abs(gap) <= GAP[1]:
                     text = f"is the {kind} left or right of the {other_kind}?"
                     asked.append(Question("relation", text, "left" if gap < 0 else "right", (index, other)))
         return asked
@@ -248,9 +252,12 @@ class SceneTask:
             layout.steer(contents, rng, family, answer)
         if layout.bucket(contents) not in _BUCKETS[split]:
             return None
-        things = layout.objects_of(contents, rng) + layout.draw_clutter(rng)
+        objects, clutter = layout.objects_of(contents, rng), layout.draw_clutter(rng)
         # every question but left/right depends on the contents alone: look before paying for places
-        if family is not None and family != "relation" and not Scene(things, 0).questions(family, answer):
+        if family is not None and family != "relation" and not Scene(objects + clutter, 0).questions(family, answer):
             return None
-        placed = layout.arrange(things, rng)
-        return None if placed is None else Scene(placed, rng.getrandbits(32))
+        placed = layout.arrange(objects, rng)
+        if placed is None or (family == "relation" and not Scene(placed[0], 0).questions(family, answer)):
+            return None
+        around = layout.arrange(clutter, rng, placed[1])
+        return None if around is None else Scene(placed[0] + around[0], rng.getrandbits(32))

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 TOKENS = GRID * GRID
-FAMILY_WEIGHTS = {"existence": 1.5, "color": 0.8, "counting": 2.0, "reading": 0.8, "shape": 0.9, "relation": 3.0}
+FAMILY_WEIGHTS = {"existence": 1.5, "color": 0.8, "counting": 3.0, "reading": 0.8, "shape": 0.9, "relation": 4.0}
 """How often training asks each family: the ones that compare or count are slowest to learn."""
 
 PLACE_WEIGHT = 0.03

@@ -58,7 +58,7 @@ def work_out(scene: Scene, text: str) -> tuple[str, str, list[Thing]]:
     assert found, f"unknown question {text!r}"
     first, second = the(matching(scene, kind=found[1])), the(matching(scene, kind=found[2]))
     gap = (first.left + first.size / 2) - (second.left + second.size / 2)
-    assert abs(gap) >= 1.5 * CELL, "left or right must be visible on the grid"
+    assert 2 * CELL <= abs(gap) <= 4 * CELL, "visible on the grid, and not to be told from the place of one alone"
     return "relation", "left" if gap < 0 else "right", [first, second]
 
 
@@ -184,6 +184,16 @@ def test_question_words_do_not_give_the_answer_away() -> None:
             total += 1
     assert total > 400
     assert hits / total < 0.55  # guessing is right in (1/2 + 1/3 + 1/2) / 3 = 0.44 of the cases
+
+
+def test_the_place_of_one_object_hardly_tells_left_from_right() -> None:
+    """Guessing by half of the picture stays far from knowing; at the rim one object must give it away."""
+    task = SceneTask(("relation",))
+    asked = [task.scene_and_question("validation", index) for index in range(600)]
+    for role in range(2):
+        left_half = [scene.things[question.about[role]].centre[1] < SIDE / 2 for scene, question in asked]
+        says_left = [(question.answer == "left") == (role == 0) for _, question in asked]
+        assert np.mean(np.equal(left_half, says_left)) < 0.75
 
 
 def test_same_split_and_index_give_the_same_example() -> None:
