@@ -11,7 +11,7 @@ import torch
 from grip_env.envs.sampling import check_budget, tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
-__all__ = ["Policy", "PolicySelector", "Selector", "budget_to_count", "observations", "top_k"]
+__all__ = ["Policy", "PolicySelector", "Selector", "budget_to_count", "keep_best", "observations", "top_k"]
 
 
 @runtime_checkable
@@ -88,6 +88,24 @@ def observations(encoded: Encoded, kept: torch.Tensor) -> list[dict[str, np.ndar
         }
         for row in range(len(encoded))
     ]
+
+
+def keep_best(scores: np.ndarray, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Keep the best-scoring tokens that an observation's budget has room for: what a policy returns.
+
+    Args:
+        scores: One number for each visual token, (N,).
+        observation: Of the environment; padding, which ``token_mask`` tells, is never kept.
+
+    Returns:
+        bool (N,).
+
+    >>> keep_best(np.array([3.0, 1.0, 9.0]), {"token_mask": np.array([1, 1, 0]), "budget": np.array([0.5])})
+    array([ True, False, False])
+    """
+    mask = torch.as_tensor(observation["token_mask"], dtype=torch.bool)
+    kept = max(1, round(float(observation["budget"][0]) * int(mask.sum())))
+    return top_k(torch.as_tensor(scores)[None], torch.tensor([kept]), mask[None])[0].numpy()
 
 
 class PolicySelector:

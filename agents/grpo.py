@@ -21,6 +21,7 @@ from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.warmup import TEACHERS, warmup_loss
 from grip_env.envs.rewards import Reward, resolve_reward
+from grip_env.envs.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["GRPO", "GRPOConfig", "advantages", "surrogate"]
@@ -169,7 +170,8 @@ class GRPO:
         count = len(encoded)
         place = torch.randperm(count, generator=self._generator) + torch.rand(count, generator=self._generator)
         budget = (low + (high - low) * place / count).exp()
-        return (encoded.token_mask.sum(1) * budget.to(encoded.tokens.device)).round().long().clamp_min(1)
+        pairs = zip(budget.tolist(), encoded.token_mask.sum(1).tolist(), strict=True)
+        return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.scorer.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from agents.base import top_k
+from agents.base import keep_best, top_k
 from agents.scorer import Scorer
 from grip_env.vlms.base import Encoded, FrozenVLM
 
@@ -54,5 +54,4 @@ class ScorerPolicy:
         scores = self.scorer(
             row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget
         )
-        kept = (budget * mask.sum(1)).round().long()
-        return top_k(scores, kept, mask)[0].numpy()
+        return keep_best(scores[0].numpy(), observation)

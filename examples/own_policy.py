@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import grip_env
-from agents.base import PolicySelector
+from agents.base import PolicySelector, keep_best
 from agents.heuristics import BASELINES
 from agents.subset import KSubset
 from grip_env.report import compare
@@ -29,9 +29,7 @@ class Matcher(torch.nn.Module):
 
     def select(self, seen: dict[str, np.ndarray]) -> np.ndarray:
         """All that grip_env asks of a policy: a bool mask over the tokens."""
-        scores = self(seen).detach().numpy()
-        kept = round(float(seen["budget"][0]) * len(scores))
-        return np.isin(np.arange(len(scores)), scores.argsort()[-kept:])
+        return keep_best(self(seen).detach().numpy(), seen)
 
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 150
@@ -43,7 +41,7 @@ optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
 seen, _ = envs.reset(seed=0)
 for step in range(steps):
     kept = torch.as_tensor(seen["budget"][:, 0] * seen["token_mask"].sum(1)).round().long()
-    subsets = KSubset(policy(seen), kept)
+    subsets = KSubset(policy(seen), kept, mask=torch.as_tensor(seen["token_mask"]))
     action = subsets.sample()
     log_prob = subsets.log_prob(action)
     seen, reward, *_ = envs.step(action.numpy().astype(np.int8))

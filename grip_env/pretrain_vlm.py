@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 
-from grip_env.commands import check_agents_package, check_at_least
+from grip_env.commands import check_agents_package, check_at_least, make_folder
 
 if TYPE_CHECKING:
     from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -145,7 +145,9 @@ def main(config: Config) -> None:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.card_only:
+    if not config.card_only:
+        make_folder(config.folder)
+    else:
         print(format_landscape(landscape(load_vlm("tiny"), "test", config.test_examples), config.test_examples, "test"))
         return
 

@@ -55,6 +55,17 @@ class Decision(NamedTuple):
     over_budget: int
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """What the options of a reset fix of an episode; ``None`` is left to the stream."""
+
+    index: int | None = None
+    budget: float | None = None
+
+
+NOTHING_FIXED = Fixed()
+
+
 class SelectionRules:
     """The decision process without its clock: everything but whose turn it is.
 
@@ -125,8 +136,8 @@ class SelectionRules:
         """Return the stream of episodes that ``generator`` stands for."""
         return EpisodeStream(generator, self.task.size(self.split), self.budget)
 
-    def request(self, stream: EpisodeStream, options: dict[str, Any] | None = None) -> tuple[int, float]:
-        """Draw the next (index, budget); what ``options`` fixes is not drawn.
+    def check_options(self, options: dict[str, Any] | None) -> Fixed:
+        """Return what the options of a reset fix. Nothing is drawn, so that an error leaves everything as it was.
 
         Raises:
             ValueError: If an option is unknown or not a valid budget.
@@ -136,16 +147,20 @@ class SelectionRules:
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"unknown reset options {unknown}: the options are {', '.join(_OPTIONS)}")
-        # both are checked before either is drawn, so that an error leaves the stream where it was
-        fixed_budget, fixed_index = options.get("budget"), options.get("index")
-        if fixed_budget is not None:
-            fixed_budget = float(fixed_budget)
-            check_budget(fixed_budget)
-        if fixed_index is not None:
-            fixed_index = int(fixed_index)
-            check_index(self.task, self.split, fixed_index)
-        budget = stream.next_budget() if fixed_budget is None else fixed_budget
-        return stream.next_index() if fixed_index is None else fixed_index, budget
+        index, budget = options.get("index"), options.get("budget")
+        if budget is not None:
+            budget = float(budget)
+            check_budget(budget)
+        if index is not None:
+            index = int(index)
+            check_index(self.task, self.split, index)
+        return Fixed(index, budget)
+
+    @staticmethod
+    def request(stream: EpisodeStream, fixed: Fixed = NOTHING_FIXED) -> tuple[int, float]:
+        """Draw the next (index, budget); what is fixed is not drawn."""
+        budget = stream.next_budget() if fixed.budget is None else fixed.budget
+        return stream.next_index() if fixed.index is None else fixed.index, budget
 
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
         """End some episodes and begin others: at most one call of the encoder, one of the language model.

@@ -20,8 +20,10 @@ def check_budget(budget: Budget) -> Budget:
     """Return ``budget`` with plain floats in it.
 
     Raises:
-        ValueError: If a share is outside (0, 1], a list is empty, or a tuple is not a (low, high) range.
+        ValueError: If a share is outside (0, 1], a list is empty, it is a text, or a tuple is not a (low, high) range.
     """
+    if isinstance(budget, str):
+        raise ValueError(f"a budget is a number, a (low, high) range or a list; got the text {budget!r}")
     shares = [float(share) for share in budget] if isinstance(budget, Sequence) else [float(budget)]
     if not shares:
         raise ValueError("the list of budgets is empty: give at least one share of the tokens, such as [0.05, 0.1]")

@@ -170,11 +170,12 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
             seed: Starts the sequence of episodes over; the same seed gives the same sequence.
             options: "index" and "budget" fix this episode's instance and share of the tokens.
         """
+        fixed = self.rules.check_options(options)
         super().reset(seed=seed)
         if seed is not None or self._stream is None:
             self._stream = self.rules.stream(self.np_random)
         self._episode = None
-        (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, options)])
+        (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
         if self.render_mode == "human":
             self.render()
         return self.rules.observe(self._episode), self.rules.start_info(self._episode)

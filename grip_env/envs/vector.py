@@ -11,7 +11,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from grip_env.envs.episodes import ActionMode, Episode, Observation, SelectionRules
+from grip_env.envs.episodes import NOTHING_FIXED, ActionMode, Episode, Fixed, Observation, SelectionRules
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
 from grip_env.envs.selection import RenderMode, draw_episode
@@ -144,13 +144,14 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one for each")
+        fixed = self._fixed(options)
         for i, own in enumerate(seeds):
             if own is not None:
                 (self._generators[i],), (self._seeds[i],) = self._seeded([own])
             if own is not None or self._streams[i] is None:
                 self._streams[i] = self.rules.stream(self._generators[i])
         self._episodes, self._ended = [], []
-        self._episodes = self.rules.advance(requests=self._requests(options))
+        self._episodes = self.rules.advance(requests=self._requests(fixed))
         return self._observe(), self._start_infos({})
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -167,7 +168,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             self.rules.decide(episode, action, generator)
             for episode, action, generator in zip(ended, checked, self._generators, strict=True)
         ]
-        self._episodes = self.rules.advance(decisions, self._requests())
+        self._episodes = self.rules.advance(decisions, self._requests([NOTHING_FIXED] * self.num_envs))
         self._ended = ended
         infos: dict[str, Any] = {}
         for i, episode in enumerate(ended):
@@ -186,7 +187,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise gymnasium.error.ResetNeeded("there are no episodes to draw; call reset() before render()")
         return tuple(draw_episode(episode) for episode in self._ended or self._episodes)
 
-    def _requests(self, options: dict[str, Any] | None = None) -> list[tuple[int, float]]:
+    def _fixed(self, options: dict[str, Any] | None) -> list[Fixed]:
         shared = dict(options or {})
         lists = {key: shared.pop(key) for key in list(shared) if isinstance(shared[key], Sequence | np.ndarray)}
         for key, values in lists.items():
@@ -195,8 +196,13 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                     f"the reset option {key!r} has {len(values)} values for {self.num_envs} environments: "
                     "give one for each, or a single value for all"
                 )
-        own = [shared | {key: values[i] for key, values in lists.items()} for i in range(self.num_envs)]
-        return [self.rules.request(stream, fixed) for stream, fixed in zip(self._streams, own, strict=True) if stream]
+        return [
+            self.rules.check_options(shared | {key: values[i] for key, values in lists.items()})
+            for i in range(self.num_envs)
+        ]
+
+    def _requests(self, fixed: Sequence[Fixed]) -> list[tuple[int, float]]:
+        return [self.rules.request(stream, own) for stream, own in zip(self._streams, fixed, strict=True) if stream]
 
     def _observe(self) -> Observation:
         rows = [self.rules.observe(episode) for episode in self._episodes]

@@ -85,7 +85,7 @@ class Scores:
     log_likelihood: torch.Tensor
     """Mean over the answer's tokens of their log-probability, float (B, G)."""
     correct: torch.Tensor
-    """Whether greedy decoding would give the answer, bool (B, G)."""
+    """Whether greedy decoding would begin with the answer, bool (B, G); whether it would end there is not looked at."""
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Scores:
         """Return the chosen examples' scores."""

@@ -179,11 +179,11 @@ class HuggingFaceVLM:
     def score(self, encoded: Encoded, selection: torch.Tensor) -> Scores:
         """Score every selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
         shape = selection.shape[:2]
-        likelihood = encoded.tokens.new_empty(shape).flatten()
+        likelihood = torch.empty(shape.numel(), device=self.device)  # float32, whatever the model's precision
         correct = torch.empty_like(likelihood, dtype=torch.bool)
         with torch.no_grad():
             for rows, logits, targets in self._answers(encoded, selection, encoded.tokens):
-                likelihood[rows] = _mean_log_likelihood(logits, targets).to(likelihood.dtype)
+                likelihood[rows] = _mean_log_likelihood(logits, targets)
                 correct[rows] = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
         return Scores(likelihood.reshape(shape), correct.reshape(shape))
 

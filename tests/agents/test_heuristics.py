@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.base import Policy, PolicySelector, Selector, budget_to_count, observations, top_k
+from agents.base import Policy, PolicySelector, Selector, budget_to_count, keep_best, observations, top_k
 from agents.heuristics import BASELINES, all_tokens
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerPolicy, ScorerSelector
@@ -242,6 +242,19 @@ def test_policies_never_keep_padding() -> None:
     vlm, encoded = encode(4, padded=True)
     chosen = PolicySelector(Fixed(np.ones(16, dtype=bool)))(vlm, encoded, torch.full((4,), 16), generator())
     assert chosen.equal(encoded.token_mask)
+
+
+def test_keep_best_fills_the_budget_of_the_real_tokens_and_nothing_else() -> None:
+    task, vlm = FakeTask(), FakeVLM()
+    env = TokenSelectionEnv(vlm=vlm, task=task, split="train", max_tokens=20, budget=(0.05, 1.0))
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        observation, info = env.reset()
+        scores = rng.normal(size=20)
+        scores[16:] += 100  # padding, however tempting
+        kept = keep_best(scores, observation)
+        assert (kept.dtype, kept.shape) == (np.dtype(bool), (20,))
+        assert sorted(np.flatnonzero(kept)) == sorted(np.argsort(-scores[:16])[: info["k"]])
 
 
 def test_policies_see_in_reports_what_the_environment_shows() -> None:

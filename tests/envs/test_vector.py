@@ -105,6 +105,18 @@ def test_options_hold_for_all_or_for_each() -> None:
         envs.reset(options={"colour": 1})
 
 
+def test_bad_options_leave_every_instance_where_it_was() -> None:
+    envs, other = make(3), make(3)
+    envs.reset(seed=0)
+    other.reset(seed=0)
+    with pytest.raises(ValueError, match="share"):
+        envs.reset(seed=7, options={"budget": [0.1, 0.2, 3.0]})
+    with pytest.raises(IndexError, match="does not exist"):
+        envs.reset(options={"index": [0, 1, 10]})
+    assert envs.reset()[1]["index"].tolist() == other.reset()[1]["index"].tolist()
+    assert envs.np_random_seed == other.np_random_seed
+
+
 def test_returned_arrays_are_copies() -> None:
     envs = make(2)
     first, _ = envs.reset(seed=0)

@@ -304,6 +304,17 @@ def test_selections_can_come_in_any_order(random_vlm: HuggingFaceVLM, scene_exam
     assert [[row[place] for place in order] for row in answers] == permuted_answers
 
 
+def test_scores_are_float32_whatever_the_precision_of_the_model(
+    random_vlm: HuggingFaceVLM, scene_examples: list[Example]
+) -> None:
+    half = HuggingFaceVLM(copy.deepcopy(random_vlm.model).bfloat16(), random_vlm.processor)
+    encoded = half.encode(scene_examples[:2])
+    assert encoded.tokens.dtype == torch.bfloat16
+    found = half.score(encoded, subsets(encoded)).log_likelihood
+    assert found.dtype == torch.float32
+    assert (found.bfloat16() != found).any()  # rounded scores would tie, and groups of equal rewards teach nothing
+
+
 # -- encoding --------------------------------------------------------------------------------------------
 
 
