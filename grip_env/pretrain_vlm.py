@@ -35,8 +35,8 @@ procedural scenes of `grip_env.tasks.scenes` and on nothing else, by
 
 {table}
 
-Every choice behind this run was made on the validation split. An earlier table of test examples, from before the
-splits were drawn anew, had led to showing the model what only one question needs; these examples played no part.
+The test examples of this table were drawn after the last choice behind the model; what earlier tables of other examples
+showed (counting is the weakest) did play a part in some of these choices.
 
 "Random", "max-min diversity" and "oracle" (the ground-truth relevant tokens, filled up at random) keep 14 of the 144
 tokens. `python -m grip_env.pretrain_vlm --card-only` prints this table again.

@@ -227,7 +227,7 @@ class SceneTask:
         """Return what :meth:`example` draws: the scene, and the question with its answer."""
         check_index(self, split, index)
         family = self.families[index % len(self.families)]
-        rng = random.Random(f"grip_env scenes {split} {family} {index}")
+        rng = random.Random(f"grip_env scenes/{split}/{family}/{index}")
         answer = rng.choice(CHOICES[family])
         while True:
             scene = self.sample_scene(split, rng, family, answer)
