@@ -16,7 +16,7 @@ from grip_env.vlms import TINY, load_vlm
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
 
-EXAMPLES = 120
+EXAMPLES = 240
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +63,19 @@ def test_is_a_frozen_llava_in_float32(tiny: HuggingFaceVLM, encoded: Encoded) ->
 
 def test_answers_well_with_all_tokens(right: Callable[[Selector, float], torch.Tensor], encoded: Encoded) -> None:
     correct = right(all_tokens, 1.0)
-    assert correct.float().mean() >= 0.85
+    assert correct.float().mean() >= 0.9
     for family in FAMILIES:
         rows = [row for row, example in enumerate(encoded.examples) if example.family == family]
-        assert correct[rows].float().mean() >= 0.6, family
+        assert correct[rows].float().mean() >= 0.7, family
 
 
 def test_choosing_tokens_is_a_problem_with_a_solution(right: Callable[[Selector, float], torch.Tensor]) -> None:
     dense = float(right(all_tokens, 1.0).float().mean())
-    chance, oracle = (float(right(BASELINES[name], 0.1).float().mean()) for name in ("random", "oracle"))
+    chance, diverse, oracle = (
+        float(right(BASELINES[name], 0.1).float().mean()) for name in ("random", "max-min diversity", "oracle")
+    )
     assert chance <= dense - 0.15  # dropping blindly costs
+    assert chance + 0.05 <= diverse <= dense - 0.02  # spreading over the picture helps, and is not enough
     assert oracle >= 0.93 * dense  # a tenth of the tokens can be enough
 
 
