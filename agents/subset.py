@@ -58,7 +58,8 @@ class _Chain:
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Return ``count`` exact draws per row, bool (count, B, N)."""
         n_rows, like = len(self.k), self.ratio
-        u = torch.rand(len(like), count, n_rows, generator=generator, dtype=like.dtype, device=like.device)
+        source = like.device if generator is None else generator.device  # one on the CPU gives any device equal draws
+        u = torch.rand(len(like), count, n_rows, generator=generator, dtype=like.dtype, device=source).to(like.device)
         kept = torch.empty(u.shape, dtype=torch.bool, device=u.device)  # (N, count, B)
         state = (self.k * n_rows + self.row).repeat(count, 1)  # (count, B): where r holds (tokens left, row)
         for r, u_i, kept_i in zip(*(reversed(x.unbind(0)) for x in (self.ratio, u, kept)), strict=True):
@@ -300,7 +301,7 @@ class KSubset(Distribution):
 
         Args:
             sample_shape: leading shape of the draws; all of them share one pass over the tokens.
-            generator: source of randomness on theta's device; default, the global one.
+            generator: source of randomness, on any device; default, the global one of theta's device.
         """
         shape = torch.Size(sample_shape)
         with torch.no_grad():

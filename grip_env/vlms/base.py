@@ -37,6 +37,10 @@ class Encoded:
     """Number of ids of prompt and answer together, long (B,)."""
     answer_lengths: torch.Tensor
     """How many of those are the answer, long (B,)."""
+    places: torch.Tensor | None = None
+    """Position id of each id in the full sequence: long (B, L), or (B, L, axes) where positions have several axes."""
+    deepstack: torch.Tensor | None = None
+    """What is added to the visual tokens after each of the language model's first E layers, float (B, N, E, D)."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -44,7 +48,7 @@ class Encoded:
     def __getitem__(self, rows: slice | Sequence[int] | torch.Tensor) -> Encoded:
         """Return the chosen rows as a new batch (padding is kept)."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
-        tensors = {name: value[index] for name, value in vars(self).items() if name != "examples"}
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return Encoded(examples=[self.examples[row] for row in index.tolist()], **tensors)
 
     @staticmethod
@@ -52,7 +56,7 @@ class Encoded:
         """Join batches, padding each tensor to the longest."""
         tensors: dict[str, torch.Tensor] = {}
         for name in vars(parts[0]):
-            if name == "examples":
+            if not isinstance(getattr(parts[0], name), torch.Tensor):
                 continue
             values: list[torch.Tensor] = [getattr(part, name) for part in parts]
             if values[0].dim() > 1:

@@ -1,69 +1,472 @@
-"""What differs between model families: where the visual tokens come from, and where they are in the image."""
+"""What differs between model families: what stands for an image in the prompt, and where its tokens are in the image.
+
+Each family is a few methods; everything else is in :mod:`grip_env.vlms.huggingface`. The tokens themselves always come
+from the model's own ``get_image_features``, so that feature layers, tiling and merging are never rebuilt here.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-__all__ = ["FAMILIES", "Family", "LlavaFamily"]
-
-
-class Family(Protocol):
-    """What the adapter must know of a model family."""
-
-    def image_token_id(self, config: Any) -> int:
-        """Return the id that stands for a visual token in ``input_ids``."""
-        ...
-
-    def features(self, model: Any, pixels: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return, for each image, its projected tokens (N, D) and their centres (N, 2) in [0, 1]."""
-        ...
-
-    def cls_attention(self, model: Any, pixels: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return, for each image, the attention its tokens get from the CLS token (N,)."""
-        ...
+__all__ = ["FAMILIES", "Family", "Picture", "family_of"]
 
 
-class LlavaFamily:
-    """LLaVA 1.5 and alike: one image, one grid of patches, tokens in raster order."""
+@dataclass
+class Picture:
+    """One image after the vision encoder."""
 
-    def image_token_id(self, config: Any) -> int:
-        """Return the placeholder's id."""
-        return int(config.image_token_id)
+    tokens: torch.Tensor
+    """Visual tokens as the language model gets them, (N, D)."""
+    positions: torch.Tensor
+    """Row and column of each token's centre in the image, in [0, 1], (N, 2)."""
+    text: str
+    """What stands for the image in the prompt, with one image token for each run of visual tokens."""
+    runs: list[int]
+    """How many visual tokens each of these image tokens stands for; they sum to N."""
+    deepstack: torch.Tensor | None = None
+    """What is added to the tokens after each of the first E layers of the language model, (N, E, D)."""
+    grid: torch.Tensor | None = None
+    """Frames, rows and columns of patches, (3,), where positions in the text have three axes."""
 
-    def features(self, model: Any, pixels: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return projected tokens and their centres."""
-        output = model.model.get_image_features(pixel_values=pixels["pixel_values"].to(model.dtype), return_dict=True)
-        patch = model.config.vision_config.patch_size
-        height, width = (size // patch for size in pixels["pixel_values"].shape[-2:])
-        tokens = list(output.pooler_output)
-        if len(tokens[0]) != height * width:
+
+class Family:
+    """LLaVA 1.5 and alike: a square of each image, one grid of tokens in raster order.
+
+    Args:
+        model: A model of transformers.
+        processor: Its tokenizer, image processor and chat template, as attributes of these names.
+    """
+
+    stacked = False
+    """Whether the model wants visual tokens as one tensor (1, K, D) instead of a list of (K, D)."""
+    axes = 1
+    """How many numbers say where a token is in the text."""
+    first_place = 0
+    """The place of the first token in the text."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.tokenizer = processor.tokenizer
+        self.image_token_id = int(model.config.image_token_id)
+        self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if this model cannot be served."""
+        if getattr(self.processor, "chat_template", None) is None:
+            raise ValueError("the processor has no chat template: set processor.chat_template to the model's own")
+
+    # -- text --------------------------------------------------------------------------------------------
+
+    @property
+    def marker(self) -> str:
+        """What the chat template writes for an image."""
+        return self.image_token
+
+    def prompt(self, question: str) -> str:
+        """Return the text that asks ``question`` about an image, up to where the answer starts."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return str(
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.processor.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        )
+
+    def places(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
+        """Return where each of the ids of one whole sequence (L,) is in the text, long (L,) or (L, axes)."""
+        return torch.arange(len(ids), device=ids.device) + self.first_place
+
+    def adds_special_tokens(self, prompt: str) -> bool:
+        """Tell whether the tokenizer must add its special tokens: a prompt may already begin with them."""
+        return self.tokenizer.bos_token is None or not prompt.startswith(self.tokenizer.bos_token)
+
+    def token_types(self, ids: torch.Tensor, answer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what else the model must be told of each id.
+
+        Args:
+            ids: long (R, L).
+            answer: Which of them belong to the answer or come after it, bool (R, L).
+        """
+        return {}
+
+    # -- images ------------------------------------------------------------------------------------------
+
+    def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
+        """Wrap visual tokens (K, D) of all rows of a batch, in order, as the model's encoder does."""
+        pooled: Any = tokens[None] if self.stacked else [tokens]
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+
+    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
+        """Run the vision encoder on images, uint8 (height, width, 3) each."""
+        pixels = self.pixels(images)
+        output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
+        found = []
+        for image, tokens in zip(images, output.pooler_output, strict=True):
+            rows, columns = self.grid(pixels["pixel_values"].shape[-2:], len(tokens))
+            top, left, height, width = self.window(image.shape[0], image.shape[1])
+            centres = _centres(rows, columns, tokens.device)
+            centres = centres * centres.new_tensor([height, width]) + centres.new_tensor([top, left])
+            found.append(Picture(tokens, centres.clamp(0, 1), self.text(), [len(tokens)]))
+        return found
+
+    def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return what the image processor makes of images."""
+        return dict(self.processor.image_processor(images=list(images), return_tensors="pt").to(self.model.device))
+
+    def _pixel_values(self, pixels: dict[str, Any]) -> torch.Tensor:
+        values: torch.Tensor = pixels["pixel_values"]
+        return values.to(self.model.dtype)
+
+    def text(self) -> str:
+        """Return what stands for a picture that is one run of tokens."""
+        return self.image_token
+
+    def grid(self, size: Sequence[int], count: int) -> tuple[int, int]:
+        """Return rows and columns of the tokens of a picture of ``size`` pixels."""
+        patch = self.model.config.vision_config.patch_size
+        rows, columns = (side // patch for side in size)
+        if rows * columns != count:
             raise ValueError(
-                f"expected {height} x {width} visual tokens, the model gives {len(tokens[0])}: "
+                f"expected {rows} x {columns} visual tokens, the model gives {count}: "
                 "only vision_feature_select_strategy='default' (no CLS token among the features) is supported"
             )
-        rows = (torch.arange(height, device=tokens[0].device) + 0.5) / height
-        columns = (torch.arange(width, device=tokens[0].device) + 0.5) / width
-        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
-        return tokens, [centres] * len(tokens)
+        return rows, columns
 
-    def cls_attention(self, model: Any, pixels: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def window(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Return which part of an image the encoder sees: top, left, height and width, as shares of the image."""
+        processor = self.processor.image_processor
+        tall, wide = float(height), float(width)
+        if getattr(processor, "do_pad", False):  # to a square
+            tall = wide = float(max(height, width))
+        if getattr(processor, "do_center_crop", False):
+            scale = processor.size["shortest_edge"] / min(tall, wide) if "shortest_edge" in processor.size else None
+            crop = processor.crop_size
+            tall, wide = (crop["height"] / scale, crop["width"] / scale) if scale else (tall, wide)
+        return (1 - tall / height) / 2, (1 - wide / width) / 2, tall / height, wide / width
+
+    def cls_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return, for each image, the attention its tokens get from the CLS token at the selected layer (N,).
+
+        Raises:
+            NotImplementedError: If the model has none.
+        """
+        raise NotImplementedError(
+            f"{self.model.config.model_type} has no CLS attention that fits its visual tokens: choose another method"
+        )
+
+
+class LlavaFamily(Family):
+    """LLaVA 1.5."""
+
+    def cls_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Return CLS-to-patch attention at the layer whose output is selected, averaged over heads."""
-        tower = model.model.vision_tower
-        layer = model.config.vision_feature_layer
+        tower = self.model.model.vision_tower
+        layer = self.model.config.vision_feature_layer
+        if tower.config.model_type != "clip_vision_model":
+            return super().cls_attention(images)
         if not isinstance(layer, int):
             raise NotImplementedError("CLS attention needs a single vision_feature_layer, this model mixes several")
         before = tower.config._attn_implementation
         tower.set_attn_implementation("eager")  # the fused kernels return no attention
         try:
-            output = tower(pixels["pixel_values"].to(model.dtype), output_attentions=True, return_dict=True)
+            output = tower(self._pixel_values(self.pixels(images)), output_attentions=True, return_dict=True)
         finally:
             tower.set_attn_implementation(before)
-        # hidden_states[i] is the output of layer i - 1, as hidden_states[0] is the embedding
-        index = layer if layer < 0 else layer - 1
-        return list(output.attentions[index].mean(1)[:, 0, 1:].float())
+        # hidden state i + 1 comes out of layer i, so feature layer -2 is the output of layer index -2
+        attention = output.attentions[layer if layer < 0 else layer - 1]  # (B, heads, 1 + N, 1 + N)
+        return list(attention.mean(1)[:, 0, 1:])
 
 
-FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
-"""Families by ``config.model_type``."""
+class TiledLlavaFamily(Family):
+    """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles as one grid, a newline token after each row."""
+
+    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
+        """Run the vision encoder on images."""
+        pixels = self.pixels(images)
+        sizes = pixels["image_sizes"]
+        output = self.model.model.get_image_features(
+            pixel_values=self._pixel_values(pixels), image_sizes=sizes, return_dict=True
+        )
+        return [
+            Picture(tokens, self._centres(tokens, size), self.text(), [len(tokens)])
+            for tokens, size in zip(output.pooler_output, sizes, strict=True)
+        ]
+
+    def _centres(self, tokens: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        whole = _centres(side, side, tokens.device)
+        newline = self._newlines(size, side)[side * side :]
+        if len(whole) + len(newline) != len(tokens):
+            raise ValueError(
+                f"expected {side} x {side} visual tokens of the whole image and {len(newline)} of its tiles, the model "
+                f"gives {len(tokens)}: its vision_feature_select_strategy does not fit its vision tower"
+            )
+        rows = int(newline.sum())
+        columns = len(newline) // max(1, rows) - 1
+        if not columns:  # a single tile is the whole image, and one newline ends it
+            return torch.cat([whole, whole.new_tensor([[1.0, 1.0]])])
+        ends = torch.stack([(torch.arange(rows, device=whole.device) + 0.5) / rows, whole.new_ones(rows)], -1)
+        tiles = _centres(rows, columns, whole.device).reshape(rows, columns, 2)
+        return torch.cat([whole, torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)])
+
+    def _newlines(self, size: torch.Tensor, side: int) -> torch.Tensor:
+        """Tell which tokens are newlines, bool (N,): the model packs zeros with ones for newlines as it does images."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        blank = torch.zeros(tiles, side * side, 1, device=size.device)
+        options: dict[str, Any] = {"image_newline": torch.ones(1, device=size.device)}
+        if config.model_type == "llava_next":
+            options["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        else:
+            options["vision_aspect_ratio"] = config.vision_aspect_ratio
+        packed, _ = self.model.model.pack_image_features([blank], size[None], **options)
+        newline: torch.Tensor = packed[0][:, 0] > 0.5
+        return newline
+
+
+class QwenFamily(Family):
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a grid as large as the image asks for, positions of three axes."""
+
+    axes = 3
+
+    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
+        """Run the vision encoder on images."""
+        pixels = self.pixels(images)
+        grids = pixels["image_grid_thw"]
+        output = self.model.model.get_image_features(
+            pixel_values=self._pixel_values(pixels), image_grid_thw=grids, return_dict=True
+        )
+        merge = self.model.config.vision_config.spatial_merge_size
+        layers = getattr(output, "deepstack_features", None)
+        found = []
+        for row, (tokens, grid) in enumerate(zip(output.pooler_output, grids, strict=True)):
+            rows, columns = (int(side) // merge for side in grid[1:])
+            more = torch.stack([layer[row] for layer in layers], 1) if layers else None
+            centres = _centres(rows, columns, tokens.device)
+            found.append(Picture(tokens, centres, self.text(), [len(tokens)], more, grid))
+        return found
+
+    def places(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
+        """Return frame, row and column of visual tokens among the places in the text, long (L, 3)."""
+        assert picture.grid is not None
+        visual = (ids == self.image_token_id).int()
+        places, _ = self.model.model.get_rope_index(
+            ids[None], mm_token_type_ids=visual[None], image_grid_thw=picture.grid[None]
+        )
+        return places[:, 0].T
+
+
+class Qwen3Family(QwenFamily):
+    """Qwen3-VL: the first layers of the language model get features of their own."""
+
+    def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
+        """Wrap visual tokens (K, D) and what is added to them (K, E, D)."""
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        assert deepstack is not None
+        layers: Any = [[layer] for layer in deepstack.unbind(1)]
+        pooled: Any = [tokens]
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=layers)
+
+
+class SplitFamily(Family):
+    """Idefics3 and SmolVLM: tiles, each after the name of its place, then the whole image."""
+
+    fake = "<fake_token_around_image>"
+
+    def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
+        """Wrap visual tokens (K, D) as images of one token each, which all versions of transformers take."""
+        return BaseModelOutputWithPooling(pooler_output=tokens[:, None])
+
+    def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return what the image processor makes of images; each is a sample of its own."""
+        nested = [[image] for image in images]
+        return dict(
+            self.processor.image_processor(images=nested, return_row_col_info=True, return_tensors="pt").to(
+                self.model.device
+            )
+        )
+
+    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
+        """Run the vision encoder on images."""
+        pixels = self.pixels(images)
+        output = self.model.model.get_image_features(
+            pixel_values=self._pixel_values(pixels),
+            pixel_attention_mask=pixels.get("pixel_attention_mask"),
+            return_dict=True,
+        )
+        grids = [
+            tuple(int(np.asarray(pixels[key][row]).reshape(-1)[0]) for key in ("rows", "cols"))
+            for row in range(len(images))
+        ]
+        pooled = output.pooler_output
+        if isinstance(pooled, torch.Tensor):  # all tiles (T, n, D), as transformers gave them up to 5.20
+            pooled = [part.flatten(0, 1) for part in pooled.split([rows * columns + 1 for rows, columns in grids])]
+        found = []
+        for tokens, (rows, columns) in zip(pooled, grids, strict=True):
+            tiles = rows * columns + 1
+            side = _square(len(tokens) / tiles)
+            inside = _centres(side, side, tokens.device)
+            centres = _tiles(inside, rows, columns)
+            text = "".join(
+                "".join(f"{self.fake}<row_{r + 1}_col_{c + 1}>{self.image_token}" for c in range(columns)) + "\n"
+                for r in range(rows)
+            )
+            text += "\n" * bool(rows) + f"{self.fake}<global-img>{self.image_token}{self.fake}"
+            found.append(Picture(tokens, torch.cat([*centres, inside]), text, [side * side] * tiles))
+        return found
+
+
+class InternVLFamily(Family):
+    """InternVL: tiles in raster order, then the whole image if there are several."""
+
+    stacked = True
+
+    def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return the tiles of all images; the image processor makes them only when it is told to."""
+        processor = self.processor.image_processor
+        return dict(processor(images=list(images), crop_to_patches=True, return_tensors="pt").to(self.model.device))
+
+    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
+        """Run the vision encoder on images."""
+        pixels = self.pixels(images)
+        output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
+        counts = [int(count) for count in pixels["num_patches"]]
+        found = []
+        for image, tiles in zip(images, output.pooler_output.split(counts), strict=True):
+            side = _square(tiles.shape[1])
+            inside = _centres(side, side, tiles.device)
+            centres = [inside]
+            if len(tiles) > 1:
+                rows, columns = self._arrangement(image)
+                if rows * columns + 1 != len(tiles):
+                    raise ValueError(
+                        f"expected {rows} x {columns} tiles and the whole image, the image processor made {len(tiles)}"
+                    )
+                centres = [*_tiles(inside, rows, columns), inside]
+            tokens = tiles.flatten(0, 1)
+            found.append(Picture(tokens, torch.cat(centres), self.text(), [len(tokens)]))
+        return found
+
+    def _arrangement(self, image: np.ndarray) -> tuple[int, int]:
+        processor = self.processor.image_processor
+        choose = sys.modules[type(processor).__module__].get_optimal_tiled_canvas
+        tile = (processor.size["height"], processor.size["width"])
+        columns, rows = choose(image.shape[:2], tile, processor.min_patches, processor.max_patches)
+        return rows, columns
+
+    def text(self) -> str:
+        """Return the image token between its marks."""
+        return f"<img>{self.image_token}</img>"
+
+
+class PaliGemmaFamily(Family):
+    """PaliGemma: no chat template; image and question see each other whole, the answer only what came before."""
+
+    stacked = True
+    first_place = 1
+
+    def check(self) -> None:
+        """Accept any model: there is no chat template to miss."""
+
+    def prompt(self, question: str) -> str:
+        """Return image, question and the line end after which the answer starts."""
+        return f"{self.image_token}{self.tokenizer.bos_token}{question}\n"
+
+    def adds_special_tokens(self, prompt: str) -> bool:
+        """Tell that the prompt is complete."""
+        return False
+
+    def token_types(self, ids: torch.Tensor, answer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return 0 for what is seen whole and 1 for the rest."""
+        return {"token_type_ids": answer.long()}
+
+
+class Gemma3Family(Family):
+    """Gemma 3: one square image; visual tokens see each other whole."""
+
+    stacked = True
+
+    @property
+    def marker(self) -> str:
+        """What the chat template writes for an image."""
+        return str(self.tokenizer.boi_token)
+
+    def text(self) -> str:
+        """Return the image token between its marks."""
+        return f"\n\n{self.tokenizer.boi_token}{self.image_token}{self.tokenizer.eoi_token}\n\n"
+
+    def grid(self, size: Sequence[int], count: int) -> tuple[int, int]:
+        """Return rows and columns: patches are averaged down to a fixed number of tokens."""
+        side = _square(count)
+        return side, side
+
+    def token_types(self, ids: torch.Tensor, answer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return 1 for visual tokens."""
+        return {"token_type_ids": (ids == self.image_token_id).long()}
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "llava": LlavaFamily,
+    "llava_next": TiledLlavaFamily,
+    "llava_onevision": TiledLlavaFamily,
+    "qwen2_vl": QwenFamily,
+    "qwen2_5_vl": QwenFamily,
+    "qwen3_vl": Qwen3Family,
+    "smolvlm": SplitFamily,
+    "idefics3": SplitFamily,
+    "internvl": InternVLFamily,
+    "paligemma": PaliGemmaFamily,
+    "gemma3": Gemma3Family,
+}
+"""The families by ``config.model_type``."""
+
+
+def family_of(model: Any, processor: Any) -> Family:
+    """Return the family a model belongs to.
+
+    Raises:
+        ValueError: If there is none, or it cannot serve this model.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind](model, processor)
+
+
+def _centres(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Return row and column of the cells of a grid in raster order, in [0, 1], (rows * columns, 2)."""
+    row = (torch.arange(rows, device=device) + 0.5) / rows
+    column = (torch.arange(columns, device=device) + 0.5) / columns
+    return torch.stack(torch.meshgrid(row, column, indexing="ij"), -1).flatten(0, 1)
+
+
+def _tiles(inside: torch.Tensor, rows: int, columns: int) -> list[torch.Tensor]:
+    """Return the centres ``inside`` one tile (n, 2) as they are in each tile of a grid, in raster order."""
+    shape = inside.new_tensor([rows, columns])
+    return [(inside + inside.new_tensor([row, column])) / shape for row in range(rows) for column in range(columns)]
+
+
+def _square(count: float) -> int:
+    """Return the side of a square of ``count`` tokens.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    side = round(count**0.5)
+    if side * side != count:
+        raise ValueError(f"expected a square of visual tokens, the model gives {count:g}")
+    return side

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
-from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.families import Picture, family_of
 from grip_env.vlms.loading import read_pretrained
 
 __all__ = ["HuggingFaceVLM"]
@@ -27,13 +26,13 @@ class HuggingFaceVLM:
 
     Args:
         model: The model; it is put in eval mode and its parameters stop requiring gradients.
-        processor: Its processor, with a chat template.
+        processor: Its tokenizer, image processor and chat template, as attributes of these names.
         name: Name for logs.
-        positions: "original" keeps each token's position in the full sequence; "compact" renumbers what is kept.
+        position_policy: "original" keeps each token's position in the full sequence; "reindex" renumbers what is kept.
         token_budget: Most tokens, padding included, in one call of the language model.
 
     Raises:
-        ValueError: If the model's family is not supported, or the processor has no chat template.
+        ValueError: If the model's family is not supported, cannot do this, or the processor has no chat template.
 
     Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32).
     """
@@ -43,23 +42,22 @@ class HuggingFaceVLM:
         model: Any,
         processor: Any,
         name: str = "vlm",
-        positions: Literal["original", "compact"] = "original",
+        position_policy: Literal["original", "reindex"] = "original",
         token_budget: int = 16384,
     ) -> None:
-        kind = model.config.model_type
-        if kind not in FAMILIES:
-            raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-        if getattr(processor, "chat_template", None) is None:
-            raise ValueError("the processor has no chat template: set processor.chat_template to the model's own")
-        if positions not in ("original", "compact"):
-            raise ValueError(f"positions must be 'original' or 'compact', not {positions!r}")
+        self.family = family_of(model, processor)
+        if position_policy not in ("original", "reindex"):
+            raise ValueError(f"position_policy must be 'original' or 'reindex', not {position_policy!r}")
+        if position_policy == "reindex" and self.family.axes > 1:
+            raise ValueError(
+                f"position_policy 'reindex' has no meaning for {model.config.model_type}, whose visual tokens have "
+                "rows and columns as positions: use 'original'"
+            )
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.name = name
-        self.positions = positions
+        self.position_policy = position_policy
         self.token_budget = token_budget
-        self.family = FAMILIES[kind]()
-        self._image_token = self.family.image_token_id(model.config)
 
     @classmethod
     def from_pretrained(
@@ -67,8 +65,9 @@ class HuggingFaceVLM:
         path: str | Path,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        positions: Literal["original", "compact"] = "original",
+        position_policy: Literal["original", "reindex"] = "original",
         token_budget: int = 16384,
+        attn_implementation: str = "sdpa",
     ) -> HuggingFaceVLM:
         """Load a model and its processor from a folder (or, where one is reachable, a model hub).
 
@@ -76,8 +75,8 @@ class HuggingFaceVLM:
             FileNotFoundError: If ``path`` looks like a folder and has no config.json.
             ValueError: If a part of it is missing or damaged, or its family is not supported.
         """
-        model, processor = read_pretrained(path, dtype)
-        return cls(model.to(device), processor, Path(path).name, positions, token_budget)
+        model, processor = read_pretrained(path, dtype, attn_implementation)
+        return cls(model.to(device), processor, Path(path).name, position_policy, token_budget)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
@@ -104,23 +103,29 @@ class HuggingFaceVLM:
     # -- encoding --------------------------------------------------------------------------------------------
 
     def prompt(self, question: str) -> str:
-        """Return the text around the image that asks ``question``, up to where the answer starts."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        """Return the text that asks ``question`` about an image, up to where the answer starts."""
+        return self.family.prompt(question)
 
-    def _pixels(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        images = [example.image for example in examples]
-        return dict(self.processor.image_processor(images=images, return_tensors="pt").to(self.device))
+    def _texts(self, examples: Sequence[Example], pictures: Sequence[Picture]) -> list[str]:
+        """Return the text of each prompt, with what stands for the picture in it."""
+        texts = []
+        for example, picture in zip(examples, pictures, strict=True):
+            prompt = self.family.prompt(example.question)
+            if prompt.count(self.family.marker) != 1:
+                raise ValueError(
+                    f"a prompt must hold exactly one image placeholder {self.family.marker!r}, and the one of the "
+                    f"question {example.question!r} holds {prompt.count(self.family.marker)}: ask about one image, "
+                    "without placeholders in the question"
+                )
+            texts.append(prompt.replace(self.family.marker, picture.text))
+        return texts
 
     def _ids(
-        self, prompts: list[str], answers: list[str], placeholders: list[int]
+        self, prompts: list[str], answers: list[str], pictures: Sequence[Picture]
     ) -> tuple[list[list[int]], list[int]]:
-        """Tokenize prompts and answers; each image placeholder is repeated once per visual token."""
-        tokenizer = self.processor.tokenizer
-        # as processors do: a template that writes the first token itself must not get it twice
-        special = tokenizer.bos_token is None or not prompts[0].startswith(tokenizer.bos_token)
+        """Tokenize prompts and answers; image tokens are repeated once per visual token. Also: the answers' lengths."""
+        tokenizer, image = self.family.tokenizer, self.family.image_token_id
+        special = self.family.adds_special_tokens(prompts[0])
         starts = tokenizer(prompts, add_special_tokens=special)["input_ids"]
         texts = [
             prompt + ("" if prompt[-1:].isspace() else " ") + answer
@@ -128,50 +133,65 @@ class HuggingFaceVLM:
         ]
         wholes = tokenizer(texts, add_special_tokens=special)["input_ids"]
         rows, lengths = [], []
-        for start, whole, answer, count in zip(starts, wholes, answers, placeholders, strict=True):
+        for start, whole, answer, picture in zip(starts, wholes, answers, pictures, strict=True):
             shared = 0
             while shared < min(len(start), len(whole)) and start[shared] == whole[shared]:
                 shared += 1
             if shared == len(whole) or not answer.strip():
                 raise ValueError(f"the answer {answer!r} has no tokens: give a non-empty answer")
-            if whole.count(self._image_token) != 1:
-                raise ValueError("the prompt must hold exactly one image placeholder: is there one in the question?")
-            place = whole.index(self._image_token)
-            rows.append(whole[:place] + [self._image_token] * count + whole[place + 1 :])
+            if whole.count(image) != len(picture.runs):
+                raise ValueError(f"the answer {answer!r} holds an image placeholder: give an answer in words")
+            runs = iter(picture.runs)
+            rows.append([token for token in whole for _ in range(next(runs) if token == image else 1)])
             lengths.append(len(whole) - shared)
         return rows, lengths
+
+    def _check_window(self, longest: int) -> None:
+        """Raise ValueError if dropped tokens would move the window through which some layers look back."""
+        text = self.model.config.get_text_config()
+        window = getattr(text, "sliding_window", None)
+        layers = getattr(text, "layer_types", None) or ["sliding_attention"]
+        if window and longest > window and "sliding_attention" in layers:
+            raise ValueError(
+                f"a prompt and its answer have {longest} tokens, more than the sliding window of {window} of this "
+                "model's language model, which dropped tokens would shift: use smaller images or shorter questions"
+            )
 
     @torch.no_grad()
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Run the vision encoder once per example.
 
         Raises:
-            ValueError: If there are no examples, or an answer is empty.
+            ValueError: If there are no examples, an answer is empty, or a sequence does not fit the model.
         """
         if not examples:
             raise ValueError("encode needs at least one example")
-        tokens, positions = self.family.features(self.model, self._pixels(examples))
-        counts = [len(part) for part in tokens]
-        ids, answers = self._ids(
-            [self.prompt(example.question) for example in examples], [example.answer for example in examples], counts
-        )
-        questions = self.processor.tokenizer([example.question for example in examples], add_special_tokens=False)
-        question_ids = [torch.tensor(row, device=self.device) for row in questions["input_ids"]]
+        pictures = self.family.pictures([example.image for example in examples])
+        rows, answers = self._ids(self._texts(examples, pictures), [example.answer for example in examples], pictures)
+        self._check_window(max(len(row) for row in rows))
+        ids = [torch.tensor(row, device=self.device) for row in rows]
+        questions = self.family.tokenizer([example.question for example in examples], add_special_tokens=False)
+        question_ids = [torch.tensor(row, dtype=torch.long, device=self.device) for row in questions["input_ids"]]
         embed = self.model.get_input_embeddings()
 
         def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
+        layers = [picture.deepstack for picture in pictures if picture.deepstack is not None]
         return Encoded(
             examples=list(examples),
-            tokens=pad(tokens),
-            token_mask=pad([torch.ones(count, dtype=torch.bool, device=self.device) for count in counts]),
-            positions=pad(positions),
+            tokens=pad([picture.tokens for picture in pictures]),
+            token_mask=pad(
+                [torch.ones(len(picture.tokens), dtype=torch.bool, device=self.device) for picture in pictures]
+            ),
+            positions=pad([picture.positions for picture in pictures]),
             question=pad([embed(row) for row in question_ids]),
             question_mask=pad([torch.ones_like(row, dtype=torch.bool) for row in question_ids]),
-            input_ids=pad([torch.tensor(row, device=self.device) for row in ids]),
+            input_ids=pad(ids),
             lengths=torch.tensor([len(row) for row in ids], device=self.device),
             answer_lengths=torch.tensor(answers, device=self.device),
+            places=pad([self.family.places(row, picture) for row, picture in zip(ids, pictures, strict=True)]),
+            deepstack=pad(layers) if layers else None,
         )
 
     # -- scoring ---------------------------------------------------------------------------------------------
@@ -214,7 +234,7 @@ class HuggingFaceVLM:
         """Mark which ids of each (example, selection) pair stay: bool (B * G, L); also the pair's row and length."""
         batch, group, _ = selection.shape
         inside = torch.arange(encoded.input_ids.shape[1], device=self.device) < lengths[:, None]  # (B, L)
-        visual = (encoded.input_ids == self._image_token) & inside
+        visual = (encoded.input_ids == self.family.image_token_id) & inside
         index = (visual.cumsum(1) - 1).clamp_min(0)  # which visual token a placeholder stands for
         chosen = (selection & encoded.token_mask[:, None]).gather(2, index[:, None].expand(-1, group, -1))
         stays = torch.where(visual[:, None], chosen, inside[:, None]).flatten(0, 1)
@@ -236,11 +256,21 @@ class HuggingFaceVLM:
         for rows in _by_length(lengths, self.token_budget):
             ids, mask, places = self._compact(encoded, stays[rows], example[rows])
             answer = encoded.answer_lengths[example[rows]]  # (R,)
-            first = int((mask.sum(1) - answer).min()) - 1  # logits before this column predict no answer
-            logits = self._forward(ids, mask, places, features, flat[rows], encoded, example[rows], first)
+            begin = mask.sum(1) - answer
+            first = int(begin.min()) - 1  # logits before this column predict no answer
+            outputs = self.model(
+                input_ids=ids,
+                attention_mask=mask.long(),  # explicit: without it, gapped positions are read as packed sequences
+                position_ids=places,
+                use_cache=False,
+                logits_to_keep=ids.shape[1] - first,
+                **self.family.token_types(ids, torch.arange(ids.shape[1], device=self.device) >= begin[:, None]),
+                **self._images(encoded, features, flat[rows], example[rows]),
+            )
+            logits = outputs.logits.float()
             longest = int(answer.max())
             offset = torch.arange(longest, device=self.device)
-            at = (mask.sum(1) - answer)[:, None] + offset  # columns of the answer's ids, (R, T)
+            at = begin[:, None] + offset  # columns of the answer's ids, (R, T)
             real = offset < answer[:, None]
             at = torch.where(real, at, 1 + first)
             targets = ids.gather(1, at).masked_fill(~real, -100)
@@ -250,37 +280,33 @@ class HuggingFaceVLM:
     def _compact(
         self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Move what stays to the left: ids, attention mask and position ids, each (R, L)."""
+        """Move what stays to the left: ids and attention mask (R, L), position ids (R, L) or (axes, R, L)."""
         count = stays.sum(1)
         longest = int(count.max())
         order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
         mask = torch.arange(longest, device=self.device) < count[:, None]
         ids = encoded.input_ids[example].gather(1, order)
         ids = ids.masked_fill(~mask, 0)
-        places = order if self.positions == "original" else torch.arange(longest, device=self.device).expand_as(order)
+        assert encoded.places is not None
+        if self.position_policy == "reindex":
+            places = torch.arange(longest, device=self.device).expand_as(order) + self.family.first_place
+        elif self.family.axes == 1:
+            places = encoded.places[example].gather(1, order)
+        else:
+            index = order[..., None].expand(-1, -1, self.family.axes)
+            return ids, mask, encoded.places[example].gather(1, index).masked_fill(~mask[..., None], 0).permute(2, 0, 1)
         return ids, mask, places.masked_fill(~mask, 0)
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        places: torch.Tensor,
-        features: torch.Tensor,
-        selection: torch.Tensor,
-        encoded: Encoded,
-        example: torch.Tensor,
-        first: int,
-    ) -> torch.Tensor:
-        kept = features[example][selection & encoded.token_mask[example]]
-        outputs = self.model(
-            input_ids=ids,
-            attention_mask=mask.long(),  # explicit: without it, gapped positions are read as packed sequences
-            position_ids=places,
-            mm_encoder_outputs={"image": _features(kept)} if len(kept) else None,
-            use_cache=False,
-            logits_to_keep=ids.shape[1] - first,
-        )
-        return outputs.logits.float()
+    def _images(
+        self, encoded: Encoded, features: torch.Tensor, selection: torch.Tensor, example: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return what the model is told of the images: the tokens of ``features`` that each pair (R,) keeps."""
+        pair, token = (selection & encoded.token_mask[example]).nonzero(as_tuple=True)
+        if not len(pair):
+            return {}
+        row = example[pair]
+        layers = None if encoded.deepstack is None else encoded.deepstack[row, token]
+        return {"mm_encoder_outputs": {"image": self.family.outputs(features[row, token], layers)}}
 
     # -- answering -------------------------------------------------------------------------------------------
 
@@ -295,17 +321,16 @@ class HuggingFaceVLM:
             same = (lengths == length).nonzero().flatten()
             for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
                 ids, mask, places = self._compact(encoded, stays[rows], example[rows])
-                kept = encoded.tokens[example[rows]][flat[rows] & encoded.token_mask[example[rows]]]
-                more = {"mm_encoder_outputs": {"image": _features(kept)}}
                 output = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask.long(),
-                    position_ids=places,
+                    position_ids=places - self.family.first_place,  # generate counts from 0 and adds it itself
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
-                    **(more if len(kept) else {}),
+                    **self.family.token_types(ids, torch.zeros_like(mask)),
+                    **self._images(encoded, encoded.tokens, flat[rows], example[rows]),
                 )
-                answers = self.processor.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                answers = self.family.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
                 for row, text in zip(rows.tolist(), answers, strict=True):
                     texts[row] = text.strip()
         group = selection.shape[1]
@@ -321,14 +346,9 @@ class HuggingFaceVLM:
         """
         if kind != "cls":
             raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls'")
-        rows = self.family.cls_attention(self.model, self._pixels(encoded.examples))
-        padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        rows = self.family.cls_attention([example.image for example in encoded.examples])
+        padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
         return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
-
-
-def _features(kept: torch.Tensor) -> BaseModelOutputWithPooling:
-    """Wrap kept tokens (all rows' together, in order) as an encoder's output; models want a list of tensors."""
-    return BaseModelOutputWithPooling(pooler_output=[kept])  # type: ignore[arg-type]
 
 
 def _mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import cached_file, logging
 
-__all__ = ["read_pretrained"]
+__all__ = ["Processor", "read_pretrained"]
 
 
-def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Processor:
+    """What of a saved processor images and questions need.
+
+    The processors of families that also read videos cannot be loaded as a whole without torchvision, their parts can.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str | None
+
+
+def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: str = "sdpa") -> tuple[Any, Processor]:
     """Return the model and the processor saved in a folder (or, where one is reachable, on a model hub).
 
     Raises:
@@ -29,9 +43,15 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)  # what is wrong with the weights is in the error below
     try:
-        processor = AutoProcessor.from_pretrained(path, backend="pil")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        processor = Processor(tokenizer, image_processor, tokenizer.chat_template or _older_template(path))
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         model, found = loaded
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -50,3 +70,9 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             "shape than config.json says): save it again"
         )
     return model, processor
+
+
+def _older_template(path: str | Path) -> str | None:
+    """Return the chat template of a processor that was saved before tokenizers read it too."""
+    file = cached_file(str(path), "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoProcessor,
     BertConfig,
     CLIPVisionConfig,
     LlamaConfig,
@@ -112,7 +113,9 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_vlm(llava_folder: Path) -> HuggingFaceVLM:
-    return HuggingFaceVLM.from_pretrained(llava_folder)
+    vlm = HuggingFaceVLM.from_pretrained(llava_folder)
+    vlm.processor = AutoProcessor.from_pretrained(llava_folder, backend="pil")  # whole, for the tests to call
+    return vlm
 
 
 @pytest.fixture(params=["eager", "sdpa", "other"])
@@ -143,7 +146,7 @@ def subsets(encoded: Encoded, sizes: tuple[int, ...] = SIZES, seed: int = 0) -> 
     return torch.cat([rank < torch.tensor(sizes)[:, None], encoded.full_selection()], 1)
 
 
-def masked_forward(vlm: Any, example: Example, keep: torch.Tensor, more: str, compact: bool = False) -> Any:
+def masked_forward(vlm: Any, example: Example, keep: torch.Tensor, more: str, reindex: bool = False) -> Any:
     """Run processor and model on the full sequence, dropped tokens hidden from attention: ids (L,), logits (L, V)."""
     prompt = vlm.prompt(example.question)
     special = not prompt.startswith(vlm.processor.tokenizer.bos_token)
@@ -151,7 +154,7 @@ def masked_forward(vlm: Any, example: Example, keep: torch.Tensor, more: str, co
     ids = inputs["input_ids"]
     mask = torch.ones_like(ids)
     mask[ids == vlm.model.config.image_token_id] = keep.long()
-    places = (mask.cumsum(1) - 1).clamp_min(0) if compact else torch.arange(ids.shape[1])[None]
+    places = (mask.cumsum(1) - 1).clamp_min(0) if reindex else torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         logits = vlm.model(
             input_ids=ids,
@@ -163,9 +166,9 @@ def masked_forward(vlm: Any, example: Example, keep: torch.Tensor, more: str, co
     return ids[0], logits[0]
 
 
-def masked_log_likelihood(vlm: Any, example: Example, keep: torch.Tensor, compact: bool = False) -> float:
+def masked_log_likelihood(vlm: Any, example: Example, keep: torch.Tensor, reindex: bool = False) -> float:
     prompt_ids, _ = masked_forward(vlm, example, keep, "")
-    ids, logits = masked_forward(vlm, example, keep, f" {example.answer}", compact)
+    ids, logits = masked_forward(vlm, example, keep, f" {example.answer}", reindex)
     start = len(prompt_ids)
     assert ids[:start].tolist() == prompt_ids.tolist()
     assert len(ids) > start
@@ -232,13 +235,13 @@ def test_generation_equals_greedy_decoding_of_the_masked_sequence(vlm: Any, scen
                 assert text == expected
 
 
-def test_compact_positions_renumber_what_is_kept(random_vlm: HuggingFaceVLM, scene_examples: list[Example]) -> None:
-    compact = HuggingFaceVLM(random_vlm.model, random_vlm.processor, positions="compact")
-    encoded = compact.encode(scene_examples[:3])
+def test_reindexed_positions_renumber_what_is_kept(random_vlm: HuggingFaceVLM, scene_examples: list[Example]) -> None:
+    renumbered = HuggingFaceVLM(random_vlm.model, random_vlm.processor, position_policy="reindex")
+    encoded = renumbered.encode(scene_examples[:3])
     selection = subsets(encoded, (0, 14, 60))
-    found = compact.score(encoded, selection).log_likelihood
+    found = renumbered.score(encoded, selection).log_likelihood
     expected = [
-        [masked_log_likelihood(compact, example, keep, compact=True) for keep in selection[row]]
+        [masked_log_likelihood(renumbered, example, keep, reindex=True) for keep in selection[row]]
         for row, example in enumerate(encoded.examples)
     ]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=0)
@@ -561,14 +564,14 @@ def test_models_that_cannot_be_used_are_refused(random_vlm: HuggingFaceVLM, tmp_
     class Other(torch.nn.Module):
         config = BertConfig()
 
-    with pytest.raises(ValueError, match="'bert' is not supported; supported: llava"):
+    with pytest.raises(ValueError, match="'bert' is not supported; supported: gemma3, idefics3, internvl, llava, "):
         HuggingFaceVLM(Other(), processor)
     bare = copy.copy(processor)
     bare.chat_template = None
     with pytest.raises(ValueError, match=r"no chat template: set processor\.chat_template"):
         HuggingFaceVLM(model, bare)
-    with pytest.raises(ValueError, match="'original' or 'compact', not 'gapped'"):
-        HuggingFaceVLM(model, processor, positions="gapped")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'original' or 'reindex', not 'gapped'"):
+        HuggingFaceVLM(model, processor, position_policy="gapped")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"no config.json in .*empty: give a folder that save_pretrained wrote"):
         load_vlm(tmp_path / "empty")
 

@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor of another shape": (reshape_a_tensor, f"{PROJECTOR} for one"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     "no processor": (lambda folder: (folder / "processor_config.json").unlink(), "image processor"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "line 1"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json' is not a valid JSON"),
 }
 
 
