@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from grip_env.envs.selection import TokenSelectionEnv
     from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
+    from grip_env.tasks.files import DataError, FileTask
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
     from grip_env.vlms.base import Encoded, FrozenVLM, Scores
@@ -26,9 +27,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "AnswerLogLikelihood": "grip_env.envs.rewards",
     "AnswerProbability": "grip_env.envs.rewards",
+    "DataError": "grip_env.tasks.files",
     "Encoded": "grip_env.vlms.base",
     "ExactMatch": "grip_env.envs.rewards",
     "Example": "grip_env.tasks.base",
+    "FileTask": "grip_env.tasks.files",
     "FrozenVLM": "grip_env.vlms.base",
     "HuggingFaceVLM": "grip_env.vlms.huggingface",
     "Panel": "grip_env.envs.rendering",
@@ -48,9 +51,11 @@ __all__ = [
     "REWARDS",
     "AnswerLogLikelihood",
     "AnswerProbability",
+    "DataError",
     "Encoded",
     "ExactMatch",
     "Example",
+    "FileTask",
     "FrozenVLM",
     "HuggingFaceVLM",
     "Panel",

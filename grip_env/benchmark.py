@@ -119,14 +119,17 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         runs=config.runs,
         threads=config.threads,
     )
+    if options.data is not None:
+        raise CommandError("the benchmark checks promises about the scenes task: leave out --data")
     minutes = None
     if folder.is_dir() and not (folder / "report.json").is_file():
         print(f"{folder} has not finished: starting it again")
         shutil.rmtree(folder)
     if folder.is_dir():
         saved = json.loads((folder / "config.json").read_text())["config"]
+        saved = asdict(train.Config()) | saved  # runs made before an option was there have its default
         wanted = json.loads(json.dumps(asdict(options), default=str))
-        other = sorted(key for key in wanted if saved.get(key) != wanted[key] and key not in ("runs", "threads"))
+        other = sorted(key for key in wanted if saved[key] != wanted[key] and key not in ("runs", "threads"))
         if other:
             raise CommandError(f"{folder} was made with other settings of {', '.join(other)}: choose another --runs")
     else:

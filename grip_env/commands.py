@@ -7,7 +7,7 @@ import importlib.util
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grip_env.tasks.base import Task
+    from grip_env.tasks.files import FileTask
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 
 
 class CommandError(SystemExit):
-    """Ends a command with one line on standard error and exit code 2, the shell's code for wrong usage."""
+    """Ends a command with a message on standard error and exit code 2, the shell's code for wrong usage."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -67,19 +68,57 @@ def check_at_least(least: int, **options: int) -> None:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
 
 
-def load_model_and_task(vlm: str, task: str) -> tuple[HuggingFaceVLM, Task]:
-    """Return the frozen model and the task of these names, or stop with one line that says what is wrong."""
+def load_model_and_task(
+    vlm: str,
+    task: str,
+    data: Path | None = None,
+    skip_bad: bool = False,
+    splits: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[HuggingFaceVLM, Task]:
+    """Return the frozen model and the task of these names, or stop and say what is wrong.
+
+    Args:
+        vlm: Name or folder of the model.
+        task: Name of the task, of no meaning with ``data``.
+        data: The user's own data. They are checked before the model is loaded.
+        skip_bad: Leave out rows with faults, and say so on standard error.
+        splits: Splits that must have examples.
+        progress: Show progress bars.
+    """
     from grip_env.tasks import load_task
+    from grip_env.tasks.files import FileTask
     from grip_env.vlms import load_vlm
 
     try:
-        model = load_vlm(vlm)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot load the vision-language model {vlm!r}: {error}") from None
-    try:
-        return model, load_task(task)
+        source = load_task(task) if data is None else FileTask(data, skip_bad, progress=progress)
     except ValueError as error:
         raise CommandError(str(error)) from None
+    if isinstance(source, FileTask):
+        _say_skipped(source)
+        _check_splits(source, splits)
+    try:
+        return load_vlm(vlm), source
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot load the vision-language model {vlm!r}: {error}") from None
+
+
+def _say_skipped(task: FileTask) -> None:
+    from grip_env.tasks.files import summary
+
+    rows = len({fault.place for fault in task.skipped})
+    if rows:
+        print(f"skipped {rows} row{'s' * (rows > 1)} of {task.path}:\n{summary(task.skipped)}", file=sys.stderr)
+
+
+def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
+    for split in splits:
+        if not task.size(split):
+            raise CommandError(
+                f"the {split} split has no examples: {task.describe()}. The contents of an image decide its split: "
+                f'add images, or choose for each row, with the key "split"'
+                + (", or pass --report-examples 0" if split == "test" and "train" in splits else "")
+            )
 
 
 def versions() -> dict[str, str]:

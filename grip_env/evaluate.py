@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +31,10 @@ class Config:
     """Examples to compare on; use validation while you tune."""
     examples: int = 480
     """How many examples."""
+    data: Path | None = None
+    """Your own images and questions to compare on; those the run was trained on, if any, when not given."""
+    skip_bad: bool = False
+    """Leave out rows of the data with faults, and list them; runs trained with --skip-bad do so anyway."""
     out: Path | None = None
     """Where tables (report.*), pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given."""
     threads: int = 0
@@ -56,6 +61,8 @@ def report(
     from grip_env.report import AGENT, WARMUP, compare, draw_curve, draw_gallery
 
     selectors: dict[str, Selector] = dict(BASELINES)
+    if task.example(split, 0).relevance is None:
+        del selectors["oracle"]  # nobody knows the truth
     if (run / "warmup").is_dir():
         try:
             selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup"))
@@ -67,7 +74,7 @@ def report(
     print("\n" + comparison.markdown() + "\n")
     comparison.save(out)
     draw_curve(comparison, out / "pareto.png")
-    encoded = vlm.encode([task.example(split, index) for index in range(6)])
+    encoded = vlm.encode([task.example(split, index) for index in range(min(6, task.size(split)))])
     Image.fromarray(draw_gallery(vlm, encoded, selectors[AGENT])).save(out / "kept_tokens.png")
     for name in ("report.md", "pareto.png", "kept_tokens.png"):
         print(f"wrote {out / name}")
@@ -82,6 +89,8 @@ def _load(run: Path) -> tuple[dict[str, Any], Scorer]:
     try:
         saved = json.loads((run / "config.json").read_text())
         saved["config"]["vlm"], saved["config"]["task"], saved["vlm"]["checksum"]
+        if saved["config"].get("data"):
+            saved["config"]["skip_bad"], saved["data"]["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise CommandError(f"{run / 'config.json'} is not as grip_env.train wrote it: train again") from None
     try:
@@ -92,20 +101,38 @@ def _load(run: Path) -> tuple[dict[str, Any], Scorer]:
         raise CommandError(str(error)) from None
 
 
+def _model_and_task(config: Config, saved: dict[str, Any]) -> tuple[HuggingFaceVLM, Task]:
+    """Return the run's model, and its task unless the command names other data."""
+    from grip_env.tasks.files import FileTask
+
+    trained = saved["config"]
+    data, skip_bad = config.data, config.skip_bad
+    if data is None and trained.get("data"):
+        data, skip_bad = Path(trained["data"]), skip_bad or trained["skip_bad"]
+    if data is None and skip_bad:
+        raise CommandError("--skip-bad is about the rows of --data, and this run was trained without: leave it out")
+    vlm, task = load_model_and_task(trained["vlm"], trained["task"], data, skip_bad, (config.split,))
+    if isinstance(task, FileTask) and config.data is None and task.fingerprint != saved["data"]["fingerprint"]:
+        print(f"note: {task.path} has changed since this agent was trained on it: {task.describe()}", file=sys.stderr)
+    return vlm, task
+
+
 def evaluate(config: Config) -> Comparison:
     """Compare the agent of a run with the baselines, print the tables and draw the pictures.
 
     Raises:
-        CommandError: If an option is wrong, or the run, its agent or its model cannot be read.
+        CommandError: If an option is wrong, or the run, its agent, its model or its data cannot be read.
     """
     check_at_least(1, examples=config.examples)
     check_at_least(0, threads=config.threads)
     saved, scorer = _load(config.run)
     import torch
 
+    from grip_env.tasks.files import DataError
+
     if config.threads:
         torch.set_num_threads(config.threads)
-    vlm, task = load_model_and_task(saved["config"]["vlm"], saved["config"]["task"])
+    vlm, task = _model_and_task(config, saved)
     if vlm.width != scorer.config.token_width:
         raise CommandError(
             f"the agent in {config.run} was made for visual tokens of width {scorer.config.token_width}, and those "
@@ -117,8 +144,12 @@ def evaluate(config: Config) -> Comparison:
             f"{saved['config']['vlm']!r} has now: train an agent for this one"
         )
     # a folder of its own, so that a look at validation does not replace the report that training wrote
-    out = config.out or config.run / f"{config.split}-{config.examples}"
-    return report(config.run, vlm, task, scorer, config.split, config.examples, out)
+    parts = [task.name] if config.data is not None else []
+    out = config.out or config.run / "-".join([*parts, config.split, str(config.examples)])
+    try:
+        return report(config.run, vlm, task, scorer, config.split, config.examples, out)
+    except DataError as error:
+        raise CommandError(str(error)) from None
 
 
 def main() -> None:

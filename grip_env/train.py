@@ -27,12 +27,16 @@ class Config:
     """The frozen vision-language model: "tiny" is embedded, anything else is a folder with a saved model."""
     task: Literal["scenes"] = "scenes"
     """Where images and questions come from."""
+    data: Path | None = None
+    """Your own images and questions instead of the task: a .jsonl or .json file, or a saved dataset's folder."""
+    skip_bad: bool = False
+    """Leave out rows of --data with faults, and list them, instead of stopping."""
     reward: Literal["log_likelihood", "probability", "exact_match"] = "log_likelihood"
     """What a selection is worth."""
     seed: int = 0
     """Decides weights, examples, budgets and subsets."""
     name: str = ""
-    """Name of the run; made from algorithm, task, seed and time when empty."""
+    """Name of the run; made from algorithm, task or data, seed and time when empty."""
     runs: Path = Path("runs")
     """Where runs are kept."""
     report_examples: int = 480
@@ -60,6 +64,7 @@ def train(config: Config) -> Path:
     from agents.scorer import Scorer, ScorerConfig
     from agents.selectors import ScorerSelector
     from grip_env.report import draw_gallery
+    from grip_env.tasks.files import DataError, FileTask
 
     check_at_least(0, threads=config.threads, report_examples=config.report_examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
@@ -70,21 +75,39 @@ def train(config: Config) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    vlm, task = load_model_and_task(config.vlm, config.task)
+    if config.data is None and config.skip_bad:
+        raise CommandError("--skip-bad is about the rows of --data: give both, or neither")
+    if config.data is not None and config.grpo.teacher == "relevance":
+        raise CommandError(
+            "--grpo.teacher relevance needs the ground truth that the scenes task has and --data has not: "
+            "choose gradient or attention"
+        )
+    needed = ("train", "test") if config.report_examples else ("train",)
+    vlm, task = load_model_and_task(
+        config.vlm, config.task, config.data, config.skip_bad, needed, progress=config.progress
+    )
+    about: dict[str, Any] = {}
+    if isinstance(task, FileTask):
+        about["data"] = {"fingerprint": task.fingerprint, "sizes": {split: task.size(split) for split in task.splits}}
+        config = dataclasses.replace(config, data=task.path)  # evaluate may be started from elsewhere
     scorer = Scorer(ScorerConfig(token_width=vlm.width))
     try:
         pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
         algorithm = GRPO(vlm, pool, scorer, config.grpo, config.reward, config.seed)
+        look = "validation" if task.size("validation") else "train"  # few images of one's own may leave it empty
+        shown = vlm.encode([task.example(look, index) for index in range(min(6, task.size(look)))])
     except ValueError as error:
         raise CommandError(str(error)) from None
 
-    shown = vlm.encode([task.example("validation", index) for index in range(6)])
     checksum = vlm.checksum()
-    name = config.name or f"{config.algo}-{config.task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.name or f"{config.algo}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder(config.runs / name)
-    run.write_config(config, vlm={"name": vlm.name, "checksum": checksum}, scorer=dataclasses.asdict(scorer.config))
+    about |= {"vlm": {"name": vlm.name, "checksum": checksum}, "scorer": dataclasses.asdict(scorer.config)}
+    run.write_config(config, **about)
     scorer.save(run.path / "agent")  # from here on, whatever happens leaves an agent that evaluate can read
     print(f"run: {run.path}")
+    if isinstance(task, FileTask):
+        print(f"data: {task.describe()}")
 
     total = {"warmup": config.grpo.warmup_steps, "grpo": config.grpo.steps}
     bars: dict[str, Any] = {}
@@ -142,6 +165,11 @@ def train(config: Config) -> Path:
         print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
         print(f"compare it:  python -m grip_env.evaluate {run.path}")
         raise SystemExit(130) from None
+    except DataError as error:
+        scorer.save(run.path / "agent")
+        raise CommandError(
+            f"stopped in {last.phase} at step {last.step}: {error}; the agent so far is in {run.path}"
+        ) from None
     finally:
         writer.close()
     return run.path

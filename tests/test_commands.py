@@ -478,8 +478,20 @@ def test_another_package_called_agents_is_named_with_the_remedy(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("module", "options"),
     [
-        (train_module, ["--algo", "--vlm", "--seed", "--grpo.std-floor", "--grpo.kl-weight", "--report-examples"]),
-        (evaluate, ["Folder of the run", "--split", "--examples", "--out"]),
+        (
+            train_module,
+            [
+                "--algo",
+                "--vlm",
+                "--data",
+                "--skip-bad",
+                "--seed",
+                "--grpo.std-floor",
+                "--grpo.kl-weight",
+                "--report-examples",
+            ],
+        ),
+        (evaluate, ["Folder of the run", "--split", "--examples", "--data", "--out"]),
     ],
 )
 def test_help_lists_every_option(

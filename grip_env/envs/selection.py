@@ -86,7 +86,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
 
     Args:
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`.
-        task: Where instances come from, or "scenes".
+        task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
         split: Which split of the task.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode; or a list, drawn uniformly.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,16 +12,23 @@ if TYPE_CHECKING:
 __all__ = ["load_task"]
 
 
-def load_task(task: Task | str) -> Task:
-    """Return the task of that name, or ``task`` itself if it is none.
+def load_task(task: Task | str | PathLike[str]) -> Task:
+    """Return the task of that name, the one on the data at that path, or ``task`` itself if it is neither.
 
     Raises:
-        ValueError: If there is no task of that name.
+        ValueError: If there is no such task, or there are faults in the data
+            (:class:`~grip_env.tasks.files.DataError`).
     """
-    if not isinstance(task, str):
+    if not isinstance(task, str | PathLike):
         return task
-    if task != "scenes":
-        raise ValueError(f"unknown task {task!r}: use 'scenes', or pass an object that implements Task")
-    from grip_env.tasks.scenes import SceneTask
+    if task == "scenes":
+        from grip_env.tasks.scenes import SceneTask
 
-    return SceneTask()
+        return SceneTask()
+    if isinstance(task, str) and not Path(task).suffix and not Path(task).exists():
+        raise ValueError(
+            f"unknown task {task!r}: use 'scenes', the path of your data, or pass an object that implements Task"
+        )
+    from grip_env.tasks.files import FileTask
+
+    return FileTask(task)

@@ -81,5 +81,7 @@ def check_index(task: Task, split: str, index: int) -> None:
     if split not in task.splits:
         raise ValueError(f"unknown split {split!r} of task {task.name!r}: choose one of {', '.join(task.splits)}")
     size = task.size(split)
+    if size == 0:
+        raise ValueError(f"split {split!r} of task {task.name!r} has no examples: add some, or choose another split")
     if not 0 <= index < size:
         raise IndexError(f"example {index} of split {split!r} does not exist: choose 0 to {size - 1}")

@@ -1,0 +1,297 @@
+"""The task on your own data: questions about images in a file or folder, checked before the first is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+from grip_env.tasks.base import Example, check_index
+from grip_env.tasks.jsonfiles import read_lines, read_list
+from grip_env.tasks.pictures import PictureError, digest, locate, read_picture, resize, shown
+from grip_env.tasks.rows import SPLITS, Row
+
+__all__ = ["DataError", "Fault", "FileTask", "summary"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a row."""
+
+    place: str
+    """Where the row is, such as "pets.jsonl:3"."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+class DataError(ValueError):
+    """Data that cannot be used; ``faults`` holds every fault of every row, the message the first of them."""
+
+    def __init__(self, message: str, faults: tuple[Fault, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults
+
+
+def summary(faults: tuple[Fault, ...], most: int = 20) -> str:
+    """Return a line for each of the first ``most`` faults, and one that counts the others."""
+    lines = [f"  {fault}" for fault in faults[:most]]
+    return "\n".join(lines + ([f"  ... and {len(faults) - most} more"] if len(faults) > most else []))
+
+
+@dataclass(frozen=True)
+class _Record:
+    key: str
+    question: str
+    answer: str
+    family: str
+    split: str
+    image: Any
+    contents: bytes
+    """Digest of the image."""
+
+    def order(self) -> bytes:
+        """Return what the place within the split depends on: everything but where the record was read."""
+        texts = (self.question, self.answer, self.family, self.split)
+        return hashlib.blake2b(self.contents + repr(texts).encode(), digest_size=16).digest()
+
+
+class _Source(Protocol):
+    """Where rows and their images come from."""
+
+    def rows(self) -> Iterator[Row]: ...
+
+    def picture(self, image: Any) -> Path | bytes: ...
+
+
+class _JsonFile:
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self.limit = path, limit
+
+    def rows(self) -> Iterator[Row]:
+        return (read_list if self.path.suffix.lower() == ".json" else read_lines)(self.path, self.limit)
+
+    def picture(self, image: str) -> Path:
+        return locate(self.path.parent, image)
+
+
+class FileTask:
+    """Your own images, questions and answers.
+
+    Everything is read, checked and decoded once when the task is made; ``example`` decodes an image again when it is
+    asked for, so that memory holds the texts alone.
+
+    **Formats.** A ``.jsonl`` file has a JSON object per line; a ``.json`` file is one list of them; a folder is what
+    ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` of Hugging Face's ``datasets`` wrote. A row has "image",
+    "question" and "answer", or "image" and "conversations" as LLaVA's files do: each pair of turns ("human", "gpt")
+    is a question and its answer, asked alone. ``<image>`` in questions is dropped. "family" (reported apart) and
+    "split" may be there as well, other keys are not looked at. Texts must be strings: a number would lose how it was
+    written. Paths are relative to the folder of the data file, and lead to files inside it.
+
+    **Images.** PNG, JPEG, WebP, GIF, BMP and TIFF, told by contents. They are turned upright as EXIF says, put on
+    white where transparent, and reduced to eight bits; of several frames the first is taken.
+
+    **Splits.** The decoded pixels of an image decide whether it is in train (80%), validation (10%) or test (10%), so
+    that all questions about it, also under another file name, are in one split, whatever else there is and in
+    whatever order. Where a row has "split", that holds for all rows with the same image. A ``DatasetDict`` with
+    several datasets brings its own splits. Few images can leave a split empty. Within a split the order depends on
+    contents alone and is as good as shuffled, so that the first examples are a fair sample. JPEG decoders may differ
+    in the last bit between versions of Pillow, which moves a JPEG image at random; "split" pins it.
+
+    Args:
+        path: The file or folder.
+        skip_bad: Leave out rows with faults, which ``skipped`` then lists, instead of refusing the data. A row is left
+            out as a whole, with all its turns.
+        max_row_bytes: Longest line, or item of a list, that is parsed.
+        max_pixels: Most pixels an image may have. Pillow's own limit holds as well.
+        max_side: Pictures with a longer side are shrunk when an example is made; ``None`` leaves them as they are.
+        progress: Show a progress bar when checking takes more than two seconds.
+
+    Attributes:
+        name: What the file or folder is called, without its suffix.
+        skipped: Faults of the rows that were left out.
+        fingerprint: Changes with anything in any example; rows in another order leave it as it is.
+
+    Raises:
+        DataError: If the data cannot be read, or rows have faults; the message shows twenty of them, ``faults`` has
+            all. ``example`` raises it when an image is not what it was when it was checked.
+    """
+
+    splits = SPLITS
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        skip_bad: bool = False,
+        *,
+        max_row_bytes: int = 2**20,
+        max_pixels: int = 50_000_000,
+        max_side: int | None = 1024,
+        progress: bool = False,
+    ) -> None:
+        for name, value in (("max_row_bytes", max_row_bytes), ("max_pixels", max_pixels), ("max_side", max_side)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.path = _place(Path(path))
+        self.name = self.path.stem or "data"
+        self.max_pixels, self.max_side = max_pixels, max_side
+        self._source = _source(self.path, max_row_bytes)
+        rows, contents = self._check(skip_bad, progress)
+        records = sorted(_records(rows, contents), key=_Record.order)
+        self._splits = {split: [record for record in records if record.split == split] for split in SPLITS}
+        self.fingerprint = hashlib.blake2b(b"".join(map(_Record.order, records)), digest_size=16).hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileTask:
+        return self  # nothing in it changes, and gymnasium.make copies its arguments
+
+    # -- checking --------------------------------------------------------------------------------------------
+
+    def _check(self, skip_bad: bool, progress: bool) -> tuple[list[Row], list[bytes]]:
+        """Return the good rows and the digests of their images."""
+        from tqdm import tqdm
+
+        found: dict[Any, bytes | PictureError] = {}
+        good: list[Row] = []
+        faults: list[Fault] = []
+        splits: dict[bytes, Row] = {}  # the first row that asks for a split, by image
+        stop, count = False, 0
+        for row in tqdm(self._rows(), desc="checking data", unit="row", delay=2, disable=not progress):
+            count += not row.fatal
+            stop |= row.fatal
+            if row.image is not None and row.image not in found:
+                found[row.image] = self._contents(row.image)
+            contents = found.get(row.image)
+            if isinstance(contents, PictureError):
+                told = f"{shown(row.image)} " if isinstance(row.image, str) else ""
+                row.faults.append(f"the image {told}{contents}")
+            elif contents is not None and row.split is not None and not row.faults:
+                first = splits.setdefault(contents, row)
+                if first.split != row.split:
+                    row.faults.append(
+                        f'its image is in "split" {row.split!r} here and in {first.split!r} at {first.place}: '
+                        "an image belongs to one split"
+                    )
+            faults += [Fault(row.place, fault) for fault in row.faults]
+            if not row.faults:
+                good.append(row)
+        self.skipped = tuple(faults)
+        bad = f"{len(faults)} fault{'s' * (len(faults) != 1)}"
+        if faults and (stop or not skip_bad):
+            way = "mend these rows, or leave them out with --skip-bad (in Python: skip_bad=True)"
+            way = "mend the file: nothing after the last of these can be read" if stop else way
+            raise DataError(f"{self.path} has {bad}:\n{summary(self.skipped)}\n{way}", self.skipped)
+        if not good:
+            told = f"no row without a fault:\n{summary(self.skipped)}" if count else "no rows: it is empty"
+            raise DataError(f"{self.path} has {told}", self.skipped)
+        return good, [contents for contents in (found[row.image] for row in good) if isinstance(contents, bytes)]
+
+    def _rows(self) -> Iterator[Row]:
+        try:
+            yield from self._source.rows()
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror or error})") from None
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+    def _contents(self, image: Any) -> bytes | PictureError:
+        try:
+            return digest(read_picture(self._source.picture(image), self.max_pixels))
+        except PictureError as error:
+            return error
+
+    # -- the task --------------------------------------------------------------------------------------------
+
+    def size(self, split: str) -> int:
+        """Return how many examples ``split`` has."""
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r} of task {self.name!r}: choose one of {', '.join(SPLITS)}")
+        return len(self._splits[split])
+
+    def example(self, split: str, index: int) -> Example:
+        """Return example ``index`` of ``split``.
+
+        Raises:
+            DataError: If its image has changed since it was checked.
+        """
+        check_index(self, split, index)
+        record = self._splits[split][index]
+        try:
+            pixels = read_picture(self._source.picture(record.image), self.max_pixels)
+        except PictureError as error:
+            raise DataError(f"{record.key}: since the data were checked, the image {error}") from None
+        if digest(pixels) != record.contents:
+            raise DataError(f"{record.key}: the image has changed since the data were checked: start again")
+        return Example(
+            image=resize(pixels, self.max_side),
+            question=record.question,
+            answer=record.answer,
+            family=record.family,
+            key=record.key,
+        )
+
+    def describe(self) -> str:
+        """Return in one line how much there is."""
+        images = len({record.contents for records in self._splits.values() for record in records})
+        sizes = ", ".join(f"{split} {len(records)}" for split, records in self._splits.items())
+        total = sum(map(len, self._splits.values()))
+        return f"{self.name}: {total} questions about {images} different images ({sizes})"
+
+
+def _place(path: Path) -> Path:
+    """Return the path without links but for the last part: images lie beside where the user says the file is."""
+    try:
+        path = path.expanduser().absolute()
+        return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+
+
+def _source(path: Path, limit: int) -> _Source:
+    """Return what reads ``path``, once it is known to be there and of a known format."""
+    formats = "expected a .jsonl file, a .json file, or a folder that save_to_disk of Hugging Face's datasets wrote"
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+                raise DataError(f"{path} is a folder without a dataset in it: {formats}")
+            from grip_env.tasks.saved import SavedDataset
+
+            return SavedDataset(path)
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{path} is not a regular file: {formats}")
+        if path.suffix.lower() not in (".jsonl", ".json"):
+            raise DataError(f"{path} has the suffix {path.suffix!r}: {formats}")
+        with path.open("rb") as file:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{path} is UTF-16, not UTF-8: convert it, as in `iconv -f UTF-16 -t UTF-8`")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: {formats}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+    except ImportError as error:
+        raise DataError(str(error)) from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return _JsonFile(path, limit)
+
+
+def _records(rows: list[Row], contents: list[bytes]) -> Iterator[_Record]:
+    asked = {image: row.split for row, image in zip(rows, contents, strict=True) if row.split is not None}
+    for row, image in zip(rows, contents, strict=True):
+        split = asked.get(image) or _split(image)
+        for number, (question, answer) in enumerate(row.turns, 1):
+            key = row.place if len(row.turns) == 1 else f"{row.place}, question {number}"
+            yield _Record(key, question, answer, row.family, split, row.image, image)
+
+
+def _split(contents: bytes) -> str:
+    """Return the split of an image: 80% train, 10% validation, 10% test."""
+    share = int.from_bytes(contents[:8], "big") % 10
+    return "train" if share < 8 else "validation" if share == 8 else "test"

@@ -1,0 +1,164 @@
+"""Reading pictures that nobody has vouched for: each fault of a file is an error with a name, never a warning."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import stat
+import warnings
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["FORMATS", "PictureError", "digest", "locate", "read_picture", "resize", "shown"]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read, by content and not by suffix. Pillow knows more, but some of those start other programs."""
+
+_SLIMMEST = 100
+"""Most times one side may be as long as the other: processors that fit the short side would blow up the long one."""
+_SMALLEST = 8
+"""Fewest pixels along a side that reach a processor: those with 1, 3 or 4 are taken for colour channels."""
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message completes a sentence that begins with its name."""
+
+
+def shown(text: str, most: int = 80) -> str:
+    """Return ``text`` in quotes for a message: on one line, without control characters, not too long."""
+    return repr(text if len(text) <= most else text[: most - 3] + "...")
+
+
+def locate(folder: Path, name: str) -> Path:
+    """Return the file that a data file in ``folder`` calls ``name``.
+
+    Raises:
+        PictureError: If there is no such file, or it is not inside ``folder`` (links followed).
+    """
+    if "://" in name or name.startswith("data:"):
+        raise PictureError("is an address, not a file: save the image beside the data file and give its path")
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
+        raise PictureError(f"is an absolute path: keep images in {folder} and write paths relative to it")
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise PictureError(f"leads out of {folder}: move or copy the image into that folder")
+        path.stat()
+    except FileNotFoundError:
+        hint = " (folders are separated by '/')" if "\\" in name else ""
+        raise PictureError(f"does not exist in {folder}{hint}") from None
+    except OSError as error:
+        raise PictureError(f"cannot be read ({error.strerror or error})") from None
+    except RuntimeError:  # how Python before 3.13 reports a link that leads to itself
+        raise PictureError("cannot be read (a symbolic link that leads to itself)") from None
+    except PictureError:
+        raise
+    except ValueError as error:
+        raise PictureError(f"is no path ({error})") from None
+    return path
+
+
+def read_picture(source: Path | bytes, max_pixels: int) -> np.ndarray:
+    """Decode a picture: upright, its first frame, over white where it is transparent.
+
+    Args:
+        source: A file, or the contents of one.
+        max_pixels: Most pixels (height x width) it may have; Pillow's own limit holds as well.
+
+    Returns:
+        RGB, uint8 (height, width, 3). Grey values of 16 bits keep their upper eight.
+
+    Raises:
+        PictureError: If anything is wrong with it.
+    """
+    if isinstance(source, bytes):
+        if not source:
+            raise PictureError("is empty (0 bytes)")
+        return _decode(io.BytesIO(source), max_pixels)
+    try:
+        status = source.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise PictureError("is a folder: give the path of an image")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise PictureError("is not a regular file")
+        if not status.st_size:
+            raise PictureError("is empty (0 bytes)")
+        with source.open("rb") as file:
+            return _decode(file, max_pixels)
+    except FileNotFoundError:
+        raise PictureError("does not exist any more") from None
+    except OSError as error:
+        raise PictureError(f"cannot be read ({error.strerror or error})") from None
+
+
+def _decode(file: BinaryIO, max_pixels: int) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as damaged EXIF, which changes no pixel
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise PictureError(
+                        f"has {width} x {height} pixels, more than the limit of {max_pixels:,}: save it smaller"
+                    )
+                if min(width, height) < 1 or max(width, height) > _SLIMMEST * min(width, height):
+                    raise PictureError(
+                        f"has {width} x {height} pixels: one side may be at most {_SLIMMEST} times the other"
+                    )
+                image.load()
+                return _rgb(image)
+    except PictureError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise PictureError(f"is too large ({error}): save it smaller") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"is not an image: expected the contents of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise all sorts of things on damaged files, SyntaxError among them
+        raise PictureError(f"is damaged ({_reason(error)}): save it again") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not deep:
+        raise PictureError("has 32-bit pixels, whose range is not known: save it with 8 bits per channel")
+    picture = _upright(image)
+    if deep:
+        grey = (np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, 2)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")  # RGB alone would show the colours hidden below transparent pixels
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as viewers do: a picture is not damaged because its notes are
+        return image
+
+
+def digest(pixels: np.ndarray) -> bytes:
+    """Return 16 bytes that tell pictures, uint8 (height, width, 3), apart by their contents."""
+    hasher = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    hasher.update(np.ascontiguousarray(pixels).data)
+    return hasher.digest()
+
+
+def resize(pixels: np.ndarray, longest: int | None) -> np.ndarray:
+    """Shrink a picture whose longer side has more than ``longest`` pixels, and magnify those of a few pixels."""
+    height, width = pixels.shape[:2]
+    if longest is not None and max(height, width) > longest:
+        scale = longest / max(height, width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    times = -(-_SMALLEST // min(pixels.shape[:2]))
+    return pixels if times == 1 else pixels.repeat(times, 0).repeat(times, 1)

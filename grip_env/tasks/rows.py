@@ -1,0 +1,149 @@
+"""What a row of a data file says: an image, and questions about it with their answers; or all that is wrong with it.
+
+A row is an object in one of two forms:
+
+    {"image": "cat.png", "question": "what is it?", "answer": "a cat"}
+    {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"},
+                                           {"from": "gpt", "value": "a cat"}]}
+
+"family" and "split" may be there as well; other keys are not looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from grip_env.tasks.pictures import shown
+
+__all__ = ["LONGEST_TEXT", "SPLITS", "Row", "to_row"]
+
+SPLITS = ("train", "validation", "test")
+
+LONGEST_TEXT = 10_000
+"""Most characters of a question or an answer."""
+
+_MARKER = "<image>"  # where LLaVA's files say that the image goes; the adapter puts it into the prompt itself
+_KINDS = {str: "a string", float: "a number", int: "a number", bool: "true or false", list: "a list", dict: "an object"}
+_FORM = 'expected an object such as {"image": "cat.png", "question": "what is it?", "answer": "a cat"}'
+
+
+@dataclass
+class Row:
+    """What one row says; of no use when it has faults."""
+
+    place: str
+    """Where the row is, such as "pets.jsonl:3"."""
+    image: Any = None
+    """How its source calls the image: the path as it is written, unless the source keeps the images itself."""
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    """Questions, each with its answer."""
+    family: str = "question"
+    split: str | None = None
+    """The split the row asks for, if any."""
+    faults: list[str] = field(default_factory=list)
+    fatal: bool = False
+    """Whether nothing after this row can be read."""
+
+
+def to_row(value: Any, place: str, faults: list[str] | None = None, image: Any = None) -> Row:
+    """Check one row.
+
+    Args:
+        value: The row as parsed.
+        place: Where it is.
+        faults: What the parser had to say.
+        image: How the source calls the image, where that is not what the row's "image" says.
+    """
+    row = Row(place, image, faults=list(faults or ()))
+    if not isinstance(value, dict):
+        row.faults.append(f"{_FORM}; got {_kind(value)}")
+        return row
+    if image is None:
+        row.image = _image(value, row.faults)
+    if "conversations" in value:
+        row.turns = _conversations(value["conversations"], row.faults)
+    else:
+        question = _text(_without_marker(value, "question"), "question", '"question"', row.faults)
+        row.turns = [(question, _text(value, "answer", '"answer"', row.faults))]
+    if value.get("family") is not None:
+        row.family = _text(value, "family", '"family"', row.faults)
+    if value.get("split") is not None:
+        row.split = value["split"]
+        if row.split not in SPLITS:
+            given = shown(row.split) if isinstance(row.split, str) else _kind(row.split)
+            row.faults.append(f'"split" is {given}: choose one of {", ".join(SPLITS)}')
+    return row
+
+
+def _kind(value: Any) -> str:
+    if value != value:
+        return "NaN"
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
+def _image(value: dict[str, Any], faults: list[str]) -> str | None:
+    image = value.get("image")
+    if isinstance(image, str) and image.strip():
+        return image
+    if "image" not in value:
+        faults.append(f'"image" is missing: give the path of an image (the row has {_keys(value)})')
+    elif isinstance(image, list):
+        faults.append('"image" is a list: write a row for each image')
+    else:
+        given = "empty" if isinstance(image, str) else _kind(image)
+        faults.append(f'"image" is {given}: give the path of an image')
+    return None
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return ", ".join(shown(key, 20) for key in list(value)[:8]) or "no keys"
+
+
+def _without_marker(value: dict[str, Any], key: str) -> dict[str, Any]:
+    text = value.get(key)
+    return value | {key: text.replace(_MARKER, "")} if isinstance(text, str) else value
+
+
+def _text(value: dict[str, Any], key: str, name: str, faults: list[str]) -> str:
+    """Return a text without the white space around it; "" when it is of no use."""
+    text = value.get(key)
+    if key not in value:
+        faults.append(f"{name} is missing (the row has {_keys(value)})")
+    elif not isinstance(text, str):
+        remedy = "give it as text (in JSON: in quotes)" if isinstance(text, int | float) else "give a text"
+        faults.append(f"{name} is {_kind(text)}, expected a string: {remedy}")
+    else:
+        clean = text.strip()
+        if any("\ud800" <= letter <= "\udfff" for letter in clean):
+            faults.append(f"{name} holds half of a surrogate pair, {shown(clean)}: write whole characters")
+        elif not any(letter.isprintable() and not letter.isspace() for letter in clean):
+            faults.append(f"{name} is empty: give a text")
+        elif len(clean) > LONGEST_TEXT:
+            faults.append(f"{name} has {len(clean):,} characters, more than the limit of {LONGEST_TEXT:,}: shorten it")
+        elif _MARKER in clean:
+            faults.append(f"{name} holds the marker {_MARKER}: remove it")
+        else:
+            return clean
+    return ""
+
+
+def _conversations(value: Any, faults: list[str]) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not value:
+        given = "empty" if value == [] else _kind(value)
+        faults.append(f'"conversations" is {given}: expected a list of {{"from": "human" or "gpt", "value": ...}}')
+        return []
+    texts = []
+    for number, turn in enumerate(value):
+        speaker = ("human", "gpt")[number % 2]
+        name = f'"value" of turn {number + 1} ({speaker})'
+        found = turn.get("from") if isinstance(turn, dict) else turn
+        if not isinstance(turn, dict) or found != speaker:
+            told = shown(found) if isinstance(found, str) else _kind(found)
+            faults.append(f'turn {number + 1} of "conversations" is from {told}: "human" and "gpt" take turns')
+            return []
+        texts.append(_text(turn if number % 2 else _without_marker(turn, "value"), "value", name, faults))
+    if len(texts) % 2:
+        faults.append('the last turn of "conversations" is from "human": "gpt" must have the last word')
+        return []
+    return list(zip(texts[::2], texts[1::2], strict=True))
