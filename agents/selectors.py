@@ -46,12 +46,14 @@ class ScorerPolicy:
     def select(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return a bool mask over the visual tokens, (N,)."""
 
+        device = next(self.scorer.parameters()).device
+
         def row(key: str) -> torch.Tensor:
-            return torch.as_tensor(observation[key])[None]
+            return torch.as_tensor(observation[key], device=device)[None]
 
         mask = row("token_mask").bool()
         budget = row("budget")[:, 0]
         scores = self.scorer(
             row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget
         )
-        return keep_best(scores[0].numpy(), observation)
+        return keep_best(scores[0].cpu().numpy(), observation)

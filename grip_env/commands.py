@@ -8,10 +8,10 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from grip_env.tasks.base import Task
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CommandError",
+    "ModelConfig",
     "RunFolder",
     "check_agents_package",
     "check_at_least",
+    "load_model",
     "load_model_and_task",
     "make_folder",
     "versions",
@@ -68,8 +70,50 @@ def check_at_least(least: int, **options: int) -> None:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
 
 
+@dataclass
+class ModelConfig:
+    """Which frozen vision-language model is used, and how."""
+
+    vlm: str = "tiny"
+    """The frozen vision-language model: "tiny" is embedded, anything else is a folder with a saved model."""
+    device: str = "auto"
+    """Where it runs: "cpu", "cuda", "cuda:1", "mps", ...; auto takes a CUDA device if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of its weights."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Its implementation of attention."""
+    position_policy: Literal["original", "reindex"] = "original"
+    """Whether kept tokens keep their places in the full sequence, or are counted anew."""
+
+
+def load_model(config: ModelConfig) -> HuggingFaceVLM:
+    """Return the frozen model, or stop and say what is wrong."""
+    import torch
+
+    from grip_env.vlms import load_vlm
+
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(automatic if config.device == "auto" else config.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        reason = "there is no such device" if reason.startswith("Expected one of") else reason
+        raise CommandError(f"cannot use --device {config.device!r} ({reason}): choose cpu, or leave it out") from None
+    try:
+        return load_vlm(
+            config.vlm,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            attn_implementation=config.attn_implementation,
+            position_policy=config.position_policy,
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot load the vision-language model {config.vlm!r}: {error}") from None
+
+
 def load_model_and_task(
-    vlm: str,
+    model: ModelConfig,
     task: str,
     data: Path | None = None,
     skip_bad: bool = False,
@@ -79,7 +123,7 @@ def load_model_and_task(
     """Return the frozen model and the task of these names, or stop and say what is wrong.
 
     Args:
-        vlm: Name or folder of the model.
+        model: Which model.
         task: Name of the task, of no meaning with ``data``.
         data: The user's own data. They are checked before the model is loaded.
         skip_bad: Leave out rows with faults, and say so on standard error.
@@ -88,7 +132,6 @@ def load_model_and_task(
     """
     from grip_env.tasks import load_task
     from grip_env.tasks.files import FileTask
-    from grip_env.vlms import load_vlm
 
     try:
         source = load_task(task) if data is None else FileTask(data, skip_bad, progress=progress)
@@ -97,10 +140,7 @@ def load_model_and_task(
     if isinstance(source, FileTask):
         _say_skipped(source)
         _check_splits(source, splits)
-    try:
-        return load_vlm(vlm), source
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot load the vision-language model {vlm!r}: {error}") from None
+    return load_model(model), source
 
 
 def _say_skipped(task: FileTask) -> None:

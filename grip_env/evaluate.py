@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from grip_env.commands import CommandError, check_agents_package, check_at_least, load_model_and_task, make_folder
+from grip_env.commands import (
+    CommandError,
+    ModelConfig,
+    check_agents_package,
+    check_at_least,
+    load_model_and_task,
+    make_folder,
+)
 
 if TYPE_CHECKING:
     from agents.scorer import Scorer
@@ -37,6 +44,8 @@ class Config:
     """Leave out rows of the data with faults, and list them; runs trained with --skip-bad do so anyway."""
     out: Path | None = None
     """Where tables (report.*), pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given."""
+    device: str = "auto"
+    """Where the model runs: "cpu", "cuda", "cuda:1", "mps", ...; auto takes a CUDA device if there is one."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
 
@@ -61,15 +70,21 @@ def report(
     from grip_env.report import AGENT, WARMUP, compare, draw_curve, draw_gallery
 
     selectors: dict[str, Selector] = dict(BASELINES)
-    if task.example(split, 0).relevance is None:
+    first = vlm.encode([task.example(split, 0)])
+    if first.relevance() is None:
         del selectors["oracle"]  # nobody knows the truth
+    try:
+        vlm.attention(first)
+    except NotImplementedError as error:
+        print(f"left out of the comparison: {error}")
+        del selectors["CLS attention"]
     if (run / "warmup").is_dir():
         try:
-            selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup"))
+            selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup").to(vlm.device))
         except (OSError, ValueError) as error:
             raise CommandError(str(error)) from None
     out = make_folder(out or run)
-    selectors[AGENT] = ScorerSelector(scorer.eval())
+    selectors[AGENT] = ScorerSelector(scorer.to(vlm.device).eval())
     comparison = compare(vlm, task, selectors, split, examples, progress=progress)
     print("\n" + comparison.markdown() + "\n")
     comparison.save(out)
@@ -111,7 +126,9 @@ def _model_and_task(config: Config, saved: dict[str, Any]) -> tuple[HuggingFaceV
         data, skip_bad = Path(trained["data"]), skip_bad or trained["skip_bad"]
     if data is None and skip_bad:
         raise CommandError("--skip-bad is about the rows of --data, and this run was trained without: leave it out")
-    vlm, task = load_model_and_task(trained["vlm"], trained["task"], data, skip_bad, (config.split,))
+    names = {field.name for field in fields(ModelConfig)} & set(trained)
+    model = ModelConfig(**{name: trained[name] for name in names} | {"device": config.device})
+    vlm, task = load_model_and_task(model, trained["task"], data, skip_bad, (config.split,))
     if isinstance(task, FileTask) and config.data is None and task.fingerprint != saved["data"]["fingerprint"]:
         print(f"note: {task.path} has changed since this agent was trained on it: {task.describe()}", file=sys.stderr)
     return vlm, task

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from grip_env.commands import CommandError, RunFolder, check_agents_package, check_at_least, load_model_and_task
+from grip_env.commands import (
+    CommandError,
+    ModelConfig,
+    RunFolder,
+    check_agents_package,
+    check_at_least,
+    load_model_and_task,
+)
 
 check_agents_package()
 
@@ -18,13 +25,11 @@ __all__ = ["Config", "main", "train"]
 
 
 @dataclass
-class Config:
+class Config(ModelConfig):
     """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
 
     algo: Literal["grpo"] = "grpo"
     """The algorithm."""
-    vlm: str = "tiny"
-    """The frozen vision-language model: "tiny" is embedded, anything else is a folder with a saved model."""
     task: Literal["scenes"] = "scenes"
     """Where images and questions come from."""
     data: Path | None = None
@@ -83,14 +88,12 @@ def train(config: Config) -> Path:
             "choose gradient or attention"
         )
     needed = ("train", "test") if config.report_examples else ("train",)
-    vlm, task = load_model_and_task(
-        config.vlm, config.task, config.data, config.skip_bad, needed, progress=config.progress
-    )
+    vlm, task = load_model_and_task(config, config.task, config.data, config.skip_bad, needed, progress=config.progress)
     about: dict[str, Any] = {}
     if isinstance(task, FileTask):
         about["data"] = {"fingerprint": task.fingerprint, "sizes": {split: task.size(split) for split in task.splits}}
         config = dataclasses.replace(config, data=task.path)  # evaluate may be started from elsewhere
-    scorer = Scorer(ScorerConfig(token_width=vlm.width))
+    scorer = Scorer(ScorerConfig(token_width=vlm.width)).to(vlm.device)
     try:
         pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
         algorithm = GRPO(vlm, pool, scorer, config.grpo, config.reward, config.seed)
@@ -99,6 +102,11 @@ def train(config: Config) -> Path:
     except ValueError as error:
         raise CommandError(str(error)) from None
 
+    if config.grpo.teacher == "attention":
+        try:
+            vlm.attention(shown)
+        except NotImplementedError as error:
+            raise CommandError(f"--grpo.teacher attention: {error}: choose gradient") from None
     checksum = vlm.checksum()
     name = config.name or f"{config.algo}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder(config.runs / name)

@@ -160,9 +160,7 @@ class Family:
         Raises:
             NotImplementedError: If the model has none.
         """
-        raise NotImplementedError(
-            f"{self.model.config.model_type} has no CLS attention that fits its visual tokens: choose another method"
-        )
+        raise NotImplementedError(f"{self.model.config.model_type} has no CLS attention that fits its visual tokens")
 
 
 class LlavaFamily(Family):

@@ -7,11 +7,13 @@ Pruning needs neither a fork nor a patch: the encoder's output is indexed, the p
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
@@ -19,6 +21,33 @@ from grip_env.vlms.families import Picture, family_of
 from grip_env.vlms.loading import read_pretrained
 
 __all__ = ["HuggingFaceVLM"]
+
+
+class Reply(NamedTuple):
+    """A generated answer."""
+
+    text: str
+    log_likelihood: float
+    """Mean over its tokens, without the one that ends it; NaN if there are none."""
+    prefill: float
+    """Seconds to the first token."""
+    decode: float
+    """Seconds for the other tokens."""
+    tokens: int
+    """How many tokens were generated, the end included."""
+
+
+class _Clock(BaseStreamer):
+    """Notes when generation begins and when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 class HuggingFaceVLM:
@@ -121,12 +150,16 @@ class HuggingFaceVLM:
         return texts
 
     def _ids(
-        self, prompts: list[str], answers: list[str], pictures: Sequence[Picture]
+        self, prompts: list[str], answers: list[str] | None, pictures: Sequence[Picture]
     ) -> tuple[list[list[int]], list[int]]:
         """Tokenize prompts and answers; image tokens are repeated once per visual token. Also: the answers' lengths."""
         tokenizer, image = self.family.tokenizer, self.family.image_token_id
         special = self.family.adds_special_tokens(prompts[0])
         starts = tokenizer(prompts, add_special_tokens=special)["input_ids"]
+        if answers is None:
+            return [_expand(row, image, picture.runs) for row, picture in zip(starts, pictures, strict=True)], [
+                0 for _ in starts
+            ]
         texts = [
             prompt + ("" if prompt[-1:].isspace() else " ") + answer
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -141,8 +174,7 @@ class HuggingFaceVLM:
                 raise ValueError(f"the answer {answer!r} has no tokens: give a non-empty answer")
             if whole.count(image) != len(picture.runs):
                 raise ValueError(f"the answer {answer!r} holds an image placeholder: give an answer in words")
-            runs = iter(picture.runs)
-            rows.append([token for token in whole for _ in range(next(runs) if token == image else 1)])
+            rows.append(_expand(whole, image, picture.runs))
             lengths.append(len(whole) - shared)
         return rows, lengths
 
@@ -158,8 +190,12 @@ class HuggingFaceVLM:
             )
 
     @torch.no_grad()
-    def encode(self, examples: Sequence[Example]) -> Encoded:
+    def encode(self, examples: Sequence[Example], with_answers: bool = True) -> Encoded:
         """Run the vision encoder once per example.
+
+        Args:
+            examples: Images, questions and answers.
+            with_answers: False leaves the answers out: what comes back can be answered, but not scored.
 
         Raises:
             ValueError: If there are no examples, an answer is empty, or a sequence does not fit the model.
@@ -167,7 +203,8 @@ class HuggingFaceVLM:
         if not examples:
             raise ValueError("encode needs at least one example")
         pictures = self.family.pictures([example.image for example in examples])
-        rows, answers = self._ids(self._texts(examples, pictures), [example.answer for example in examples], pictures)
+        expected = [example.answer for example in examples] if with_answers else None
+        rows, answers = self._ids(self._texts(examples, pictures), expected, pictures)
         self._check_window(max(len(row) for row in rows))
         ids = [torch.tensor(row, device=self.device) for row in rows]
         questions = self.family.tokenizer([example.question for example in examples], add_special_tokens=False)
@@ -251,6 +288,8 @@ class HuggingFaceVLM:
             (R, T), -100 where an answer is shorter than T.
         """
         self._check(encoded, selection)
+        if not bool(encoded.answer_lengths.all()):
+            raise ValueError("there are no answers to score: encode the examples with their answers")
         stays, example, lengths = self._sequences(encoded, selection, encoded.lengths)
         flat = selection.flatten(0, 1)
         for rows in _by_length(lengths, self.token_budget):
@@ -337,6 +376,46 @@ class HuggingFaceVLM:
         return [texts[start : start + group] for start in range(0, len(texts), group)]
 
     @torch.no_grad()
+    def answer(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> Reply:
+        """Answer one question greedily under one selection, and watch the clock.
+
+        Args:
+            encoded: One example.
+            selection: bool (1, 1, N).
+            max_new_tokens: Most tokens of the answer, its end included.
+        """
+        self._check(encoded, selection)
+        if selection.shape[:2] != (1, 1):
+            raise ValueError(f"expected one selection of one example, got {selection.shape[1]} of {len(encoded)}")
+        stays, example, _ = self._sequences(encoded, selection, encoded.lengths - encoded.answer_lengths)
+        clock = _Clock()
+        ids, mask, places = self._compact(encoded, stays, example)
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=places - self.family.first_place,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **self.family.token_types(ids, torch.zeros_like(mask)),
+            **self._images(encoded, encoded.tokens, selection[0], example),
+        )
+        new = output.sequences[0, ids.shape[1] :]
+        logits = torch.stack(output.logits)[:, 0].float()  # (T, V)
+        chosen = logits.log_softmax(-1).gather(1, new[:, None])[:, 0]
+        special = torch.tensor([int(token) in self.family.tokenizer.all_special_ids for token in new])
+        words = chosen[~special.to(chosen.device)]
+        return Reply(
+            text=self.family.tokenizer.decode(new, skip_special_tokens=True).strip(),
+            log_likelihood=float(words.mean()) if len(words) else float("nan"),
+            prefill=clock.times[1] - clock.times[0],
+            decode=clock.times[-1] - clock.times[1],
+            tokens=len(new),
+        )
+
+    @torch.no_grad()
     def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
         """Return the attention each visual token gets, float (B, N).
 
@@ -349,6 +428,12 @@ class HuggingFaceVLM:
         rows = self.family.cls_attention([example.image for example in encoded.examples])
         padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
         return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
+
+
+def _expand(ids: list[int], image: int, runs: Sequence[int]) -> list[int]:
+    """Repeat the i-th image token of a sequence ``runs[i]`` times."""
+    counts = iter(runs)
+    return [token for token in ids for _ in range(next(counts) if token == image else 1)]
 
 
 def _mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
             ignore_mismatched_sizes=True,
         )
         model, found = loaded
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(" .:")
         remedy = "save it again" if folder.exists() else "give a folder that save_pretrained wrote"
         raise ValueError(f"{path} cannot be read ({reason}): {remedy}") from error

@@ -1,0 +1,170 @@
+"""Answering with fewer visual tokens: a frozen model and a trained agent, together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from agents.base import Selector, budget_to_count
+from agents.heuristics import all_tokens
+from agents.scorer import Scorer
+from agents.selectors import ScorerSelector
+from grip_env.tasks.base import Example
+from grip_env.vlms.base import Encoded
+from grip_env.vlms.huggingface import HuggingFaceVLM
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["PRETRAINED", "Answer", "Pruner"]
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""Trained agents that come with the package, in a folder for each embedded model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it came about."""
+
+    text: str
+    log_likelihood: float
+    """Mean over the answer's tokens of their log-probability, in nats; NaN if there are none."""
+    kept: np.ndarray
+    """The visual tokens the language model saw, bool (N,)."""
+    positions: np.ndarray
+    """Row and column of each visual token in the image, in [0, 1], (N, 2)."""
+    seconds: dict[str, float]
+    """Time spent: "encode" (vision), "select", "prefill" (up to the first token), "decode" (the other tokens)."""
+
+
+class Pruner:
+    """A vision-language model that looks at a share of each image.
+
+    Args:
+        vlm: The model.
+        selector: Chooses the tokens.
+
+    >>> pruner = Pruner.load("tiny")
+    >>> from grip_env import SceneTask
+    >>> example = SceneTask().example("test", 3)
+    >>> example.question, pruner.generate([example.image], [example.question], budget=0.05)
+    ('what digit is on the purple card?', ['3'])
+    """
+
+    def __init__(self, vlm: HuggingFaceVLM, selector: Selector) -> None:
+        self.vlm, self.selector = vlm, selector
+
+    @classmethod
+    def load(cls, vlm: str | Path = "tiny", agent: str | Path | None = None, **options: Any) -> Pruner:
+        """Load a model and an agent.
+
+        Args:
+            vlm: As for :func:`grip_env.load_vlm`.
+            agent: Folder of a run, or of its agent; the one that comes with the package if not given.
+            options: Passed on to :func:`grip_env.load_vlm`.
+
+        Raises:
+            FileNotFoundError: If there is no such model or agent.
+            ValueError: If one is damaged, or they do not fit each other.
+        """
+        from grip_env.vlms import load_vlm
+
+        model = load_vlm(vlm, **options)
+        return cls(model, load_agent(model, str(vlm), agent))
+
+    def encode(self, images: Sequence[np.ndarray | Image], questions: Sequence[str]) -> Encoded:
+        """Run the vision encoder on images, one question each: RGB, uint8 (height, width, 3), or of Pillow."""
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images and {len(questions)} questions: give one question for each image")
+        examples = [Example(_pixels(image), question, "") for image, question in zip(images, questions, strict=True)]
+        return self.vlm.encode(examples, with_answers=False)
+
+    def select(self, encoded: Encoded, budget: float) -> torch.Tensor:
+        """Choose the tokens of encoded images, bool (B, N); a budget of 1 keeps all.
+
+        Raises:
+            ValueError: If ``budget`` is outside (0, 1].
+        """
+        kept = budget_to_count(encoded, budget)
+        selector = all_tokens if budget == 1 else self.selector
+        return selector(self.vlm, encoded, kept, torch.Generator().manual_seed(0))
+
+    def generate(
+        self,
+        images: Sequence[np.ndarray | Image],
+        questions: Sequence[str],
+        budget: float = 0.1,
+        max_new_tokens: int = 16,
+    ) -> list[str]:
+        """Answer questions about images greedily, looking at a share of each image."""
+        encoded = self.encode(images, questions)
+        selection = self.select(encoded, budget)
+        return [texts[0] for texts in self.vlm.generate(encoded, selection[:, None], max_new_tokens)]
+
+    def __call__(
+        self, image: np.ndarray | Image, question: str, budget: float = 0.1, max_new_tokens: int = 16
+    ) -> Answer:
+        """Answer one question, and tell how sure the answer is, what was looked at and how long it took."""
+        began = self._now()
+        encoded = self.encode([image], [question])
+        seen = self._now()
+        selection = self.select(encoded, budget)
+        chosen = self._now()
+        reply = self.vlm.answer(encoded, selection[:, None], max_new_tokens)
+        return Answer(
+            text=reply.text,
+            log_likelihood=reply.log_likelihood,
+            kept=selection[0].cpu().numpy(),
+            positions=encoded.positions[0].float().cpu().numpy(),
+            seconds={
+                "encode": seen - began,
+                "select": chosen - seen,
+                "prefill": reply.prefill,
+                "decode": reply.decode,
+            },
+        )
+
+    def _now(self) -> float:
+        if self.vlm.device.type == "cuda":
+            torch.cuda.synchronize(self.vlm.device)
+        return time.perf_counter()
+
+
+def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) -> ScorerSelector:
+    """Load a trained agent for a model.
+
+    Args:
+        vlm: The model.
+        name: The model's name, for an agent that comes with the package.
+        agent: Folder of a run, or of its agent; the one that comes with the package if not given.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged or was made for visual tokens of another width.
+    """
+    folder = PRETRAINED / name if agent is None else Path(agent)
+    if agent is None and (name != Path(name).name or not folder.is_dir()):
+        raise FileNotFoundError(
+            f"no trained agent for {name!r} comes with the package: train one with "
+            f"`python -m grip_env.train --vlm {name}` and give its run"
+        )
+    scorer = Scorer.load(folder / "agent" if (folder / "agent").is_dir() else folder)
+    if scorer.config.token_width != vlm.width:
+        raise ValueError(
+            f"the agent in {folder} was made for visual tokens of width {scorer.config.token_width}, and those of "
+            f"{name!r} have {vlm.width}: train an agent for this model"
+        )
+    return ScorerSelector(scorer.to(vlm.device))
+
+
+def _pixels(image: np.ndarray | Image) -> np.ndarray:
+    pixels = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"an image is uint8 (height, width, 3); got {pixels.dtype} of shape {pixels.shape}")
+    return pixels

@@ -1,0 +1,116 @@
+"""Ask one question about one image: ``python -m grip_env.answer --image P --question Q``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from grip_env.commands import CommandError, ModelConfig, check_agents_package, check_at_least, load_model
+
+if TYPE_CHECKING:
+    from agents.pruner import Answer, Pruner
+
+__all__ = ["Config", "answer", "main"]
+
+STAGES = ("encode", "select", "prefill", "decode")
+
+
+@dataclass
+class Config(ModelConfig):
+    """Answer a question about an image from a share of its visual tokens, and from all of them beside it."""
+
+    image: Annotated[Path, tyro.conf.arg(help="An image file.")] = tyro.MISSING
+    """An image file."""
+    question: str = tyro.MISSING
+    """The question."""
+    agent: Path | None = None
+    """Folder of a run, as train printed it; the agent that comes with the package if not given."""
+    budget: float = 0.1
+    """Share of the visual tokens to look at, in (0, 1]."""
+    max_new_tokens: int = 16
+    """Most tokens of an answer."""
+    out: Path = Path("answer.png")
+    """Where the picture of what was kept goes."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch."""
+
+
+def table(pruned: Answer, dense: Answer) -> str:
+    """Return both answers, their likelihoods and times, as a text table."""
+
+    def likelihood(one: Answer) -> str:
+        return "-" if math.isnan(one.log_likelihood) else f"{math.exp(one.log_likelihood):.3f}"
+
+    columns = [["", "answer", "likelihood per token", *(f"{stage}, ms" for stage in STAGES), "in all, ms"]]
+    for one in (pruned, dense):
+        name = "all tokens" if one is dense else f"{int(one.kept.sum())} of {len(one.kept)} tokens"
+        times = [one.seconds[stage] * 1e3 for stage in STAGES]
+        columns.append([name, one.text or "(nothing)", likelihood(one), *(f"{ms:.1f}" for ms in [*times, sum(times)])])
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def answer(config: Config) -> tuple[Answer, Answer]:
+    """Answer from the kept tokens and from all, print both, and draw what was kept.
+
+    Raises:
+        CommandError: If an option is wrong, or the image, the model or the agent cannot be read.
+    """
+    check_at_least(0, threads=config.threads)
+    check_at_least(1, max_new_tokens=config.max_new_tokens)
+    if not 0 < config.budget <= 1:
+        raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
+    if not config.out.parent.is_dir() or config.out.suffix.lower() != ".png":
+        raise CommandError(f"--out is a .png file in a folder that exists; got {config.out}")
+    from grip_env.tasks.pictures import PictureError, read_picture
+
+    if not config.image.exists():
+        raise CommandError(f"--image {config.image} does not exist")
+    try:
+        image = read_picture(config.image, max_pixels=50_000_000)
+    except PictureError as error:
+        raise CommandError(f"--image {config.image} {error}") from None
+    import torch
+    from PIL import Image
+
+    from agents.pruner import Pruner, load_agent
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    vlm = load_model(config)
+    try:
+        pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.agent))
+        for budget in (config.budget, 1.0):  # what runs for the first time is slower than it will ever be again
+            pruner(image, config.question, budget, 1)
+        pruned, dense = (
+            pruner(image, config.question, budget, config.max_new_tokens) for budget in (config.budget, 1.0)
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    print(table(pruned, dense))
+    from grip_env.envs.rendering import draw_selection
+
+    lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']
+    Image.fromarray(draw_selection(image, pruned.positions, pruned.kept, lines=lines)).save(config.out)
+    print(f"wrote {config.out}")
+    return pruned, dense
+
+
+def main() -> None:
+    """Run the command."""
+    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.answer")
+    check_agents_package()
+    try:
+        answer(config)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written.")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
