@@ -1,13 +1,16 @@
 # make train   set up, then train the GRPO agent on the embedded model and report (about ten minutes)
 # make test    set up, then run the tests
 # make lint    set up, then check style and types
+# make test-floor   the tests with the lowest versions that pyproject.toml allows, in an environment of their own;
+#                   PyPI's torch of that age brings CUDA along (gigabytes), FLOOR_PIP can name another index
 # Options reach the command through ARGS:  make train ARGS="--seed 1"
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FLOOR := .venv-floor/.ready
 
-.PHONY: train test lint clean
+.PHONY: train test test-floor lint clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -23,10 +26,18 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
+$(FLOOR): pyproject.toml .ci/floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check $(FLOOR_PIP) -c .ci/floor.txt -e '.[dev]'
+	@touch $@
+
+test-floor: $(FLOOR)
+	.venv-floor/bin/python -m pytest $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
