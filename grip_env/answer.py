@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,7 +50,8 @@ def table(pruned: Answer, dense: Answer) -> str:
     for one in (pruned, dense):
         name = "all tokens" if one is dense else f"{int(one.kept.sum())} of {len(one.kept)} tokens"
         times = [one.seconds[stage] * 1e3 for stage in STAGES]
-        columns.append([name, one.text or "(nothing)", likelihood(one), *(f"{ms:.1f}" for ms in [*times, sum(times)])])
+        text = textwrap.shorten(" ".join(one.text.split()), 60, placeholder=" ...")
+        columns.append([name, text or "(nothing)", likelihood(one), *(f"{ms:.1f}" for ms in [*times, sum(times)])])
     widths = [max(map(len, column)) for column in columns]
     rows = zip(*columns, strict=True)
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
