@@ -84,6 +84,10 @@ class ModelConfig:
     """Its implementation of attention."""
     position_policy: Literal["original", "reindex"] = "original"
     """Whether kept tokens keep their places in the full sequence, or are counted anew."""
+    cache: Path | None = None
+    """Folder where encoded images are kept between runs; several runs may share it."""
+    cache_gib: float = 4.0
+    """Size of that folder, in GiB, above which the least recently used images are deleted."""
 
 
 def load_model(config: ModelConfig) -> HuggingFaceVLM:
@@ -91,6 +95,7 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
     import torch
 
     from grip_env.vlms import load_vlm
+    from grip_env.vlms.cache import PictureCache
 
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -107,6 +112,7 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
             device=device,
             attn_implementation=config.attn_implementation,
             position_policy=config.position_policy,
+            cache=None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30)),
         )
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot load the vision-language model {config.vlm!r}: {error}") from None

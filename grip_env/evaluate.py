@@ -127,7 +127,8 @@ def _model_and_task(config: Config, saved: dict[str, Any]) -> tuple[HuggingFaceV
     if data is None and skip_bad:
         raise CommandError("--skip-bad is about the rows of --data, and this run was trained without: leave it out")
     names = {field.name for field in fields(ModelConfig)} & set(trained)
-    model = ModelConfig(**{name: trained[name] for name in names} | {"device": config.device})
+    cache = trained.get("cache") and Path(trained["cache"])
+    model = ModelConfig(**{name: trained[name] for name in names} | {"device": config.device, "cache": cache})
     vlm, task = load_model_and_task(model, trained["task"], data, skip_bad, (config.split,))
     if isinstance(task, FileTask) and config.data is None and task.fingerprint != saved["data"]["fingerprint"]:
         print(f"note: {task.path} has changed since this agent was trained on it: {task.describe()}", file=sys.stderr)

@@ -166,6 +166,8 @@ def train(config: Config) -> Path:
             from grip_env.evaluate import report
 
             report(run.path, vlm, task, scorer, "test", config.report_examples, progress=config.progress)
+        if vlm.cache is not None:
+            print(vlm.cache.describe())
     except KeyboardInterrupt:
         for bar in bars.values():
             bar.close()

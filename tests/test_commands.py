@@ -207,6 +207,30 @@ def test_evaluate_gives_the_numbers_of_the_report(run: Path, tmp_path: Path) -> 
     assert (tmp_path / "again" / "pareto.png").is_file()
 
 
+def test_cache_is_filled_by_one_run_and_read_by_the_next(
+    vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    plain = train(settings(vlm_folder, tmp_path, "plain", report_examples=6))
+    first, second = (
+        train(settings(vlm_folder, tmp_path, name, report_examples=6, cache=cache)) for name in ("first", "second")
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image cache")]
+    assert len(lines) == 2
+    assert " 0 misses" not in lines[0]
+    assert " 0 misses (100% hits)" in lines[1]
+    reports = [json.loads((run / "report.json").read_text())["cells"] for run in (plain, first, second)]
+    for report in reports[1:]:
+        for method, row in reports[0].items():
+            for budget, cell in row.items():
+                found = report[method][budget]["log_likelihood"]
+                assert found == pytest.approx(cell["log_likelihood"], abs=1e-3), (method, budget)
+    evaluate.evaluate(evaluate.Config(second, examples=6))  # the run remembers its cache
+    with pytest.raises(SystemExit):
+        train(settings(vlm_folder, tmp_path, "broken", cache=cache, cache_gib=0.0))
+    assert "max_bytes must be positive" in capsys.readouterr().err
+
+
 # -- interrupts ------------------------------------------------------------------------------------------
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.cache import PictureCache
+from grip_env.vlms.cache_entries import encoder_digest, picture_scope
 from grip_env.vlms.families import Picture, family_of
 from grip_env.vlms.loading import read_pretrained
 
@@ -59,6 +63,7 @@ class HuggingFaceVLM:
         name: Name for logs.
         position_policy: "original" keeps each token's position in the full sequence; "reindex" renumbers what is kept.
         token_budget: Most tokens, padding included, in one call of the language model.
+        cache: Where encoded images are kept on disk; the weights are read once for it, at the first image.
 
     Raises:
         ValueError: If the model's family is not supported, cannot do this, or the processor has no chat template.
@@ -73,6 +78,7 @@ class HuggingFaceVLM:
         name: str = "vlm",
         position_policy: Literal["original", "reindex"] = "original",
         token_budget: int = 16384,
+        cache: PictureCache | None = None,
     ) -> None:
         self.family = family_of(model, processor)
         if position_policy not in ("original", "reindex"):
@@ -87,6 +93,7 @@ class HuggingFaceVLM:
         self.name = name
         self.position_policy = position_policy
         self.token_budget = token_budget
+        self.cache = cache
 
     @classmethod
     def from_pretrained(
@@ -97,6 +104,7 @@ class HuggingFaceVLM:
         position_policy: Literal["original", "reindex"] = "original",
         token_budget: int = 16384,
         attn_implementation: str = "sdpa",
+        cache: PictureCache | None = None,
     ) -> HuggingFaceVLM:
         """Load a model and its processor from a folder (or, where one is reachable, a model hub).
 
@@ -105,7 +113,7 @@ class HuggingFaceVLM:
             ValueError: If a part of it is missing or damaged, or its family is not supported.
         """
         model, processor = read_pretrained(path, dtype, attn_implementation)
-        return cls(model.to(device), processor, Path(path).name, position_policy, token_budget)
+        return cls(model.to(device), processor, Path(path).name, position_policy, token_budget, cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
@@ -134,6 +142,17 @@ class HuggingFaceVLM:
     def prompt(self, question: str) -> str:
         """Return the text that asks ``question`` about an image, up to where the answer starts."""
         return self.family.prompt(question)
+
+    @cached_property
+    def _encoder_digest(self) -> str:
+        return encoder_digest(self.model)
+
+    def _pictures(self, images: list[np.ndarray]) -> list[Picture]:
+        """Run the vision encoder on images, or only on those that are not in the cache."""
+        if self.cache is None:
+            return self.family.pictures(images)
+        scope = picture_scope(self.family, self._encoder_digest)
+        return self.cache.pictures(scope, images, self.family.pictures, self.device)
 
     def _texts(self, examples: Sequence[Example], pictures: Sequence[Picture]) -> list[str]:
         """Return the text of each prompt, with what stands for the picture in it."""
@@ -191,7 +210,7 @@ class HuggingFaceVLM:
 
     @torch.no_grad()
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> Encoded:
-        """Run the vision encoder once per example.
+        """Run the vision encoder once per example, or per image that is not in the cache.
 
         Args:
             examples: Images, questions and answers.
@@ -202,7 +221,7 @@ class HuggingFaceVLM:
         """
         if not examples:
             raise ValueError("encode needs at least one example")
-        pictures = self.family.pictures([example.image for example in examples])
+        pictures = self._pictures([example.image for example in examples])
         expected = [example.answer for example in examples] if with_answers else None
         rows, answers = self._ids(self._texts(examples, pictures), expected, pictures)
         self._check_window(max(len(row) for row in rows))
