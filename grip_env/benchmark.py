@@ -1,4 +1,7 @@
-"""Train with several seeds and measure what the project promises: ``python -m grip_env.benchmark``."""
+"""Train with several seeds and measure what the project promises: ``python -m grip_env.benchmark``.
+
+``python -m grip_env.benchmark latency`` measures speed and memory instead: see :mod:`grip_env.latency`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +34,8 @@ class Config:
     """Train the default agent with several seeds, print means over them, and check each promise.
 
     Runs that have finished are not repeated, so that an interrupted benchmark goes on where it was; one that has not
-    finished is removed and started again.
+    finished is removed and started again. `python -m grip_env.benchmark latency` measures speed and memory of pruning
+    instead, and trains nothing: see its own --help.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -176,6 +181,11 @@ def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float
 
 def main() -> None:
     """Run the command."""
+    if sys.argv[1:2] == ["latency"]:
+        from grip_env import latency
+
+        latency.main(sys.argv[2:])
+        return
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark")
     check_agents_package()
     check_at_least(0, threads=config.threads)

@@ -1,0 +1,54 @@
+"""FLOPs and cache bytes of a LLaVA with a CLIP tower and a Llama language model, and of the scorer, by counting.
+
+A matrix product (m, k) x (k, n) is 2 m k n FLOPs; attention counts every pair of tokens, masked or not, as
+``torch.utils.flop_counter`` does. What is not a matrix product (norms, activations, softmax) is not counted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.scorer import ScorerConfig
+
+__all__ = ["cache_bytes", "encoder_flops", "prefill_flops", "selector_flops"]
+
+
+def encoder_flops(config: Any) -> int:
+    """FLOPs to turn one picture into visual tokens: CLIP tower (all of its layers run) and projector."""
+    vision, width = config.vision_config, config.vision_config.hidden_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    embed = 2 * patches * 3 * vision.patch_size**2 * width
+    layer = _layer_flops(patches + 1, width, 2 * vision.intermediate_size)
+    projector = 2 * patches * config.text_config.hidden_size * (width + config.text_config.hidden_size)
+    return int(embed + vision.num_hidden_layers * layer + projector)
+
+
+def prefill_flops(config: Any, length: int) -> int:
+    """FLOPs of the language model over a prompt of ``length`` tokens, and of its head at the last one."""
+    text = config.text_config
+    layer = _layer_flops(length, text.hidden_size, 3 * text.intermediate_size)
+    return int(text.num_hidden_layers * layer + 2 * text.hidden_size * text.vocab_size)
+
+
+def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:
+    """FLOPs of the scorer over ``tokens`` visual tokens and a question of ``words`` tokens."""
+    width, memory = config.width, words + 1
+    embed = 2 * (tokens + words) * config.token_width * width
+    places = 2 * tokens * (24 * width + width**2) + 2 * (2 * width + width**2)
+    question = _layer_flops(memory, width, 4 * width)
+    cross = 2 * (2 * tokens + 2 * memory) * width**2 + 4 * tokens * memory * width
+    blocks = config.blocks * (_layer_flops(tokens, width, 4 * width) + cross)
+    return embed + places + question + blocks + 2 * tokens * width
+
+
+def _layer_flops(length: int, width: int, mlp: int) -> int:
+    """FLOPs of one transformer layer: four projections, MLP weights of ``mlp`` x width, scores and weighted sum."""
+    return 2 * length * width * (4 * width + mlp) + 4 * length**2 * width
+
+
+def cache_bytes(config: Any, length: int, size: int = 4) -> int:
+    """Bytes of keys and values of ``length`` tokens, ``size`` bytes a number."""
+    text = config.text_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head * length * size)
