@@ -104,7 +104,7 @@ def keep_best(scores: np.ndarray, observation: Mapping[str, np.ndarray]) -> np.n
     array([ True, False, False])
     """
     mask = torch.as_tensor(observation["token_mask"], dtype=torch.bool)
-    kept = max(1, round(float(observation["budget"][0]) * int(mask.sum())))
+    kept = tokens_in_budget(float(observation["budget"][0]), int(mask.sum()))
     return top_k(torch.as_tensor(scores)[None], torch.tensor([kept]), mask[None])[0].numpy()
 
 

@@ -155,11 +155,7 @@ def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) 
             f"`python -m grip_env.train --vlm {name}` and give its run"
         )
     scorer = Scorer.load(folder / "agent" if (folder / "agent").is_dir() else folder)
-    if scorer.config.token_width != vlm.width:
-        raise ValueError(
-            f"the agent in {folder} was made for visual tokens of width {scorer.config.token_width}, and those of "
-            f"{name!r} have {vlm.width}: train an agent for this model"
-        )
+    scorer.check_width(vlm.width, folder, name)
     return ScorerSelector(scorer.to(vlm.device))
 
 

@@ -145,6 +145,14 @@ class Scorer(nn.Module):
             budget.float(),
         )
 
+    def check_width(self, width: int, folder: Path, vlm: str) -> None:
+        """Raise ValueError unless this scorer, from ``folder``, is for the visual tokens of ``vlm``, ``width`` wide."""
+        if self.config.token_width != width:
+            raise ValueError(
+                f"the agent in {folder} was made for visual tokens of width {self.config.token_width}, and those of "
+                f"{vlm!r} have {width}: train an agent for this model"
+            )
+
     def save(self, folder: Path) -> None:
         """Write ``scorer.safetensors`` and ``scorer.json``; a crash while writing leaves the previous ones whole."""
         folder.mkdir(parents=True, exist_ok=True)

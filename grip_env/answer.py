@@ -6,11 +6,11 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
-from grip_env.commands import CommandError, ModelConfig, check_agents_package, check_at_least, load_model
+from grip_env.commands import CommandError, ModelConfig, check_agents_package, check_at_least, interruptible, load_model
 
 if TYPE_CHECKING:
     from agents.pruner import Answer, Pruner
@@ -24,7 +24,7 @@ STAGES = ("encode", "select", "prefill", "decode")
 class Config(ModelConfig):
     """Answer a question about an image from a share of its visual tokens, and from all of them beside it."""
 
-    image: Annotated[Path, tyro.conf.arg(help="An image file.")] = tyro.MISSING
+    image: Path = tyro.MISSING
     """An image file."""
     question: str = tyro.MISSING
     """The question."""
@@ -69,12 +69,12 @@ def answer(config: Config) -> tuple[Answer, Answer]:
         raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
     if not config.out.parent.is_dir() or config.out.suffix.lower() != ".png":
         raise CommandError(f"--out is a .png file in a folder that exists; got {config.out}")
-    from grip_env.tasks.pictures import PictureError, read_picture
+    from grip_env.tasks.pictures import MAX_PIXELS, PictureError, read_picture
 
     if not config.image.exists():
         raise CommandError(f"--image {config.image} does not exist")
     try:
-        image = read_picture(config.image, max_pixels=50_000_000)
+        image = read_picture(config.image, MAX_PIXELS)
     except PictureError as error:
         raise CommandError(f"--image {config.image} {error}") from None
     import torch
@@ -107,11 +107,8 @@ def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.answer")
     check_agents_package()
-    try:
+    with interruptible("interrupted; nothing was written."):
         answer(config)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written.")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

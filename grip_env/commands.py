@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "RunFolder",
     "check_agents_package",
     "check_at_least",
+    "interruptible",
     "load_model",
     "load_model_and_task",
     "make_folder",
@@ -68,6 +70,16 @@ def check_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+
+
+@contextlib.contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """End a command that Ctrl-C interrupts with the shell's code for it, after saying where that leaves the user."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{said}")
+        raise SystemExit(130) from None
 
 
 @dataclass

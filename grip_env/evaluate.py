@@ -15,6 +15,7 @@ from grip_env.commands import (
     ModelConfig,
     check_agents_package,
     check_at_least,
+    interruptible,
     load_model_and_task,
     make_folder,
 )
@@ -151,11 +152,10 @@ def evaluate(config: Config) -> Comparison:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = _model_and_task(config, saved)
-    if vlm.width != scorer.config.token_width:
-        raise CommandError(
-            f"the agent in {config.run} was made for visual tokens of width {scorer.config.token_width}, and those "
-            f"of {saved['config']['vlm']!r} have {vlm.width}: train an agent for this model"
-        )
+    try:
+        scorer.check_width(vlm.width, config.run, saved["config"]["vlm"])
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     if vlm.checksum() != saved["vlm"]["checksum"]:
         raise CommandError(
             f"the agent in {config.run} was trained on a vision-language model with other weights than "
@@ -174,11 +174,8 @@ def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
     check_agents_package()
-    try:
+    with interruptible("interrupted; nothing was written."):
         evaluate(config)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written.")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 
-from grip_env.commands import check_agents_package, check_at_least, make_folder
+from grip_env.commands import check_agents_package, check_at_least, interruptible, make_folder
 
 if TYPE_CHECKING:
     from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -234,8 +234,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with interruptible("interrupted; the same command goes on from the last checkpoint."):
         main(tyro.cli(Config, prog="python -m grip_env.pretrain_vlm"))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint.")
-        raise SystemExit(130) from None

@@ -14,6 +14,7 @@ from grip_env.commands import (
     RunFolder,
     check_agents_package,
     check_at_least,
+    interruptible,
     load_model_and_task,
 )
 
@@ -189,11 +190,8 @@ def main() -> None:
     """Run the command."""
     import tyro
 
-    try:
+    with interruptible("interrupted before the first step; nothing was written."):
         train(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.train"))
-    except KeyboardInterrupt:
-        print("\ninterrupted before the first step; nothing was written.")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

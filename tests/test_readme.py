@@ -20,11 +20,14 @@ def blocks() -> list[Any]:
 
 
 @pytest.mark.parametrize("code", blocks())
-def test_readme_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_block_runs(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     compiled = compile(code, str(README), "exec")
     if SKIP not in code:
         exec(compiled, {"__name__": "__main__"})
+        assert capsys.readouterr().out.strip(), "an example shows something"
 
 
 def test_readme_shows_code_and_its_links_lead_somewhere() -> None:

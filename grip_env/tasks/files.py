@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from grip_env.tasks.base import Example, check_index
 from grip_env.tasks.jsonfiles import read_lines, read_list
-from grip_env.tasks.pictures import PictureError, digest, locate, read_picture, resize, shown
+from grip_env.tasks.pictures import MAX_PIXELS, PictureError, digest, locate, read_picture, resize, shown
 from grip_env.tasks.rows import SPLITS, Row
 
 __all__ = ["DataError", "Fault", "FileTask", "summary"]
@@ -130,7 +130,7 @@ class FileTask:
         skip_bad: bool = False,
         *,
         max_row_bytes: int = 2**20,
-        max_pixels: int = 50_000_000,
+        max_pixels: int = MAX_PIXELS,
         max_side: int | None = 1024,
         progress: bool = False,
     ) -> None:

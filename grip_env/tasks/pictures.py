@@ -12,10 +12,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["FORMATS", "PictureError", "digest", "locate", "read_picture", "resize", "shown"]
+__all__ = ["FORMATS", "MAX_PIXELS", "PictureError", "digest", "locate", "read_picture", "resize", "shown"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is read, by content and not by suffix. Pillow knows more, but some of those start other programs."""
+
+MAX_PIXELS = 50_000_000
+"""Most pixels a picture may have where nobody says otherwise."""
 
 _SLIMMEST = 100
 """Most times one side may be as long as the other: processors that fit the short side would blow up the long one."""

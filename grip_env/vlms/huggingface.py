@@ -37,8 +37,6 @@ class Reply(NamedTuple):
     """Seconds to the first token."""
     decode: float
     """Seconds for the other tokens."""
-    tokens: int
-    """How many tokens were generated, the end included."""
 
 
 class _Clock(BaseStreamer):
@@ -368,6 +366,28 @@ class HuggingFaceVLM:
 
     # -- answering -------------------------------------------------------------------------------------------
 
+    def _continue(
+        self,
+        encoded: Encoded,
+        stays: torch.Tensor,
+        selection: torch.Tensor,
+        example: torch.Tensor,
+        max_new_tokens: int,
+        **options: Any,
+    ) -> Any:
+        """Let the model go on greedily from what is kept of prompts that are equally long; see ``_sequences``."""
+        ids, mask, places = self._compact(encoded, stays, example)
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=places - self.family.first_place,  # generate counts from 0 and adds it itself
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **self.family.token_types(ids, torch.zeros_like(mask)),
+            **self._images(encoded, encoded.tokens, selection, example),
+            **options,
+        )
+
     @torch.no_grad()
     def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
         """Answer greedily under each selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
@@ -378,16 +398,7 @@ class HuggingFaceVLM:
         for length in lengths.unique().tolist():  # equal lengths need no padding
             same = (lengths == length).nonzero().flatten()
             for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
-                ids, mask, places = self._compact(encoded, stays[rows], example[rows])
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask.long(),
-                    position_ids=places - self.family.first_place,  # generate counts from 0 and adds it itself
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    **self.family.token_types(ids, torch.zeros_like(mask)),
-                    **self._images(encoded, encoded.tokens, flat[rows], example[rows]),
-                )
+                output = self._continue(encoded, stays[rows], flat[rows], example[rows], max_new_tokens)
                 answers = self.family.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
                 for row, text in zip(rows.tolist(), answers, strict=True):
                     texts[row] = text.strip()
@@ -406,22 +417,11 @@ class HuggingFaceVLM:
         self._check(encoded, selection)
         if selection.shape[:2] != (1, 1):
             raise ValueError(f"expected one selection of one example, got {selection.shape[1]} of {len(encoded)}")
-        stays, example, _ = self._sequences(encoded, selection, encoded.lengths - encoded.answer_lengths)
+        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths - encoded.answer_lengths)
         clock = _Clock()
-        ids, mask, places = self._compact(encoded, stays, example)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=places - self.family.first_place,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=clock,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **self.family.token_types(ids, torch.zeros_like(mask)),
-            **self._images(encoded, encoded.tokens, selection[0], example),
-        )
-        new = output.sequences[0, ids.shape[1] :]
+        more: dict[str, Any] = {"streamer": clock, "return_dict_in_generate": True, "output_logits": True}
+        output = self._continue(encoded, stays, selection[0], example, max_new_tokens, **more)
+        new = output.sequences[0, int(lengths[0]) :]
         logits = torch.stack(output.logits)[:, 0].float()  # (T, V)
         chosen = logits.log_softmax(-1).gather(1, new[:, None])[:, 0]
         special = torch.tensor([int(token) in self.family.tokenizer.all_special_ids for token in new])
@@ -431,7 +431,6 @@ class HuggingFaceVLM:
             log_likelihood=float(words.mean()) if len(words) else float("nan"),
             prefill=clock.times[1] - clock.times[0],
             decode=clock.times[-1] - clock.times[1],
-            tokens=len(new),
         )
 
     @torch.no_grad()
