@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from agents.base import Selector, budget_to_count
-from agents.heuristics import all_tokens
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
+from grip_env.vlms.inputs import encode_inputs, split_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,8 +53,8 @@ class Pruner:
     >>> pruner = Pruner.load("tiny")
     >>> from grip_env import SceneTask
     >>> example = SceneTask().example("test", 3)
-    >>> example.question, pruner.generate([example.image], [example.question], budget=0.05)
-    ('what digit is on the purple card?', ['3'])
+    >>> example.question, pruner(example.image, example.question, budget=0.05).text
+    ('what digit is on the purple card?', '3')
     """
 
     def __init__(self, vlm: HuggingFaceVLM, selector: Selector) -> None:
@@ -78,6 +78,23 @@ class Pruner:
         model = load_vlm(vlm, **options)
         return cls(model, load_agent(model, str(vlm), agent))
 
+    @classmethod
+    def wrap(cls, model: Any, processor: Any, agent: str | Path, **options: Any) -> Pruner:
+        """Put an agent before a model that is loaded already.
+
+        Args:
+            model: An image-text model of transformers, of a supported family.
+            processor: Its processor.
+            agent: Folder of a run, or of its agent.
+            options: Passed on to :class:`~grip_env.vlms.huggingface.HuggingFaceVLM`.
+
+        Raises:
+            FileNotFoundError: If there is no such agent.
+            ValueError: If it is damaged, or does not fit the model.
+        """
+        vlm = HuggingFaceVLM(model, processor, name=model.config.model_type, **options)
+        return cls(vlm, load_agent(vlm, vlm.name, agent))
+
     def encode(self, images: Sequence[np.ndarray | Image], questions: Sequence[str]) -> Encoded:
         """Run the vision encoder on images, one question each: RGB, uint8 (height, width, 3), or of Pillow."""
         if len(images) != len(questions):
@@ -85,27 +102,73 @@ class Pruner:
         examples = [Example(_pixels(image), question, "") for image, question in zip(images, questions, strict=True)]
         return self.vlm.encode(examples, with_answers=False)
 
-    def select(self, encoded: Encoded, budget: float) -> torch.Tensor:
+    def select(self, encoded: Encoded, budget: float | Sequence[float]) -> torch.Tensor:
         """Choose the tokens of encoded images, bool (B, N); a budget of 1 keeps all.
 
-        Raises:
-            ValueError: If ``budget`` is outside (0, 1].
-        """
-        kept = budget_to_count(encoded, budget)
-        selector = all_tokens if budget == 1 else self.selector
-        return selector(self.vlm, encoded, kept, torch.Generator().manual_seed(0))
+        Args:
+            encoded: B examples.
+            budget: Share of the visual tokens, one for all or one for each.
 
-    def generate(
+        Raises:
+            ValueError: If one is outside (0, 1], or there are not as many as examples.
+        """
+        budgets = list(budget) if isinstance(budget, Sequence) else [budget] * len(encoded)
+        if len(budgets) != len(encoded):
+            raise ValueError(f"{len(budgets)} budgets for {len(encoded)} images: give one for all, or one for each")
+        counts = [budget_to_count(encoded[[row]], share) for row, share in enumerate(budgets)]
+        kept = torch.cat(counts)
+        if bool((kept == encoded.token_mask.sum(1)).all()):
+            return encoded.token_mask.clone()
+        return self.selector(self.vlm, encoded, kept, torch.Generator().manual_seed(0))
+
+    def answers(
         self,
         images: Sequence[np.ndarray | Image],
         questions: Sequence[str],
-        budget: float = 0.1,
+        budget: float | Sequence[float] = 0.1,
         max_new_tokens: int = 16,
     ) -> list[str]:
         """Answer questions about images greedily, looking at a share of each image."""
         encoded = self.encode(images, questions)
         selection = self.select(encoded, budget)
         return [texts[0] for texts in self.vlm.generate(encoded, selection[:, None], max_new_tokens)]
+
+    def generate(
+        self,
+        budget: float | Sequence[float] = 0.1,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Do what ``model.generate(**inputs)`` does, with a share of the visual tokens.
+
+        Args:
+            budget: Share of the visual tokens, one for all or one for each prompt; 1 keeps all.
+            sizes: (height, width) of each image, where the processor's tensors do not tell them; see
+                :func:`~grip_env.vlms.inputs.encode_inputs`.
+            inputs: What the model's processor returned, one image for each prompt (padding on any side), and options
+                of ``generate``: ``max_new_tokens``, ``do_sample``, ``streamer``, ...
+
+        Returns:
+            What ``model.generate`` returns: the prompts as they were given, all image placeholders included, and
+            after them the new tokens, long (B, L + T); so that what cuts off or decodes it need not change. With
+            ``return_dict_in_generate=True`` that is its ``sequences``.
+
+        Raises:
+            ValueError: If something is missing, or cannot be dealt with: several images in a prompt, video, beams.
+        """
+        text, images, options = split_inputs(inputs)
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name) or 1) > 1:
+                raise ValueError(f"{name}={options[name]} is not supported: call once for each sequence")
+        prompts = text["input_ids"]
+        if options.get("max_length") is not None and options.get("max_new_tokens") is None:
+            options["max_new_tokens"] = max(1, options.pop("max_length") - prompts.shape[1])  # it counts the prompt
+        encoded = encode_inputs(self.vlm, text, images, sizes)
+        output = self.vlm.generate_ids(encoded, self.select(encoded, budget), **options)
+        if isinstance(output, torch.Tensor):
+            return torch.cat([prompts.to(output.device), output], 1)
+        output.sequences = torch.cat([prompts.to(output.sequences.device), output.sequences], 1)
+        return output
 
     def __call__(
         self, image: np.ndarray | Image, question: str, budget: float = 0.1, max_new_tokens: int = 16

@@ -55,6 +55,8 @@ class Config:
 
     kept: tuple[int, ...] = (192, 128, 64)
     """Visual tokens kept, of 576; the bars are held against the fewest."""
+    batch: tuple[int, ...] = (1, 4)
+    """Pictures answered together; each number here makes a table, and the bars are held against each."""
     repeats: int = 9
     """Rounds; medians are over them, and ratios are taken inside a round."""
     threads: int = 0
@@ -140,7 +142,7 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant costs for one picture and question."""
+    """What one variant costs for one picture and question, of a batch of them."""
 
     kept: int | None
     """Visual tokens kept; ``None`` is dense: all of them, and no selector."""
@@ -149,11 +151,14 @@ class Row:
     flops: dict[str, int]
     """Counted FLOPs of "encode", "select" and "prefill"."""
     cache: int
-    """Bytes of the key-value cache after prefill, as the model left it."""
+    """Bytes of a picture's key-value cache after prefill, as the model left it."""
     peak: int
-    """Most bytes that tensors made during prefill took at one time, the cache included; weights are not."""
+    """Most bytes that tensors made during a prefill of one picture took at one time, the cache included; weights are
+    not."""
     times: dict[str, list[float]]
-    """Milliseconds of each round: each of STAGES; "generate" is prefill and decoding in one."""
+    """Milliseconds a picture, of each round: each of STAGES; "generate" is prefill and decoding in one."""
+    batch: int = 1
+    """How many pictures went through together."""
 
     @property
     def name(self) -> str:
@@ -196,32 +201,32 @@ class Row:
 
 
 def measure(
-    vlm: HuggingFaceVLM, selector: ScorerSelector, kept: Sequence[int], repeats: int, new_tokens: int
+    vlm: HuggingFaceVLM, selector: ScorerSelector, kept: Sequence[int], repeats: int, new_tokens: int, batch: int = 1
 ) -> list[Row]:
     """Measure dense and each count of kept tokens, in turn within each of ``repeats`` rounds; returns dense first.
 
-    The picture has the size the vision tower wants. The first round is not counted.
+    ``batch`` pictures of the size the vision tower wants go through together. The first round is not counted.
     """
     import numpy as np
     import torch
 
     from grip_env.tasks.base import Example
 
-    picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    example = Example(picture, QUESTION, "left")
+    pictures = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
+    examples = [Example(picture, QUESTION, "left") for picture in pictures]
     variants: list[int | None] = [None, *kept]
     generator = torch.Generator().manual_seed(0)
 
     def select(encoded: Encoded, count: int | None) -> torch.Tensor:
         if count is None:
             return encoded.full_selection()
-        return selector(vlm, encoded, torch.tensor([count]), generator)[:, None]
+        return selector(vlm, encoded, torch.full((len(encoded),), count), generator)[:, None]
 
     times: list[dict[str, list[float]]] = [{stage: [] for stage in STAGES} for _ in variants]
     for turn in range(1 + repeats):
         for row, count in zip(times, variants, strict=True):
             marks = [time.perf_counter()]
-            encoded = vlm.encode([example])
+            encoded = vlm.encode(examples)
             marks.append(time.perf_counter())
             selection = select(encoded, count)
             marks.append(time.perf_counter())
@@ -230,9 +235,9 @@ def measure(
             vlm.generate(encoded, selection, 1 + new_tokens)
             marks.append(time.perf_counter())
             for stage, start, end in zip(STAGES, marks, marks[1:], strict=False):
-                row[stage] += [(end - start) * 1e3] if turn else []
+                row[stage] += [(end - start) / batch * 1e3] if turn else []
 
-    encoded = vlm.encode([example])
+    encoded = vlm.encode(examples[:1])
     config, words = vlm.model.config, encoded.question.shape[1]
     rows = []
     for count, spent in zip(variants, times, strict=True):
@@ -242,7 +247,7 @@ def measure(
             "select": 0 if count is None else selector_flops(selector.scorer.config, words, TOKENS),
             "prefill": prefill_flops(config, length),
         }
-        rows.append(Row(count, length, flops, cache, peak, spent))
+        rows.append(Row(count, length, flops, cache, peak, spent, batch))
     return rows
 
 
@@ -264,7 +269,7 @@ def _memory(vlm: HuggingFaceVLM, encoded: Encoded, selection: Any) -> tuple[int,
 
 
 def table(rows: Sequence[Row], new_tokens: int) -> str:
-    """Return a Markdown table of medians; times in ms, memory in MB of 10^6 bytes."""
+    """Return a Markdown table of medians; times in ms a picture, memory in MB of 10^6 bytes."""
     columns: dict[str, Callable[[Row], str]] = {
         "tokens in LM": lambda row: str(row.length),
         "encode ms": lambda row: _median(row.times["encode"]),
@@ -286,6 +291,10 @@ def table(rows: Sequence[Row], new_tokens: int) -> str:
     return "\n".join(lines + [f"| {row.name} | " + " | ".join(f(row) for f in columns.values()) + " |" for row in rows])
 
 
+def _pictures(batch: int) -> str:
+    return "one picture at a time" if batch == 1 else f"{batch} pictures at a time"
+
+
 def _median(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f}"
 
@@ -295,7 +304,7 @@ def bars(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     dense, row = rows[0], min(rows[1:], key=lambda row: row.kept or 0)
     off, ratio, predicted = row.deviation(dense), row.ratio(dense), row.predicted(dense)
     share = statistics.median(own / total for own, total in zip(row.times["select"], row.first(), strict=True))
-    name = f"{row.name} of {TOKENS} tokens"
+    name = f"{row.name} of {TOKENS} tokens, {_pictures(row.batch)}"
     time_text = f"{name}: end-to-end takes {ratio:.3f} of dense, FLOPs predict {predicted:.3f}: {off:+.1%} (within 15%)"
     share_text = f"{name}: the selector takes {share:.1%} of end-to-end (< 5%)"
     return [(time_text, abs(off) <= 0.15), (share_text, share < 0.05)]
@@ -307,6 +316,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, repeats=config.repeats, new_tokens=config.new_tokens, layers=config.layers)
+    if not config.batch or min(config.batch) < 1:
+        given = " ".join(map(str, config.batch)) or "nothing"
+        raise CommandError(f"--batch must be counts of pictures from 1 up; got {given}")
     if not config.kept or min(config.kept) < 1 or max(config.kept) > TOKENS:
         given = " ".join(map(str, config.kept)) or "nothing"
         raise CommandError(f"--kept must be counts from 1 to {TOKENS}, the visual tokens of a picture; got {given}")
@@ -323,15 +335,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
     shown = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in sizes.items())
     print(f"{shown}, float32, {torch.get_num_threads()} threads, medians over {config.repeats} rounds\n", flush=True)
-    rows = measure(vlm, selector, config.kept, config.repeats, config.new_tokens)
-    print(table(rows, config.new_tokens) + "\n")
-    for row in rows[1:]:
-        spread = sorted(row.ratios(rows[0]))
-        best = row.fastest() / rows[0].fastest()
-        print(
-            f"{row.name}: time ratio {spread[0]:.3f} to {spread[-1]:.3f} over the rounds, {best:.3f} of fastest stages"
-        )
-    for text, holds in bars(rows):
+    tables = []
+    for batch in config.batch:
+        rows = measure(vlm, selector, config.kept, config.repeats, config.new_tokens, batch)
+        tables.append(rows)
+        print(f"{_pictures(batch)}, times for each\n\n{table(rows, config.new_tokens)}\n")
+        for row in rows[1:]:
+            spread = sorted(row.ratios(rows[0]))
+            best = row.fastest() / rows[0].fastest()
+            print(
+                f"{row.name}: time ratio {spread[0]:.3f} to {spread[-1]:.3f} over the rounds, "
+                f"{best:.3f} of fastest stages"
+            )
+        print(flush=True)
+    checked = [bar for rows in tables for bar in bars(rows)]
+    for text, holds in checked:
         print(("holds   " if holds else "MISSED  ") + text)
     if config.out is not None:
         content = {
@@ -339,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "versions": versions(),
             "threads": torch.get_num_threads(),
             "parameters": sizes,
-            "rows": [asdict(row) for row in rows],
-            "bars": [{"text": text, "holds": holds} for text, holds in bars(rows)],
+            "rows": [asdict(row) for rows in tables for row in rows],
+            "bars": [{"text": text, "holds": holds} for text, holds in checked],
         }
         config.out.write_text(json.dumps(content, indent=2, default=str) + "\n")

@@ -41,6 +41,8 @@ class Encoded:
     """Position id of each id in the full sequence: long (B, L), or (B, L, axes) where positions have several axes."""
     deepstack: torch.Tensor | None = None
     """What is added to the visual tokens after each of the language model's first E layers, float (B, N, E, D)."""
+    cells: torch.Tensor | None = None
+    """Height and width of what each token shows, as shares of the image, (B, N, 2); ``None`` where all show as much."""
 
     def __len__(self) -> int:
         return len(self.examples)

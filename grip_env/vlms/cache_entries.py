@@ -21,7 +21,7 @@ from grip_env.vlms.families import Family, Picture
 
 __all__ = ["encoder_digest", "pack", "picture_key", "picture_scope", "unpack"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every name: to be raised when entries are written otherwise, or families make other pictures of an image."""
 LANGUAGE = ("model.language_model.", "model.text_model.", "lm_head.")
 """How the weights begin that pictures do not depend on."""

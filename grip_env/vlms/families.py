@@ -6,6 +6,7 @@ from the model's own ``get_image_features``, so that feature layers, tiling and 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Picture:
     """What is added to the tokens after each of the first E layers of the language model, (N, E, D)."""
     grid: torch.Tensor | None = None
     """Frames, rows and columns of patches, (3,), where positions in the text have three axes."""
+    cells: torch.Tensor | None = None
+    """Height and width of what each token shows, as shares of the image, (N, 2), where tokens differ in it."""
 
 
 class Family:
@@ -108,12 +111,21 @@ class Family:
 
     def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
         """Run the vision encoder on images, uint8 (height, width, 3) each."""
-        pixels = self.pixels(images)
+        return self.see(self.pixels(images), [image.shape[:2] for image in images])
+
+    def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
+        """Run the vision encoder on what the image processor made of images.
+
+        Args:
+            pixels: See :meth:`pixels`.
+            sizes: Height and width of each image; ``None`` if they are not known: places are then those in the part
+                of the image that the encoder sees.
+        """
         output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
         found = []
-        for image, tokens in zip(images, output.pooler_output, strict=True):
+        for row, tokens in enumerate(output.pooler_output):
             rows, columns = self.grid(pixels["pixel_values"].shape[-2:], len(tokens))
-            top, left, height, width = self.window(image.shape[0], image.shape[1])
+            top, left, height, width = self.window(*sizes[row]) if sizes else (0.0, 0.0, 1.0, 1.0)
             centres = _centres(rows, columns, tokens.device)
             centres = centres * centres.new_tensor([height, width]) + centres.new_tensor([top, left])
             found.append(Picture(tokens, centres.clamp(0, 1), self.text(), [len(tokens)]))
@@ -122,6 +134,15 @@ class Family:
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
         """Return what the image processor makes of images."""
         return dict(self.processor.image_processor(images=list(images), return_tensors="pt").to(self.model.device))
+
+    def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Add to what the family's own processor made of images what only :meth:`pixels` tells.
+
+        Args:
+            pixels: Tensors of the processor that are about images.
+            ids: The prompts it made, long (L,) each, one for each image.
+        """
+        return pixels
 
     def _pixel_values(self, pixels: dict[str, Any]) -> torch.Tensor:
         values: torch.Tensor = pixels["pixel_values"]
@@ -188,19 +209,20 @@ class LlavaFamily(Family):
 class TiledLlavaFamily(Family):
     """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles as one grid, a newline token after each row."""
 
-    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
-        """Run the vision encoder on images."""
-        pixels = self.pixels(images)
-        sizes = pixels["image_sizes"]
+    def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
+        """Run the vision encoder on what the image processor made of images."""
+        known = pixels["image_sizes"]
         output = self.model.model.get_image_features(
-            pixel_values=self._pixel_values(pixels), image_sizes=sizes, return_dict=True
+            pixel_values=self._pixel_values(pixels), image_sizes=known, return_dict=True
         )
-        return [
-            Picture(tokens, self._centres(tokens, size), self.text(), [len(tokens)])
-            for tokens, size in zip(output.pooler_output, sizes, strict=True)
-        ]
+        found = []
+        for tokens, size in zip(output.pooler_output, known, strict=True):
+            centres, cells = self._layout(tokens, size)
+            found.append(Picture(tokens, centres, self.text(), [len(tokens)], cells=cells))
+        return found
 
-    def _centres(self, tokens: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    def _layout(self, tokens: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return row and column of each token, and height and width of what it shows, (N, 2) each."""
         config = self.model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         whole = _centres(side, side, tokens.device)
@@ -210,13 +232,40 @@ class TiledLlavaFamily(Family):
                 f"expected {side} x {side} visual tokens of the whole image and {len(newline)} of its tiles, the model "
                 f"gives {len(tokens)}: its vision_feature_select_strategy does not fit its vision tower"
             )
+        cells = torch.full_like(whole, 1 / side)
         rows = int(newline.sum())
         columns = len(newline) // max(1, rows) - 1
         if not columns:  # a single tile is the whole image, and one newline ends it
-            return torch.cat([whole, whole.new_tensor([[1.0, 1.0]])])
+            return torch.cat([whole, whole.new_ones(1, 2)]), torch.cat([cells, whole.new_zeros(1, 2)])
+        shown = whole.new_tensor(self._shown(size, side))  # of the image's height and width, in all rows and columns
         ends = torch.stack([(torch.arange(rows, device=whole.device) + 0.5) / rows, whole.new_ones(rows)], -1)
         tiles = _centres(rows, columns, whole.device).reshape(rows, columns, 2)
-        return torch.cat([whole, torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)])
+        places = torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)
+        places = ((places - 0.5) * shown + 0.5).clamp(0, 1)
+        places[newline, 1] = 1.0
+        spans = (shown / shown.new_tensor([rows, columns])).repeat(len(newline), 1)
+        spans[newline] = 0.0  # a newline shows nothing
+        return torch.cat([whole, places]), torch.cat([cells, spans])
+
+    def _shown(self, size: torch.Tensor, side: int) -> tuple[float, float]:
+        """Return the shares of the image's height and width that lie in the patches left when padding is cut off.
+
+        Patches are cut off whole and evenly, so that the rims of the image may go with them, or some padding stay.
+        """
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = self.model.config
+        tall, wide = (
+            count * side
+            for count in get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        )
+        height, width = (int(value) for value in size)
+        scale = min(tall / height, wide / width)
+
+        def share(patches: int, content: float) -> float:
+            return (patches - 2 * ((patches - int(round(content, 7))) // 2)) / content
+
+        return share(tall, height * scale), share(wide, width * scale)
 
     def _newlines(self, size: torch.Tensor, side: int) -> torch.Tensor:
         """Tell which tokens are newlines, bool (N,): the model packs zeros with ones for newlines as it does images."""
@@ -240,9 +289,8 @@ class QwenFamily(Family):
 
     axes = 3
 
-    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
-        """Run the vision encoder on images."""
-        pixels = self.pixels(images)
+    def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
+        """Run the vision encoder on what the image processor made of images."""
         grids = pixels["image_grid_thw"]
         output = self.model.model.get_image_features(
             pixel_values=self._pixel_values(pixels), image_grid_thw=grids, return_dict=True
@@ -298,9 +346,8 @@ class SplitFamily(Family):
             )
         )
 
-    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
-        """Run the vision encoder on images."""
-        pixels = self.pixels(images)
+    def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
+        """Run the vision encoder on what the image processor made of images."""
         output = self.model.model.get_image_features(
             pixel_values=self._pixel_values(pixels),
             pixel_attention_mask=pixels.get("pixel_attention_mask"),
@@ -308,7 +355,7 @@ class SplitFamily(Family):
         )
         grids = [
             tuple(int(np.asarray(pixels[key][row]).reshape(-1)[0]) for key in ("rows", "cols"))
-            for row in range(len(images))
+            for row in range(len(pixels["pixel_values"]))
         ]
         pooled = output.pooler_output
         if isinstance(pooled, torch.Tensor):  # all tiles (T, n, D), as transformers gave them up to 5.20
@@ -318,14 +365,23 @@ class SplitFamily(Family):
             tiles = rows * columns + 1
             side = _square(len(tokens) / tiles)
             inside = _centres(side, side, tokens.device)
-            centres = _tiles(inside, rows, columns)
+            centres, cells = _tiles(inside, rows, columns)
             text = "".join(
                 "".join(f"{self.fake}<row_{r + 1}_col_{c + 1}>{self.image_token}" for c in range(columns)) + "\n"
                 for r in range(rows)
             )
             text += "\n" * bool(rows) + f"{self.fake}<global-img>{self.image_token}{self.fake}"
-            found.append(Picture(tokens, torch.cat([*centres, inside]), text, [side * side] * tiles))
+            found.append(Picture(tokens, centres, text, [side * side] * tiles, cells=cells))
         return found
+
+    def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Add rows and columns of tiles, as the names of their places tell them."""
+        names = [" ".join(self.tokenizer.convert_ids_to_tokens(row.tolist())) for row in ids]
+        places = [
+            [(0, 0), *((int(r), int(c)) for r, c in re.findall(r"<row_(\d+)_col_(\d+)>", text))] for text in names
+        ]
+        grids = [max(found) for found in places]  # the last tile is the one of the last row and column
+        return pixels | {"rows": [[rows] for rows, _ in grids], "cols": [[columns] for _, columns in grids]}
 
 
 class InternVLFamily(Family):
@@ -338,32 +394,46 @@ class InternVLFamily(Family):
         processor = self.processor.image_processor
         return dict(processor(images=list(images), crop_to_patches=True, return_tensors="pt").to(self.model.device))
 
-    def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
-        """Run the vision encoder on images."""
-        pixels = self.pixels(images)
+    def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
+        """Run the vision encoder on what the image processor made of images."""
         output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
         counts = [int(count) for count in pixels["num_patches"]]
         found = []
-        for image, tiles in zip(images, output.pooler_output.split(counts), strict=True):
+        for image, tiles in enumerate(output.pooler_output.split(counts)):
             side = _square(tiles.shape[1])
-            inside = _centres(side, side, tiles.device)
-            centres = [inside]
-            if len(tiles) > 1:
-                rows, columns = self._arrangement(image)
-                if rows * columns + 1 != len(tiles):
-                    raise ValueError(
-                        f"expected {rows} x {columns} tiles and the whole image, the image processor made {len(tiles)}"
-                    )
-                centres = [*_tiles(inside, rows, columns), inside]
+            rows, columns = self._arrangement(sizes[image] if sizes else None, len(tiles))
+            centres, cells = _tiles(_centres(side, side, tiles.device), rows, columns)
             tokens = tiles.flatten(0, 1)
-            found.append(Picture(tokens, torch.cat(centres), self.text(), [len(tokens)]))
+            found.append(Picture(tokens, centres, self.text(), [len(tokens)], cells=cells))
         return found
 
-    def _arrangement(self, image: np.ndarray) -> tuple[int, int]:
+    def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Add the number of tiles of each image, as the length of its run tells it."""
+        runs = [int((row == self.image_token_id).sum()) for row in ids]
+        return pixels | {"num_patches": [run // self.model.config.image_seq_length for run in runs]}
+
+    def _arrangement(self, size: tuple[int, ...] | None, tiles: int) -> tuple[int, int]:
+        """Return rows and columns of the tiles besides the whole image, 0 and 0 if there are none.
+
+        Raises:
+            ValueError: If there are others than ``tiles`` in all.
+        """
+        if tiles == 1:
+            return 0, 0
+        if size is None:
+            raise ValueError(
+                f"InternVL's processor does not tell how the {tiles - 1} tiles of an image lie: give the images' "
+                "sizes, as in sizes=[(height, width)]"
+            )
         processor = self.processor.image_processor
         choose = sys.modules[type(processor).__module__].get_optimal_tiled_canvas
         tile = (processor.size["height"], processor.size["width"])
-        columns, rows = choose(image.shape[:2], tile, processor.min_patches, processor.max_patches)
+        columns, rows = choose(size, tile, processor.min_patches, processor.max_patches)
+        if rows * columns + 1 != tiles:
+            raise ValueError(
+                f"expected {rows} x {columns} tiles and the whole image, the image processor made {tiles}: give the "
+                "size of the image it was given"
+            )
         return rows, columns
 
     def text(self) -> str:
@@ -452,10 +522,21 @@ def _centres(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.stack(torch.meshgrid(row, column, indexing="ij"), -1).flatten(0, 1)
 
 
-def _tiles(inside: torch.Tensor, rows: int, columns: int) -> list[torch.Tensor]:
-    """Return the centres ``inside`` one tile (n, 2) as they are in each tile of a grid, in raster order."""
-    shape = inside.new_tensor([rows, columns])
-    return [(inside + inside.new_tensor([row, column])) / shape for row in range(rows) for column in range(columns)]
+def _tiles(inside: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay out a grid of tiles in raster order, and after it the whole image as one more.
+
+    Args:
+        inside: Centres of the n tokens in one tile, a square of them, (n, 2).
+        rows: Rows of tiles, 0 if there is only the whole image.
+        columns: Columns of tiles.
+
+    Returns:
+        Centres in the image, and height and width of what each token shows, both ((rows * columns + 1) * n, 2).
+    """
+    shape = inside.new_tensor([max(rows, 1), max(columns, 1)])
+    centres = [(inside + inside.new_tensor([row, column])) / shape for row in range(rows) for column in range(columns)]
+    cell = torch.full_like(inside, len(inside) ** -0.5)
+    return torch.cat([*centres, inside]), torch.cat([*(cell / shape for _ in centres), cell])
 
 
 def _square(count: float) -> int:

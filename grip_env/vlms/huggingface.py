@@ -222,30 +222,61 @@ class HuggingFaceVLM:
         pictures = self._pictures([example.image for example in examples])
         expected = [example.answer for example in examples] if with_answers else None
         rows, answers = self._ids(self._texts(examples, pictures), expected, pictures)
-        self._check_window(max(len(row) for row in rows))
-        ids = [torch.tensor(row, device=self.device) for row in rows]
         questions = self.family.tokenizer([example.question for example in examples], add_special_tokens=False)
-        question_ids = [torch.tensor(row, dtype=torch.long, device=self.device) for row in questions["input_ids"]]
         embed = self.model.get_input_embeddings()
+        return self.assemble(
+            examples,
+            pictures,
+            [torch.tensor(row, device=self.device) for row in rows],
+            answers,
+            [embed(torch.tensor(row, dtype=torch.long, device=self.device)) for row in questions["input_ids"]],
+        )
+
+    def assemble(
+        self,
+        examples: Sequence[Example],
+        pictures: Sequence[Picture],
+        ids: Sequence[torch.Tensor],
+        answers: Sequence[int],
+        questions: Sequence[torch.Tensor],
+    ) -> Encoded:
+        """Put encoded pictures and tokenized prompts together to a padded batch.
+
+        Args:
+            examples: What they came from.
+            pictures: One for each example.
+            ids: Prompt and answer of each, long (L,), with an image token for each visual token.
+            answers: How many of these are the answer.
+            questions: Embeddings of each question, float (Q, D).
+
+        Raises:
+            ValueError: If a sequence does not fit the model.
+        """
+        self._check_window(max(len(row) for row in ids))
 
         def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
-        layers = [picture.deepstack for picture in pictures if picture.deepstack is not None]
+        def pad_all(rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            known = [row for row in rows if row is not None]
+            return pad(known) if known else None
+
+        def real(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+            return pad([torch.ones(len(row), dtype=torch.bool, device=self.device) for row in rows])
+
         return Encoded(
             examples=list(examples),
             tokens=pad([picture.tokens for picture in pictures]),
-            token_mask=pad(
-                [torch.ones(len(picture.tokens), dtype=torch.bool, device=self.device) for picture in pictures]
-            ),
+            token_mask=real([picture.tokens for picture in pictures]),
             positions=pad([picture.positions for picture in pictures]),
-            question=pad([embed(row) for row in question_ids]),
-            question_mask=pad([torch.ones_like(row, dtype=torch.bool) for row in question_ids]),
+            question=pad(questions),
+            question_mask=real(questions),
             input_ids=pad(ids),
             lengths=torch.tensor([len(row) for row in ids], device=self.device),
             answer_lengths=torch.tensor(answers, device=self.device),
             places=pad([self.family.places(row, picture) for row, picture in zip(ids, pictures, strict=True)]),
-            deepstack=pad(layers) if layers else None,
+            deepstack=pad_all([picture.deepstack for picture in pictures]),
+            cells=pad_all([picture.cells for picture in pictures]),
         )
 
     # -- scoring ---------------------------------------------------------------------------------------------
@@ -334,18 +365,27 @@ class HuggingFaceVLM:
             yield rows, logits.gather(1, spread), targets
 
     def _compact(
-        self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor
+        self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor, left: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Move what stays to the left: ids and attention mask (R, L), position ids (R, L) or (axes, R, L)."""
+        """Move what stays together: ids and attention mask (R, L), position ids (R, L) or (axes, R, L).
+
+        Padding comes last, or first if it is to be on the ``left``.
+        """
         count = stays.sum(1)
         longest = int(count.max())
-        order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-        mask = torch.arange(longest, device=self.device) < count[:, None]
+        column = torch.arange(longest, device=self.device).expand(len(count), -1)
+        if left:
+            order = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]
+            column = column - (longest - count)[:, None]
+            mask = column >= 0
+        else:
+            order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+            mask = column < count[:, None]
         ids = encoded.input_ids[example].gather(1, order)
         ids = ids.masked_fill(~mask, 0)
         assert encoded.places is not None
         if self.position_policy == "reindex":
-            places = torch.arange(longest, device=self.device).expand_as(order) + self.family.first_place
+            places = column + self.family.first_place
         elif self.family.axes == 1:
             places = encoded.places[example].gather(1, order)
         else:
@@ -367,22 +407,14 @@ class HuggingFaceVLM:
     # -- answering -------------------------------------------------------------------------------------------
 
     def _continue(
-        self,
-        encoded: Encoded,
-        stays: torch.Tensor,
-        selection: torch.Tensor,
-        example: torch.Tensor,
-        max_new_tokens: int,
-        **options: Any,
+        self, encoded: Encoded, stays: torch.Tensor, selection: torch.Tensor, example: torch.Tensor, **options: Any
     ) -> Any:
-        """Let the model go on greedily from what is kept of prompts that are equally long; see ``_sequences``."""
-        ids, mask, places = self._compact(encoded, stays, example)
+        """Let the model go on from what is kept of prompts, padded on the left; see ``_sequences``."""
+        ids, mask, places = self._compact(encoded, stays, example, left=True)
         return self.model.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=places - self.family.first_place,  # generate counts from 0 and adds it itself
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
             **self.family.token_types(ids, torch.zeros_like(mask)),
             **self._images(encoded, encoded.tokens, selection, example),
             **options,
@@ -392,18 +424,46 @@ class HuggingFaceVLM:
     def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
         """Answer greedily under each selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
         self._check(encoded, selection)
-        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths - encoded.answer_lengths)
+        prompts = encoded.lengths - encoded.answer_lengths
+        self._check_window(int(prompts.max()) + max_new_tokens)
+        stays, example, lengths = self._sequences(encoded, selection, prompts)
         flat = selection.flatten(0, 1)
         texts = [""] * len(flat)
+        greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         for length in lengths.unique().tolist():  # equal lengths need no padding
             same = (lengths == length).nonzero().flatten()
             for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
-                output = self._continue(encoded, stays[rows], flat[rows], example[rows], max_new_tokens)
+                output = self._continue(encoded, stays[rows], flat[rows], example[rows], **greedy)
                 answers = self.family.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
                 for row, text in zip(rows.tolist(), answers, strict=True):
                     texts[row] = text.strip()
         group = selection.shape[1]
         return [texts[start : start + group] for start in range(0, len(texts), group)]
+
+    @torch.no_grad()
+    def generate_ids(self, encoded: Encoded, selection: torch.Tensor, **options: Any) -> Any:
+        """Call the model's own ``generate`` on what is kept of each prompt.
+
+        Args:
+            encoded: B examples.
+            selection: bool (B, N).
+            options: Of ``generate``, all but those that are about the prompt.
+
+        Returns:
+            What ``generate`` returns, without the prompt: the new tokens, long (B, T), or an output object whose
+            ``sequences`` they are.
+        """
+        self._check(encoded, selection[:, None])
+        prompts = encoded.lengths - encoded.answer_lengths
+        new = options.get("max_new_tokens") or getattr(self.model.generation_config, "max_new_tokens", None) or 0
+        self._check_window(int(prompts.max()) + new)
+        stays, example, lengths = self._sequences(encoded, selection[:, None], prompts)
+        output = self._continue(encoded, stays, selection, example, **options)
+        longest = int(lengths.max())
+        if isinstance(output, torch.Tensor):
+            return output[:, longest:]
+        output.sequences = output.sequences[:, longest:]
+        return output
 
     @torch.no_grad()
     def answer(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> Reply:
@@ -417,11 +477,17 @@ class HuggingFaceVLM:
         self._check(encoded, selection)
         if selection.shape[:2] != (1, 1):
             raise ValueError(f"expected one selection of one example, got {selection.shape[1]} of {len(encoded)}")
-        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths - encoded.answer_lengths)
         clock = _Clock()
-        more: dict[str, Any] = {"streamer": clock, "return_dict_in_generate": True, "output_logits": True}
-        output = self._continue(encoded, stays, selection[0], example, max_new_tokens, **more)
-        new = output.sequences[0, int(lengths[0]) :]
+        output = self.generate_ids(
+            encoded,
+            selection[0],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = output.sequences[0]
         logits = torch.stack(output.logits)[:, 0].float()  # (T, V)
         chosen = logits.log_softmax(-1).gather(1, new[:, None])[:, 0]
         special = torch.tensor([int(token) in self.family.tokenizer.all_special_ids for token in new])
@@ -441,6 +507,8 @@ class HuggingFaceVLM:
             encoded: The examples; the vision tower runs on them once more.
             kind: "cls": from the tower's CLS token at the layer the features come from, averaged over heads.
         """
+        if any(example.image.size == 0 for example in encoded.examples):
+            raise ValueError("the vision tower has to run on the images once more, and these are not known")
         if kind != "cls":
             raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls'")
         rows = self.family.cls_attention([example.image for example in encoded.examples])

@@ -50,7 +50,7 @@ def test_answers_are_those_of_the_model_on_what_the_agent_keeps(pruner: Pruner) 
         kept = budget_to_count(encoded, budget)
         selection = pruner.selector(pruner.vlm, encoded, kept, torch.Generator())
         expected = [texts[0] for texts in pruner.vlm.generate(encoded, selection[:, None])]
-        assert pruner.generate(images, questions, budget) == expected
+        assert pruner.answers(images, questions, budget) == expected
         single = [pruner(image, question, budget) for image, question in zip(images, questions, strict=True)]
         assert [one.text for one in single] == expected
         assert [one.kept.tolist() for one in single] == selection.tolist()
@@ -66,9 +66,9 @@ def test_answers_are_those_of_the_model_on_what_the_agent_keeps(pruner: Pruner) 
 def test_pillow_images_of_any_mode_are_taken(pruner: Pruner) -> None:
     example = SceneTask().example("validation", 0)
     image = Image.fromarray(example.image)
-    expected = pruner.generate([example.image], [example.question])
-    assert pruner.generate([image], [example.question]) == expected
-    assert pruner.generate([image.convert("RGBA")], [example.question]) == expected
+    expected = pruner.answers([example.image], [example.question])
+    assert pruner.answers([image], [example.question]) == expected
+    assert pruner.answers([image.convert("RGBA")], [example.question]) == expected
 
 
 def test_one_agent_serves_pictures_of_several_sizes() -> None:
@@ -78,7 +78,7 @@ def test_one_agent_serves_pictures_of_several_sizes() -> None:
     torch.nn.init.normal_(scorer.out[1].weight)
     pruner = Pruner(vlm, ScorerSelector(scorer))
     images = [np.random.default_rng(size).integers(0, 256, (size, 60, 3), dtype=np.uint8) for size in (40, 90)]
-    together = pruner.generate(images, ["what is it?"] * 2, budget=0.5, max_new_tokens=3)
+    together = pruner.answers(images, ["what is it?"] * 2, budget=0.5, max_new_tokens=3)
     alone = [pruner(image, "what is it?", 0.5, 3) for image in images]
     assert [one.text for one in alone] == together
     assert len({len(one.kept) for one in alone}) == 2
@@ -88,11 +88,11 @@ def test_one_agent_serves_pictures_of_several_sizes() -> None:
 def test_misuse_is_refused(pruner: Pruner, tmp_path: Path) -> None:
     image = np.zeros((96, 96, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="1 images and 2 questions"):
-        pruner.generate([image], ["a?", "b?"])
+        pruner.answers([image], ["a?", "b?"])
     with pytest.raises(ValueError, match=r"float64 of shape \(96, 96, 3\)"):
-        pruner.generate([image.astype(float)], ["a?"])
+        pruner.answers([image.astype(float)], ["a?"])
     with pytest.raises(ValueError, match="share"):
-        pruner.generate([image], ["a?"], budget=1.5)
+        pruner.answers([image], ["a?"], budget=1.5)
     encoded = pruner.encode([image, image], ["a?", "b?"])
     with pytest.raises(ValueError, match="no answers to score"):
         pruner.vlm.score(encoded, encoded.full_selection())
