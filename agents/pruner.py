@@ -39,6 +39,8 @@ class Answer:
     """The visual tokens the language model saw, bool (N,)."""
     positions: np.ndarray
     """Row and column of each visual token in the image, in [0, 1], (N, 2)."""
+    cells: np.ndarray | None
+    """Height and width of what each shows, as shares of the image, (N, 2); ``None`` where all show as much."""
     seconds: dict[str, float]
     """Time spent: "encode" (vision), "select", "prefill" (up to the first token), "decode" (the other tokens)."""
 
@@ -185,6 +187,7 @@ class Pruner:
             log_likelihood=reply.log_likelihood,
             kept=selection[0].cpu().numpy(),
             positions=encoded.positions[0].float().cpu().numpy(),
+            cells=None if encoded.cells is None else encoded.cells[0].float().cpu().numpy(),
             seconds={
                 "encode": seen - began,
                 "select": chosen - seen,

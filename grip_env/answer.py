@@ -98,7 +98,8 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     from grip_env.envs.rendering import draw_selection
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']
-    Image.fromarray(draw_selection(image, pruned.positions, pruned.kept, lines=lines)).save(config.out)
+    picture = draw_selection(image, pruned.positions, pruned.kept, lines, cells=pruned.cells)
+    Image.fromarray(picture).save(config.out)
     print(f"wrote {config.out}")
     return pruned, dense
 

@@ -26,6 +26,8 @@ class Instance:
     """Which tokens are no padding, bool (N,)."""
     positions: np.ndarray
     """Row and column of each token, float32 (N, 2), 0 for padding."""
+    cells: np.ndarray | None
+    """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
     full: Scores | None = None
     """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
 
@@ -113,7 +115,8 @@ class InstanceStore:
         room = words if self.max_question_tokens is None else self.max_question_tokens
         self._check_room(index, "question", words, room, "max_question_tokens")
         positions = fit(to_array(encoded.positions[0]), self.max_tokens) * real[:, None]
-        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0))
+        cells = None if encoded.cells is None else fit(to_array(encoded.cells[0]), self.max_tokens)
+        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0), cells)
 
     def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
         if count > room:

@@ -39,6 +39,7 @@ def draw_selection(
     lines: Sequence[str] = (),
     relevant: np.ndarray | None = None,
     size: int = 480,
+    cells: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw which visual tokens are kept: their cells stay bright inside a light outline, the others fade.
 
@@ -51,6 +52,8 @@ def draw_selection(
         relevant: bool (N,); these cells get a small dot.
         size: About how many pixels the longer side of the image takes (a small image grows by a whole
             factor).
+        cells: (N, 2) height and width of what each token shows, as shares of the image, for models that look at
+            the whole image and at its tiles: what any kept token shows stays bright.
 
     Returns:
         uint8 (height, width, 3), with a strip for the text below the image if there is any.
@@ -65,8 +68,10 @@ def draw_selection(
     for name, mask in (("selection", selection), ("relevant", relevant)):
         if mask is not None and np.shape(mask) != places.shape[:1]:
             raise ValueError(f"{name} must have shape {places.shape[:1]}, one entry per position; got {np.shape(mask)}")
+    if cells is not None and np.shape(cells) != places.shape:
+        raise ValueError(f"cells must have shape {places.shape}, as positions have; got {np.shape(cells)}")
     drawn = _resized(picture, size)
-    boxes = _boxes(places, drawn.shape[0], drawn.shape[1])
+    boxes = _boxes(places, drawn.shape[0], drawn.shape[1], cells)
     if selection is not None:
         drawn = _faded(drawn, boxes[np.asarray(selection, dtype=bool)])
     if relevant is not None:
@@ -155,9 +160,12 @@ def _resized(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS)).copy()
 
 
-def _boxes(positions: np.ndarray, height: int, width: int) -> np.ndarray:
+def _boxes(positions: np.ndarray, height: int, width: int, cells: np.ndarray | None) -> np.ndarray:
     """Return top, left, bottom and right of each token's cell in pixels, int (N, 4)."""
-    half = np.array([_spacing(positions[:, 0]), _spacing(positions[:, 1])]) / 2
+    if cells is None:
+        half = np.array([_spacing(positions[:, 0]), _spacing(positions[:, 1])]) / 2
+    else:
+        half = np.asarray(cells, dtype=np.float64) / 2
     scale = np.array([height, width])
     corners = np.concatenate([(positions - half) * scale, (positions + half) * scale], 1)
     return np.clip(np.rint(corners), 0, np.concatenate([scale, scale])).astype(int)

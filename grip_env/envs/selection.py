@@ -242,9 +242,10 @@ def draw_episode(episode: Episode) -> np.ndarray:
     example = instance.example
     assert instance.full is not None
     full = float(instance.full.log_likelihood.exp())
+    cells = None if instance.cells is None else instance.cells[real]
     if outcome is None:
         lines = [example.question, f"{episode.k} of {real.sum()} tokens may be kept"]
-        return draw_selection(example.image, instance.positions[real], lines=lines)
+        return draw_selection(example.image, instance.positions[real], lines=lines, cells=cells)
     verdict = "answered correctly" if outcome.correct else "answered wrongly"
     lines = [
         example.question,
@@ -253,4 +254,4 @@ def draw_episode(episode: Episode) -> np.ndarray:
     ]
     relevant = instance.relevant()
     marked = None if relevant is None else np.isin(np.arange(len(real)), relevant)[real]
-    return draw_selection(example.image, instance.positions[real], outcome.selection[real], lines, marked)
+    return draw_selection(example.image, instance.positions[real], outcome.selection[real], lines, marked, cells=cells)

@@ -171,3 +171,21 @@ def test_render_without_a_mode_warns_and_unknown_modes_are_refused() -> None:
         assert env.render() is None
     with pytest.raises(ValueError, match="ascii"):
         make("ascii")
+
+
+def test_what_any_kept_token_shows_stays_bright() -> None:
+    """A token of the whole-image view shows more than one of a tile; a newline shows nothing."""
+    places = np.array([[0.25, 0.25], [0.875, 0.875], [0.5, 1.0]])
+    cells = np.array([[0.5, 0.5], [0.25, 0.25], [0.0, 0.0]])
+    drawn = draw_selection(IMAGE, places, np.ones(3, dtype=bool), cells=cells)
+    plain = draw_selection(IMAGE, places)
+    side = len(plain)
+    bright = (drawn == plain).all(-1)
+    half, quarter = side // 2, side // 4
+    assert bright[:half, :half].all()
+    assert bright[-quarter:, -quarter:].all()
+    dim = ~bright
+    assert dim[: half - 8, half + 8 :].mean() > 0.95
+    assert dim[half + 8 : -quarter - 8, half + 8 :].mean() > 0.95
+    with pytest.raises(ValueError, match=r"cells must have shape \(3, 2\)"):
+        draw_selection(IMAGE, places, cells=cells[:2])
