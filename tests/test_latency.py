@@ -151,19 +151,41 @@ def test_bars_are_held_against_the_fewest_tokens(times: tuple[float, float, floa
 
 
 def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
-    size = ("--width", "256", "--layers", "4", "--repeats", "1", "--new-tokens", "2", "--threads", "1")
+    size = (
+        "--width",
+        "256",
+        "--layers",
+        "4",
+        "--repeats",
+        "1",
+        "--new-tokens",
+        "2",
+        "--threads",
+        "1",
+        "--batch",
+        "1",
+        "2",
+    )
     command = ("-m", "grip_env.benchmark", "latency", *size, "--kept", "128", "64", "--out", "times.json")
     code, out, err = finish(start(*command, cwd=tmp_path))
     assert code == 0, err
     assert "USDT" not in err
     lines = out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == ["dense", "128", "64"]
-    assert len([line for line in lines if line.startswith(("holds   ", "MISSED  "))]) == 2
+    head = ["kept", "---"]
+    cells = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert cells == [*head, "dense", "128", "64"] * 2
+    verdicts = [line for line in lines if line.startswith(("holds   ", "MISSED  "))]
+    assert len(verdicts) == 4
+    assert all("one picture at a time" in line for line in verdicts[:2])
+    assert all("2 pictures at a time" in line for line in verdicts[2:])
     saved = json.loads((tmp_path / "times.json").read_text())
     assert saved["config"]["kept"] == [128, 64]
-    assert [row["kept"] for row in saved["rows"]] == [None, 128, 64]
+    assert [(row["batch"], row["kept"]) for row in saved["rows"]] == [(b, k) for b in (1, 2) for k in (None, 128, 64)]
+    one, several = saved["rows"][:3], saved["rows"][3:]
+    for key in ("length", "flops", "cache"):  # of one picture, however many go through together
+        assert [row[key] for row in one] == [row[key] for row in several]
     assert saved["threads"] == 1
-    assert len(saved["bars"]) == 2
+    assert len(saved["bars"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -172,6 +194,8 @@ def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
         ("--kept 64 577", "--kept must be counts from 1 to 576"),
         ("--kept 0", "--kept must be counts from 1 to 576"),
         ("--kept", "got nothing"),
+        ("--batch 0", "--batch must be counts of pictures from 1 up; got 0"),
+        ("--batch", "got nothing"),
         ("--repeats 0", "--repeats must be at least 1; got 0"),
         ("--new-tokens 0", "--new-tokens must be at least 1; got 0"),
         ("--layers 0", "--layers must be at least 1; got 0"),
