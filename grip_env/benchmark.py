@@ -1,6 +1,7 @@
 """Train with several seeds and measure what the project promises: ``python -m grip_env.benchmark``.
 
-``python -m grip_env.benchmark latency`` measures speed and memory instead: see :mod:`grip_env.latency`.
+``python -m grip_env.benchmark latency`` measures what pruning saves instead (see :mod:`grip_env.latency`), and
+``python -m grip_env.benchmark speed`` what the environments cost (see :mod:`grip_env.speed`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Config:
 
     Runs that have finished are not repeated, so that an interrupted benchmark goes on where it was; one that has not
     finished is removed and started again. `python -m grip_env.benchmark latency` measures speed and memory of pruning
-    instead, and trains nothing: see its own --help.
+    instead, and `python -m grip_env.benchmark speed` those of the environments; both train nothing: see their --help.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -184,8 +185,11 @@ def main() -> None:
     if sys.argv[1:2] == ["latency"]:
         from grip_env import latency
 
-        latency.main(sys.argv[2:])
-        return
+        return latency.main(sys.argv[2:])
+    if sys.argv[1:2] == ["speed"]:
+        from grip_env import speed
+
+        return speed.main(sys.argv[2:])
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark")
     check_agents_package()
     check_at_least(0, threads=config.threads)

@@ -97,6 +97,10 @@ class InstanceStore:
             self._cache.popitem(last=False)
         return found
 
+    def instances(self) -> list[Instance]:
+        """Return the instances in memory, the least recently used first."""
+        return list(self._cache.values())
+
     def score(self, jobs: Sequence[tuple[Instance, np.ndarray]]) -> list[Scores]:
         """Score one selection, bool (N,), of each instance in one call; the fields have shape (1, 1)."""
         batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])

@@ -80,9 +80,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """Return the processor of the embedded model: 96 x 96 images, 8-pixel patches."""
-    side = {"height": scenes.SIDE, "width": scenes.SIDE}
+def build_processor(pixels: int = scenes.SIDE) -> LlavaProcessor:
+    """Return the processor of the embedded model: images of 96 x 96 (``pixels``), 8-pixel patches."""
+    side = {"height": pixels, "width": pixels}
     image_processor = CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
@@ -107,16 +107,18 @@ def _sincos(side: int, width: int) -> torch.Tensor:
     return torch.cat([rows, columns], -1).reshape(side * side, width)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Return an untrained model in float32."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, pixels: int = scenes.SIDE
+) -> LlavaForConditionalGeneration:
+    """Return an untrained model in float32, for images of ``pixels`` x ``pixels``."""
     torch.manual_seed(seed)
-    grid = scenes.SIDE // PATCH
+    grid = pixels // PATCH
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=scenes.SIDE,
+        image_size=pixels,
         patch_size=PATCH,
         projection_dim=WIDTH,
         hidden_act="gelu",
@@ -128,7 +130,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=max(512, 2 * grid * grid),
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
