@@ -171,8 +171,8 @@ def measure(config: Config) -> Measured:
     kept = int(envs.reset(seed=0)[1]["k"][0])
     fresh.reset(seed=0)
     sync.reset(seed=0)
-    pool = ExamplePool(vlm, scenes, size=128)
-    grpo = GRPO(vlm, pool, Scorer(ScorerConfig(vlm.width)), GRPOConfig(steps=config.rounds, warmup_steps=0, pool=128))
+    pool = ExamplePool(vlm, scenes, size=48)
+    grpo = GRPO(vlm, pool, Scorer(ScorerConfig(vlm.width)), GRPOConfig(steps=config.rounds, warmup_steps=0, pool=48))
     updates = grpo.train()
     times: dict[str, list[float]] = {}
     counts: dict[str, float] = {}

@@ -35,7 +35,7 @@ def test_few_examples_are_the_first_of_a_task() -> None:
     ("change", "missed"),
     [
         ({}, []),
-        ({"vector": [12.0, 12.0]}, ["throughput"]),
+        ({"vector": [12.0, 12.0], "SyncVectorEnv": [120.0, 120.0]}, ["throughput"]),
         ({"SyncVectorEnv": [70.0, 85.0]}, ["SyncVectorEnv"]),
         ({"masked": [39.0, 39.0]}, ["masking"]),
         ({"k-subset N=144": [15.0, 16.0]}, ["k-subset"]),
