@@ -1,7 +1,7 @@
 """The language model layer by layer, with visual tokens dropped between the layers.
 
-Nothing of transformers is copied or patched: the model's own embedding, decoder layers, rotary embedding, final norm and
-head are called in order, on a sequence that gets shorter. FastV (Chen et al., ECCV 2024, arXiv 2403.06764) and
+Nothing of transformers is copied or patched: the model's own embedding, decoder layers, rotary embedding, final norm
+and head are called in order, on a sequence that gets shorter. FastV (Chen et al., ECCV 2024, arXiv 2403.06764) and
 PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247) drop visual tokens at such points.
 """
 
@@ -66,8 +66,9 @@ class StagedForward:
 
     Dropped tokens leave the sequence, so later layers have less to do. What is left keeps its positions, or is
     renumbered at each drop where the model's ``position_policy`` is "reindex". Dropping at layer 0 alone is what
-    ``vlm.score`` does; dropping at layer l equals hiding the tokens from attention in layer l and all after it. Attention
-    is causal: what visual tokens hold depends on nothing that comes after them, so not on the answer.
+    ``vlm.score`` does; dropping at layer l equals hiding the tokens from attention in layer l and all after it.
+    Attention is causal: what visual tokens hold depends on nothing that comes after them, so not on the answer, nor on
+    the question where that follows the image.
 
     >>> from grip_env import SceneTask, load_vlm
     >>> vlm = load_vlm("tiny")
@@ -75,7 +76,7 @@ class StagedForward:
     >>> run = StagedForward(vlm, encoded)
     >>> run.advance(2)
     >>> seen = run.attention()  # (B, N)
-    >>> run.drop(seen >= seen.quantile(0.5, dim=1, keepdim=True))  # FastV: half of the tokens, after two layers
+    >>> run.drop(seen >= seen.quantile(0.5, dim=1, keepdim=True))  # half of them go, after two layers
     >>> run.alive.sum(1).tolist(), run.finish().log_likelihood.shape
     ([72, 72], torch.Size([2, 1]))
     """
@@ -149,10 +150,13 @@ class StagedForward:
         if layer == self.layer:
             return
         decoder = decoder_of(self.vlm)
+        # what pads a row is at its end, where no token of the row looks, so that being causal is all a mask has to say;
+        # fused attention is causal by itself where it gets none
+        fused = decoder.config._attn_implementation == "sdpa"
         parts = []
         for rows in self._chunks():
             hidden, places = self._hidden[rows], self._places[rows]
-            mask = _causal(self._present[rows], hidden.dtype)
+            mask = None if fused else _causal(hidden)
             rotary = decoder.rotary_emb(hidden, position_ids=places)
             for block in decoder.layers[self.layer : layer]:
                 hidden = block(hidden, attention_mask=mask, position_ids=places, position_embeddings=rotary)
@@ -253,11 +257,8 @@ class StagedForward:
         return spread
 
 
-def _causal(present: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what is added to attention logits (B, 1, L, L): each token sees itself and what comes before it.
-
-    Additive, as that is what both eager and fused attention take. Padding is at the end, so no row is empty.
-    """
-    length = present.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool, device=present.device).tril() & present[:, None, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=present.device).masked_fill(~seen, torch.finfo(dtype).min)
+def _causal(hidden: torch.Tensor) -> torch.Tensor:
+    """Return what eager attention adds to its logits (1, 1, L, L): each token sees itself and what comes before it."""
+    length = hidden.shape[1]
+    blank = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
+    return blank.triu(1)[None, None]

@@ -23,12 +23,12 @@ from tests.vlms import tiny_models
 from tests.vlms.test_families import answer_ids, examples, process
 
 
-def build(kind: str, **options: Any) -> HuggingFaceVLM:
-    """A tiny model of a family, made deeper: three layers, so that there are two inner boundaries."""
+def build(kind: str, layers: int = 3, **options: Any) -> HuggingFaceVLM:
+    """A tiny model of a family, with a deeper language model, so that there are inner boundaries."""
     with pytest.MonkeyPatch.context() as patch:
         language = tiny_models._language
         patch.setattr(
-            tiny_models, "_language", lambda *args, **more: language(*args, **{"num_hidden_layers": 3, **more})
+            tiny_models, "_language", lambda *args, **more: language(*args, **{**more, "num_hidden_layers": layers})
         )
         return HuggingFaceVLM(*tiny_models.build(kind), kind, **options)
 
@@ -353,7 +353,7 @@ def test_other_models_language_models_and_attention_are_refused(llava: HuggingFa
         StagedForward(fake, fake.encode([FakeTask().example("train", 0)]))  # type: ignore[arg-type]
     vlm = build("llava")
     vlm.model.config.text_config.model_type = "gemma2"
-    with pytest.raises(NotImplementedError, match="llama, mistral, qwen2; 'llava' is of family 'llava' with .*gemma2"):
+    with pytest.raises(NotImplementedError, match=r"llama, mistral, qwen2; 'llava' is of family 'llava' with .*gemma2"):
         decoder_of(vlm)
     vlm = build("llava")
     vlm.model.config.text_config._attn_implementation = "flex_attention"
