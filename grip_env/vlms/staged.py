@@ -232,16 +232,20 @@ class StagedForward:
         if not bool(self._answers.all()):
             raise ValueError("there are no answers to score: encode the examples with their answers")
         self.advance(self.layers)
+        logits, targets = self._answer()
+        correct = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
+        return Scores(_mean_log_likelihood(logits, targets)[:, None], correct[:, None])
+
+    def _answer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the last layer predicts for the answers (B, T, V), and their ids (B, T), -100 where one ends."""
         offset = torch.arange(int(self._answers.max()), device=self._answers.device)  # (T,)
         real = offset < self._answers[:, None]  # (B, T)
         begin = self._present.sum(1) - self._answers
         at = torch.where(real, begin[:, None] + offset, 1)  # columns of the answer's ids
-        targets = self._ids.gather(1, at).masked_fill(~real, -100)
         before = (at - 1)[..., None].expand(-1, -1, self._hidden.shape[-1])  # an id is predicted one column earlier
         final = decoder_of(self.vlm).norm(self._hidden.gather(1, before))
-        logits = self.vlm.model.get_output_embeddings()(final).float()  # (B, T, V)
-        correct = ((logits.argmax(-1) == targets) | ~real).all(-1)
-        return Scores(_mean_log_likelihood(logits, targets)[:, None], correct[:, None])
+        logits: torch.Tensor = self.vlm.model.get_output_embeddings()(final).float()
+        return logits, self._ids.gather(1, at).masked_fill(~real, -100)
 
     def _chunks(self) -> Iterator[slice]:
         """Split the rows so that no call of a layer gets more tokens than the model's ``token_budget``."""
