@@ -1,6 +1,7 @@
 """Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
 
-Importing this package registers ``GRIP/TokenSelection-v0``. What is heavier than Gymnasium loads when used.
+Importing this package registers ``GRIP/TokenSelection-v0`` and ``GRIP/ProgressivePruning-v0``. What is heavier than
+Gymnasium loads when used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
+    from grip_env.envs.progressive import ProgressivePruningEnv
+    from grip_env.envs.progressive_vector import ProgressivePruningVectorEnv
     from grip_env.envs.rendering import Panel, draw_selection, gallery
     from grip_env.envs.rewards import REWARDS, AnswerLogLikelihood, AnswerProbability, ExactMatch, Reward
     from grip_env.envs.selection import TokenSelectionEnv
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from grip_env.vlms import load_vlm
     from grip_env.vlms.base import Encoded, FrozenVLM, Scores
     from grip_env.vlms.huggingface import HuggingFaceVLM
+    from grip_env.vlms.staged import StagedForward
 
 __version__ = "0.1.0"
 
@@ -35,10 +39,13 @@ _HOMES = {
     "FrozenVLM": "grip_env.vlms.base",
     "HuggingFaceVLM": "grip_env.vlms.huggingface",
     "Panel": "grip_env.envs.rendering",
+    "ProgressivePruningEnv": "grip_env.envs.progressive",
+    "ProgressivePruningVectorEnv": "grip_env.envs.progressive_vector",
     "REWARDS": "grip_env.envs.rewards",
     "Reward": "grip_env.envs.rewards",
     "SceneTask": "grip_env.tasks.scenes",
     "Scores": "grip_env.vlms.base",
+    "StagedForward": "grip_env.vlms.staged",
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
     "TokenSelectionVectorEnv": "grip_env.envs.vector",
@@ -59,9 +66,12 @@ __all__ = [
     "FrozenVLM",
     "HuggingFaceVLM",
     "Panel",
+    "ProgressivePruningEnv",
+    "ProgressivePruningVectorEnv",
     "Reward",
     "SceneTask",
     "Scores",
+    "StagedForward",
     "Task",
     "TokenSelectionEnv",
     "TokenSelectionVectorEnv",
@@ -89,4 +99,11 @@ if "GRIP/TokenSelection-v0" not in gymnasium.registry:  # a reload would warn
         id="GRIP/TokenSelection-v0",
         entry_point="grip_env.envs.selection:TokenSelectionEnv",
         vector_entry_point="grip_env.envs.vector:TokenSelectionVectorEnv",
+    )
+
+if "GRIP/ProgressivePruning-v0" not in gymnasium.registry:
+    gymnasium.register(
+        id="GRIP/ProgressivePruning-v0",
+        entry_point="grip_env.envs.progressive:ProgressivePruningEnv",
+        vector_entry_point="grip_env.envs.progressive_vector:ProgressivePruningVectorEnv",
     )

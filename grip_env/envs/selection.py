@@ -11,6 +11,7 @@ from grip_env.envs.episodes import ActionMode, Episode, Observation, SelectionRu
 from grip_env.envs.rendering import draw_selection
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
+from grip_env.envs.window import Window
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 
@@ -159,7 +160,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         self.action_space = self.rules.action_space
         self._stream: EpisodeStream | None = None
         self._episode: Episode | None = None
-        self._window: Any = None
+        self._window = Window("GRIP token selection")
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -207,32 +208,12 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         picture = draw_episode(self._episode)
         if self.render_mode == "rgb_array":
             return picture
-        self._show(picture)
+        self._window.show(picture)
         return None
-
-    def _show(self, picture: np.ndarray) -> None:
-        from matplotlib import pyplot
-
-        if self._window is None or not pyplot.fignum_exists(self._window.number):
-            height, width = picture.shape[:2]
-            self._window = pyplot.figure("GRIP token selection", figsize=(width / 100, height / 100), dpi=100)
-        self._window.clear()
-        axes = self._window.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.imshow(picture)
-        canvas = self._window.canvas
-        canvas.draw()
-        if canvas.required_interactive_framework is not None:  # a backend that draws to memory has no window to raise
-            self._window.show()
-            canvas.flush_events()
 
     def close(self) -> None:
         """Close the window, if there is one."""
-        if self._window is not None:
-            from matplotlib import pyplot
-
-            pyplot.close(self._window)
-            self._window = None
+        self._window.close()
 
 
 def draw_episode(episode: Episode) -> np.ndarray:

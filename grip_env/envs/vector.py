@@ -140,6 +140,15 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             options: "index" and "budget" as in the single environment: one value for all, or a list with one
                 for each.
         """
+        requests = self._start_over(seed, options)
+        self._episodes, self._ended = [], []
+        self._episodes = self.rules.advance(requests=requests)
+        return self._observe(), self._start_infos({})
+
+    def _start_over(
+        self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
+    ) -> list[tuple[int, float]]:
+        """Seed the instances and draw the (index, budget) that each begins with."""
         seeds = [None] * self.num_envs if seed is None else seed
         seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
         if len(seeds) != self.num_envs:
@@ -150,9 +159,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 (self._generators[i],), (self._seeds[i],) = self._seeded([own])
             if own is not None or self._streams[i] is None:
                 self._streams[i] = self.rules.stream(self._generators[i])
-        self._episodes, self._ended = [], []
-        self._episodes = self.rules.advance(requests=self._requests(fixed))
-        return self._observe(), self._start_infos({})
+        return self._requests(fixed)
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Decide in every episode and begin the next ones.

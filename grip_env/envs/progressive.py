@@ -1,0 +1,284 @@
+"""Several decisions per episode: visual tokens are dropped stage by stage inside the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+
+from grip_env.envs.episodes import ActionMode, Observation, SelectionRules
+from grip_env.envs.rendering import Panel, draw_selection, gallery
+from grip_env.envs.rewards import Reward
+from grip_env.envs.sampling import Budget, EpisodeStream
+from grip_env.envs.schedule import total_budget
+from grip_env.envs.selection import RenderMode
+from grip_env.envs.stages import StagedEpisode, StageRollout, StageRules
+from grip_env.envs.window import Window
+from grip_env.tasks.base import Task
+from grip_env.vlms.base import FrozenVLM
+
+__all__ = ["ProgressivePruningEnv", "draw_stages"]
+
+_ACROSS = 4  # pictures side by side
+
+
+class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
+    """Drop visual tokens in stages, between the layers of a frozen language model, before it answers a question.
+
+    ## Description
+
+    Each episode is one question about one image, whose visual tokens enter the language model. Before each of T of its
+    layers, the stages, the agent sees what the model has made of the surviving tokens so far, and decides which of
+    them survive. A dropped token is gone for all later layers and for good, so early mistakes cost; a token carried
+    along costs too, as every layer it is in counts against the budget. The model never changes. FastV (arXiv
+    2403.06764, one stage) and PyramidDrop (arXiv 2410.17247, several) are policies of this kind.
+
+    N visual tokens, n of them real, D width, Q question tokens, T stages, k tokens that may survive one.
+
+    ## Action Space
+
+    - ``action_mode="binary"``: ``MultiBinary(N)``, int8 (N,), 1 = keep. If more than k surviving tokens are chosen, k
+      of them are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` tells by
+      how many. Fewer are allowed, none too.
+    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``. With ``stage_budgets``, the k surviving tokens of highest
+      score are kept. With ``budget``, those of them whose score is above 0, at most k: so the agent says how much it
+      spends now and how much it leaves for later. Of equal scores, the lower index comes first. Any number but NaN is
+      accepted.
+
+    What is dropped or padding stays so, whatever the action.
+
+    ## Observation Space
+
+    A ``Dict`` of fresh arrays; rows of tokens that are dropped or padding are zero:
+
+    | key | space | dtype, shape | meaning |
+    |---|---|---|---|
+    | tokens | Box, any finite number | float32 (N, D) | hidden states of the tokens as they enter the stage's layer |
+    | token_mask | MultiBinary | int8 (N,) | 1 for tokens that survive so far |
+    | positions | Box [0, 1] | float32 (N, 2) | row and column of each token's centre in the image |
+    | question | Box, any finite number | float32 (Q, D) | the language model's embeddings of the question |
+    | question_mask | MultiBinary | int8 (Q,) | 1 where a row of ``question`` is real |
+    | budget | Box [0, 1] | float32 (1,) | k divided by the number of surviving tokens; 0 if there are none |
+    | remaining | Box [0, 1] | float32 (1,) | what is left of the budget for the stage's layer and those after it |
+    | stage | MultiBinary | int8 (T,) | one-hot: the stage to decide; all 0 at the end |
+    | attention | Box [0, 1] | float32 (N,) | only with ``attention=True``; see below |
+
+    At layer 0 ``tokens`` are the visual tokens themselves. ``remaining`` counts places, one for each token in each
+    layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention`` is
+    what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models are
+    causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
+    LLaVA; attention depends on the question. ``question_aware=False`` leaves out ``question``, ``question_mask``.
+
+    ## Starting State
+
+    As in :class:`~grip_env.TokenSelectionEnv`: the next instance of a shuffle of the split, under the next budget, both
+    by the seed alone. ``reset(options={"index": 3, "budget": 0.2})`` fixes either or both for one episode.
+
+    ## Budgets
+
+    - ``stage_budgets=(b_1, ..., b_T)``: k = max(1, round(b_t * n)) tokens may survive stage t.
+    - ``budget``: at most max(1, round(budget * n)) visual tokens may be present on average over all layers, those
+      before the first stage included: as many as one decision before the first layer might keep at this budget. At
+      each stage, k is the largest number that, present until the next stage, leaves a place for at least one token in
+      each later layer. Spend all at once, and one token is left from the next stage on.
+
+    In both cases k is never more than the number of surviving tokens.
+
+    ## Rewards
+
+    0 until the last stage is decided, then ``reward(scores, full)`` of the model's answer: by default the mean
+    log-likelihood of its tokens minus the same with nothing dropped. ``over_budget_penalty`` is charged in the step
+    that is over budget, for each token.
+
+    ## Episode End
+
+    After T steps: ``terminated``, never ``truncated``. The last observation shows what survived, as it entered the
+    layer of the last stage; ``stage``, ``budget`` and ``remaining`` are 0.
+
+    ## Information
+
+    ``reset`` alone: ``index`` (int), ``split``, ``question`` and ``family`` (str) and ``layer_average_budget`` (float:
+    the most that ``layer_average_tokens`` may become). Both ``reset`` and ``step``: ``full_log_likelihood`` (float,
+    nats per answer token, nothing dropped); where the task knows it, ``relevant`` (list of int: tokens that decide the
+    answer, best first); and ``stage``, ``layer`` and ``k`` (int) of the first stage or, after a step, of the one just
+    decided. ``step`` alone: ``kept`` (list of int, ascending) and ``over_budget`` (int) of that stage. The last step
+    also: ``log_likelihood`` (float), ``correct`` (bool: would greedy decoding give the answer?),
+    ``layer_average_tokens`` (float: mean over all layers of the number of visual tokens present) and ``flops_saved``
+    (float: share of the FLOPs of the dense language model over the prompt; the agent's own are not counted). What is
+    not known is absent.
+
+    ## Arguments
+
+    Args:
+        vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`: of a kind whose layers can be run one
+            by one, see :func:`grip_env.vlms.staged.decoder_of`.
+        task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
+        split: Which split of the task.
+        stages: Decoder layers before which tokens can be dropped, strictly increasing, from 0.
+        budget: Share of the tokens, mean over all layers, in (0, 1]: a number; a tuple (low, high), drawn log-uniformly
+            for each episode; or a list, drawn uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
+        stage_budgets: Instead, a share for each stage, not increasing.
+        action_mode: "binary" or "scores".
+        reward: "log_likelihood", "probability" or "exact_match", or an object called as ``reward(scores, full)``.
+        over_budget_penalty: Charged for each token by which a binary action is over budget.
+        question_aware: Whether the agent sees the question.
+        attention: Whether the agent sees ``attention``.
+        render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3), of one size throughout an
+            episode) or "human" (window).
+        max_tokens: N. By default the number of visual tokens of the split's first example.
+        max_question_tokens: Q.
+        cache_size: How many encoded examples to keep in memory; the least recently used go first.
+
+    Raises:
+        NotImplementedError: If the model is of another kind.
+        ValueError: If an argument is none of the above, or the stages make the budget impossible; while it runs, also
+            for an example with more than ``max_tokens`` visual or ``max_question_tokens`` question tokens, an action
+            of the wrong shape or with NaN in it, and unknown reset options.
+        gymnasium.error.ResetNeeded: If ``step`` comes before ``reset`` or after the episode's end.
+
+    ```python
+    import gymnasium
+    import grip_env
+
+    env = gymnasium.make("GRIP/ProgressivePruning-v0", stages=(0, 2), budget=0.2, action_mode="scores")
+    observation, info = env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        action = env.action_space.sample()
+        observation, reward, terminated, truncated, info = env.step(action)
+        print(info["layer"], len(info["kept"]), "of", info["k"])
+    print(reward, info["correct"], info["layer_average_tokens"], info["flops_saved"])
+    ```
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
+        "render_modes": ["human", "rgb_array"],
+        "render_fps": 2,
+    }
+
+    def __init__(
+        self,
+        vlm: FrozenVLM | str = "tiny",
+        task: Task | str = "scenes",
+        split: str = "train",
+        stages: Sequence[int] = (0, 1, 2),
+        budget: Budget | None = None,
+        stage_budgets: Sequence[float] | None = None,
+        action_mode: ActionMode = "binary",
+        reward: Reward | str = "log_likelihood",
+        over_budget_penalty: float = 0.0,
+        question_aware: bool = True,
+        attention: bool = False,
+        render_mode: RenderMode | None = None,
+        max_tokens: int | None = None,
+        max_question_tokens: int = 24,
+        cache_size: int = 256,
+    ) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
+        rules = SelectionRules(
+            vlm=vlm,
+            task=task,
+            split=split,
+            budget=total_budget(budget, stage_budgets),
+            action_mode=action_mode,
+            reward=reward,
+            over_budget_penalty=over_budget_penalty,
+            question_aware=question_aware,
+            max_tokens=max_tokens,
+            max_question_tokens=max_question_tokens,
+            cache_size=cache_size,
+        )
+        self.rules = StageRules(rules, stages, stage_budgets, attention)
+        self.render_mode = render_mode
+        self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
+        self.action_space = rules.action_space
+        self._stream: EpisodeStream | None = None
+        self._rollout: StageRollout | None = None
+        self._window = Window("GRIP progressive pruning")
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin the next episode.
+
+        Args:
+            seed: Starts the sequence of episodes over; the same seed gives the same sequence.
+            options: "index" and "budget" fix this episode's instance and share of the tokens.
+        """
+        base = self.rules.rules
+        fixed = self.rules.check_fixed(base.check_options(options))
+        super().reset(seed=seed)
+        if seed is not None or self._stream is None:
+            self._stream = base.stream(self.np_random)
+        self._rollout = None
+        self._rollout = self.rules.begin([base.request(self._stream, fixed)])
+        if self.render_mode == "human":
+            self.render()
+        (observation,) = self._rollout.observe()
+        return observation, self.rules.start_info(self._rollout.episodes[0])
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Drop all but the chosen tokens and run the model to the next stage, or to its answer.
+
+        Args:
+            action: (N,), see Action Space.
+        """
+        rollout = self._rollout
+        if rollout is None or rollout.ended:
+            state = "not begun" if rollout is None else f"ended: it has {len(self.rules.schedule)} steps"
+            raise gymnasium.error.ResetNeeded(f"the episode has {state}; call reset() before step()")
+        checked = self.rules.rules.check_action(action, (self.rules.rules.max_tokens,))
+        (reward,) = rollout.step(checked[None], [self.np_random])
+        if self.render_mode == "human":
+            self.render()
+        (observation,) = rollout.observe()
+        return observation, reward, rollout.ended, False, self.rules.step_info(rollout.episodes[0])
+
+    def render(self) -> np.ndarray | None:
+        """Draw the image and what survived each stage so far; at the end also what came of it."""
+        if self._rollout is None:
+            raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
+        if self.render_mode is None:
+            gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
+            return None
+        picture = draw_stages(self.rules, self._rollout.episodes[0])
+        if self.render_mode == "rgb_array":
+            return picture
+        self._window.show(picture)
+        return None
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        self._window.close()
+
+
+def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
+    """Return the picture of an episode, uint8 (height, width, 3): the image, then one picture for each stage.
+
+    Stages that are not decided yet are dim; at the end, a dot marks cells known to matter. All pictures of an episode
+    have one size.
+    """
+    instance = staged.episode.instance
+    assert instance.full is not None
+    example, real = instance.example, instance.real
+    places, marked, caption = instance.positions[real], None, f"{staged.count} tokens"
+    if staged.ending is not None:
+        likely = np.exp([staged.ending["log_likelihood"], float(instance.full.log_likelihood)])
+        verdict = "right" if staged.ending["correct"] else "wrong"
+        caption = f"{verdict}: p = {likely[0]:.2f}, in full {likely[1]:.2f}"
+        relevant = instance.relevant()
+        marked = None if relevant is None else np.isin(np.arange(len(real)), relevant)[real]
+    panels: list[Panel | np.ndarray | None] = [Panel(draw_selection(example.image, places), caption)]
+    for stage, layer in enumerate(rules.schedule.stages):
+        survivors, caption = np.zeros_like(real), f"layer {layer}"
+        if stage < len(staged.decisions):
+            survivors = staged.decisions[stage].selection
+            caption = f"layer {layer}: {survivors.sum()} kept of at most {staged.decisions[stage].k}"
+        elif stage == len(staged.decisions):
+            caption = f"layer {layer}: at most {rules.allowance(staged)}"
+        panels.append(Panel(draw_selection(example.image, places, survivors[real], relevant=marked), caption))
+    rows = [panels[start : start + _ACROSS] for start in range(0, len(panels), _ACROSS)]
+    return gallery(rows, note=example.question)
