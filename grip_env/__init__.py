@@ -12,7 +12,17 @@ import gymnasium
 
 if TYPE_CHECKING:
     from grip_env.envs.rendering import Panel, draw_selection, gallery
-    from grip_env.envs.rewards import REWARDS, AnswerLogLikelihood, AnswerProbability, ExactMatch, Reward
+    from grip_env.envs.rewards import (
+        REWARDS,
+        AgreementWithFull,
+        AnswerLogLikelihood,
+        AnswerProbability,
+        ComposableReward,
+        ExactMatch,
+        KeptFraction,
+        Reward,
+        WeightedSum,
+    )
     from grip_env.envs.selection import TokenSelectionEnv
     from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
@@ -25,8 +35,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AgreementWithFull": "grip_env.envs.rewards",
     "AnswerLogLikelihood": "grip_env.envs.rewards",
     "AnswerProbability": "grip_env.envs.rewards",
+    "ComposableReward": "grip_env.envs.rewards",
     "DataError": "grip_env.tasks.files",
     "Encoded": "grip_env.vlms.base",
     "ExactMatch": "grip_env.envs.rewards",
@@ -34,6 +46,7 @@ _HOMES = {
     "FileTask": "grip_env.tasks.files",
     "FrozenVLM": "grip_env.vlms.base",
     "HuggingFaceVLM": "grip_env.vlms.huggingface",
+    "KeptFraction": "grip_env.envs.rewards",
     "Panel": "grip_env.envs.rendering",
     "REWARDS": "grip_env.envs.rewards",
     "Reward": "grip_env.envs.rewards",
@@ -42,6 +55,7 @@ _HOMES = {
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
     "TokenSelectionVectorEnv": "grip_env.envs.vector",
+    "WeightedSum": "grip_env.envs.rewards",
     "draw_selection": "grip_env.envs.rendering",
     "gallery": "grip_env.envs.rendering",
     "load_vlm": "grip_env.vlms",
@@ -49,8 +63,10 @@ _HOMES = {
 
 __all__ = [
     "REWARDS",
+    "AgreementWithFull",
     "AnswerLogLikelihood",
     "AnswerProbability",
+    "ComposableReward",
     "DataError",
     "Encoded",
     "ExactMatch",
@@ -58,6 +74,7 @@ __all__ = [
     "FileTask",
     "FrozenVLM",
     "HuggingFaceVLM",
+    "KeptFraction",
     "Panel",
     "Reward",
     "SceneTask",
@@ -65,6 +82,7 @@ __all__ = [
     "Task",
     "TokenSelectionEnv",
     "TokenSelectionVectorEnv",
+    "WeightedSum",
     "__version__",
     "draw_selection",
     "gallery",
