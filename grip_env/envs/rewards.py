@@ -266,8 +266,7 @@ def check_reward(reward: object) -> Reward:
     """Return ``reward`` if it is an object to call, or raise TypeError."""
     if isinstance(reward, type) or not callable(reward):
         raise TypeError(
-            f"reward must be one of {', '.join(map(repr, REWARDS))} or an object called as "
-            f"reward(scores, full); got {reward!r}"
+            f"expected a reward, an object called as reward(scores, full) such as AnswerLogLikelihood(); got {reward!r}"
         )
     return reward
 
