@@ -20,7 +20,7 @@ from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.warmup import TEACHERS, warmup_loss
-from grip_env.envs.rewards import Reward, resolve_reward
+from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
 from grip_env.envs.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
@@ -118,7 +118,8 @@ class GRPO:
         pool: Training examples.
         scorer: What is trained, in place.
         config: Hyperparameters.
-        reward: A reward's name or object.
+        reward: A reward, or a text that stands for one: see :func:`~grip_env.envs.rewards.resolve_reward`. All subsets
+            of a group have one size, so that :class:`~grip_env.envs.rewards.KeptFraction` changes nothing but numbers.
         seed: Decides budgets and subsets.
     """
 
@@ -188,7 +189,7 @@ class GRPO:
         optimizer = self._optimizer(config.warmup_learning_rate)
         self.scorer.train()
         for step in range(config.warmup_steps):
-            encoded, _ = self.pool.batch(config.instances)
+            encoded, _ = self.pool.batch(config.instances, needs_agreement(self.reward))
             teacher = TEACHERS[config.teacher](self.vlm, encoded)
             loss = warmup_loss(self.scorer, encoded, teacher, self.draw_counts(encoded))
             norm = self._apply(loss, optimizer)
@@ -210,14 +211,19 @@ class GRPO:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * decay
             started = time.perf_counter()
-            encoded, full = self.pool.batch(config.instances)
+            encoded, full = self.pool.batch(config.instances, needs_agreement(self.reward))
             kept = self.draw_counts(encoded)
             policy = self._policy(self.scorer, encoded, kept)
             subsets = policy.sample(torch.Size((config.group,)), generator=self._generator)  # (G, B, N)
             scoring = time.perf_counter()
-            scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous())
+            scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
             scoring = time.perf_counter() - scoring
             reward = self.reward(scores, full)
+            if reward.shape != scores.log_likelihood.shape:  # (B, 1), for one, would teach nothing and not fail
+                raise ValueError(
+                    f"the reward {self.reward!r} gave shape {tuple(reward.shape)}, expected "
+                    f"{tuple(scores.log_likelihood.shape)}: one number for each selection of each example"
+                )
             advantage = advantages(reward, config.scale, config.std_floor).T  # (G, B)
             old: torch.Tensor | None = None
             for epoch in range(config.epochs):

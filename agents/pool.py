@@ -9,6 +9,8 @@ from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = ["ExamplePool"]
 
+PART = 128  # examples encoded or scored in one go
+
 
 class ExamplePool:
     """Encoded examples for training.
@@ -20,6 +22,9 @@ class ExamplePool:
         size: Examples held at a time.
         reuse: About how often each is used before it makes room for a new one.
         seed: Decides the order of examples.
+
+    The scores with all tokens kept are held as well; with their first tokens' distributions, which :meth:`batch` has to
+    be asked for, that is another V float32 numbers for each example, with V the size of the vocabulary.
 
     Every ``reuse`` calls of :meth:`batch` replace the oldest examples by as many new ones as a batch holds.
     """
@@ -34,21 +39,35 @@ class ExamplePool:
         self._held: Encoded | None = None
         self._calls = 0
         self._full: Scores | None = None  # with all tokens, (size, 1)
+        self._first_token = False
+
+    def _score(self, encoded: Encoded) -> Scores:
+        return self.vlm.score(encoded, encoded.full_selection(), first_token=self._first_token)
 
     def _draw(self, count: int) -> tuple[Encoded, Scores]:
         indices = torch.randint(self.task.size(self.split), (count,), generator=self._generator)
         parts, full = [], []
-        for rows in indices.split(128):
+        for rows in indices.split(PART):
             encoded = self.vlm.encode([self.task.example(self.split, int(index)) for index in rows])
-            full.append(self.vlm.score(encoded, encoded.full_selection()))
+            full.append(self._score(encoded))
             parts.append(encoded)
         return Encoded.concatenate(parts), Scores.concatenate(full)
 
-    def batch(self, count: int) -> tuple[Encoded, Scores]:
-        """Return ``count`` examples, and their scores with all tokens, (count, 1)."""
+    def batch(self, count: int, first_token: bool = False) -> tuple[Encoded, Scores]:
+        """Return ``count`` examples, and their scores with all tokens, (count, 1).
+
+        Args:
+            count: How many, no more than the pool holds.
+            first_token: Fill in ``first_token`` of the scores, (count, 1, V), from now on. What is held is scored again
+                if it was scored without.
+        """
+        self._first_token |= first_token
         if self._held is None or self._full is None:
             self._held, self._full = self._draw(self.size)
-        elif self._calls % self.reuse == 0:
+        elif first_token and self._full.first_token is None:
+            parts = [self._held[slice(start, start + PART)] for start in range(0, len(self._held), PART)]
+            self._full = Scores.concatenate([self._score(part) for part in parts])
+        if self._calls and self._calls % self.reuse == 0:
             fresh = min(count, self.size)  # all at once: encoding and moving a batch costs little more than one example
             new, full = self._draw(fresh)
             self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])

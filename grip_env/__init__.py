@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from grip_env.envs.progressive import ProgressivePruningEnv
     from grip_env.envs.progressive_vector import ProgressivePruningVectorEnv
     from grip_env.envs.rendering import Panel, draw_selection, gallery
-    from grip_env.envs.rewards import REWARDS, AnswerLogLikelihood, AnswerProbability, ExactMatch, Reward
+    from grip_env.envs.rewards import (
+        REWARDS,
+        AgreementWithFull,
+        AnswerLogLikelihood,
+        AnswerProbability,
+        ComposableReward,
+        ExactMatch,
+        KeptFraction,
+        Reward,
+        WeightedSum,
+    )
     from grip_env.envs.selection import TokenSelectionEnv
     from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
@@ -29,8 +39,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AgreementWithFull": "grip_env.envs.rewards",
     "AnswerLogLikelihood": "grip_env.envs.rewards",
     "AnswerProbability": "grip_env.envs.rewards",
+    "ComposableReward": "grip_env.envs.rewards",
     "DataError": "grip_env.tasks.files",
     "Encoded": "grip_env.vlms.base",
     "ExactMatch": "grip_env.envs.rewards",
@@ -38,6 +50,7 @@ _HOMES = {
     "FileTask": "grip_env.tasks.files",
     "FrozenVLM": "grip_env.vlms.base",
     "HuggingFaceVLM": "grip_env.vlms.huggingface",
+    "KeptFraction": "grip_env.envs.rewards",
     "Panel": "grip_env.envs.rendering",
     "ProgressivePruningEnv": "grip_env.envs.progressive",
     "ProgressivePruningVectorEnv": "grip_env.envs.progressive_vector",
@@ -49,6 +62,7 @@ _HOMES = {
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
     "TokenSelectionVectorEnv": "grip_env.envs.vector",
+    "WeightedSum": "grip_env.envs.rewards",
     "draw_selection": "grip_env.envs.rendering",
     "gallery": "grip_env.envs.rendering",
     "load_vlm": "grip_env.vlms",
@@ -56,8 +70,10 @@ _HOMES = {
 
 __all__ = [
     "REWARDS",
+    "AgreementWithFull",
     "AnswerLogLikelihood",
     "AnswerProbability",
+    "ComposableReward",
     "DataError",
     "Encoded",
     "ExactMatch",
@@ -65,6 +81,7 @@ __all__ = [
     "FileTask",
     "FrozenVLM",
     "HuggingFaceVLM",
+    "KeptFraction",
     "Panel",
     "ProgressivePruningEnv",
     "ProgressivePruningVectorEnv",
@@ -75,6 +92,7 @@ __all__ = [
     "Task",
     "TokenSelectionEnv",
     "TokenSelectionVectorEnv",
+    "WeightedSum",
     "__version__",
     "draw_selection",
     "gallery",

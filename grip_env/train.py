@@ -37,8 +37,9 @@ class Config(ModelConfig):
     """Your own images and questions instead of the task: a .jsonl or .json file, or a saved dataset's folder."""
     skip_bad: bool = False
     """Leave out rows of --data with faults, and list them, instead of stopping."""
-    reward: Literal["log_likelihood", "probability", "exact_match"] = "log_likelihood"
-    """What a selection is worth."""
+    reward: str = "log_likelihood"
+    """What a selection is worth: log_likelihood, probability, exact_match, agreement (with all tokens kept; needs no
+    labels), a sum such as "agreement + 0.5 * exact_match", or your own as "package.module:object"."""
     seed: int = 0
     """Decides weights, examples, budgets and subsets."""
     name: str = ""
@@ -69,6 +70,7 @@ def train(config: Config) -> Path:
     from agents.pool import ExamplePool
     from agents.scorer import Scorer, ScorerConfig
     from agents.selectors import ScorerSelector
+    from grip_env.envs.rewards import resolve_reward
     from grip_env.report import draw_gallery
     from grip_env.tasks.files import DataError, FileTask
 
@@ -88,6 +90,10 @@ def train(config: Config) -> Path:
             "--grpo.teacher relevance needs the ground truth that the scenes task has and --data has not: "
             "choose gradient or attention"
         )
+    try:
+        reward = resolve_reward(config.reward)
+    except ValueError as error:
+        raise CommandError(f"--reward: {error}") from None
     needed = ("train", "test") if config.report_examples else ("train",)
     vlm, task = load_model_and_task(config, config.task, config.data, config.skip_bad, needed, progress=config.progress)
     about: dict[str, Any] = {}
@@ -97,7 +103,7 @@ def train(config: Config) -> Path:
     scorer = Scorer(ScorerConfig(token_width=vlm.width)).to(vlm.device)
     try:
         pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
-        algorithm = GRPO(vlm, pool, scorer, config.grpo, config.reward, config.seed)
+        algorithm = GRPO(vlm, pool, scorer, config.grpo, reward, config.seed)
         look = "validation" if task.size("validation") else "train"  # few images of one's own may leave it empty
         shown = vlm.encode([task.example(look, index) for index in range(min(6, task.size(look)))])
     except ValueError as error:

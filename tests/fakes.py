@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from grip_env.tasks.base import Example
-from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.base import Encoded, Scores, negative_divergence
 
 WIDTH = 8
+VOCABULARY = 5
 
 
 class FakeVLM:
@@ -68,13 +69,26 @@ class FakeVLM:
         cells = image[: height * self.side, : width * self.side].reshape(self.side, height, self.side, width, 3)
         return torch.from_numpy(cells.mean((1, 3), dtype=np.float64).reshape(-1, 3) / 255).float()
 
-    def score(self, encoded: Encoded, selection: torch.Tensor) -> Scores:
+    def score(
+        self,
+        encoded: Encoded,
+        selection: torch.Tensor,
+        first_token: bool = False,
+        reference: torch.Tensor | None = None,
+    ) -> Scores:
         self.score_calls.append(tuple(selection.shape))
         assert selection.dtype == torch.bool
         assert selection.shape[::2] == encoded.token_mask.shape
         assert not (selection & ~encoded.token_mask[:, None]).any(), "padding was kept"
         likelihood = self.log_likelihood(encoded, selection)
-        return Scores(likelihood, likelihood > -1.0)
+        start = expected_first_token(selection)
+        return Scores(
+            log_likelihood=likelihood,
+            correct=likelihood > -1.0,
+            kept=selection.sum(-1) / encoded.token_mask.sum(-1, keepdim=True),
+            first_token=start if first_token else None,
+            agreement=None if reference is None else negative_divergence(reference, start),
+        )
 
     def log_likelihood(
         self, encoded: Encoded, selection: torch.Tensor, tokens: torch.Tensor | None = None
@@ -103,6 +117,15 @@ def expected_log_likelihood(kept: Sequence[int], relevant: Sequence[int]) -> flo
     """Say independently what :class:`FakeVLM` answers."""
     inside = len(set(kept) & set(relevant))
     return -2.0 + 1.9 * inside / max(1, len(relevant)) - 0.001 * (len(kept) - inside)
+
+
+def expected_first_token(selection: torch.Tensor) -> torch.Tensor:
+    """Say which first token :class:`FakeVLM` answers with: log-probabilities (..., VOCABULARY).
+
+    Every token kept speaks for some words and against others, whatever the picture shows.
+    """
+    places = torch.arange(1, selection.shape[-1] + 1)[:, None] * torch.arange(1, VOCABULARY + 1)
+    return (selection.float() @ places.float().sin()).log_softmax(-1)
 
 
 def _embedding(word: str) -> torch.Tensor:

@@ -231,6 +231,27 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
     assert "max_bytes must be positive" in capsys.readouterr().err
 
 
+def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm_folder: Path, tmp_path: Path) -> None:
+    """As a user starts it: the module is found in the folder the command is started in."""
+    (tmp_path / "mine.py").write_text(
+        "from grip_env import AgreementWithFull, KeptFraction\n\n\n"
+        "def make():\n    return AgreementWithFull() / 2 + 0.25 * KeptFraction()\n"
+    )
+    tiny = "--grpo.steps 3 --grpo.instances 6 --grpo.group 2 --grpo.warmup-steps 2 --grpo.pool 8 --report-examples 0"
+    command = ["-m", "grip_env.train", "--vlm", vlm_folder, "--runs", tmp_path, "--no-progress", *tiny.split()]
+    command += ["--name", "imported", "--reward", "mine:make"]
+    code, _, err = finish(start(*command, cwd=tmp_path, PYTHONPATH=str(Path(__file__).parent.parent)))
+    assert code == 0, err
+    text = "0.5 * agreement + kept_fraction / 4"
+    train(settings(vlm_folder, tmp_path, "sum", reward=text))
+    for name, reward in (("sum", text), ("imported", "mine:make")):
+        assert json.loads((tmp_path / name / "config.json").read_text())["config"]["reward"] == reward
+    one, two = ([float(row["reward"]) for row in rows(tmp_path / name, "grpo")] for name in ("sum", "imported"))
+    assert one == pytest.approx(two, abs=1e-4)
+    evaluate.evaluate(evaluate.Config(tmp_path / "imported", examples=6))  # where there is no such module
+    assert (tmp_path / "imported" / "test-6" / "report.json").is_file()
+
+
 # -- interrupts ------------------------------------------------------------------------------------------
 
 
@@ -310,6 +331,12 @@ def test_interrupt_in_the_report_keeps_the_agent(
         ({"seed": 2**64}, ["--seed must be below"]),
         ({"std_floor": 0.0}, ["std_floor must be above 0; got 0.0"]),
         ({"clip_low": -0.1}, ["clip_low must not be negative; got -0.1"]),
+        ({"reward": "bleu"}, ["--reward: ", "no reward 'bleu'", "log_likelihood, probability, exact_match, agreement"]),
+        ({"reward": "agreement ** 2"}, ["--reward: ", "'agreement ** 2' is not a name"]),
+        (
+            {"reward": "no_such_module:mine"},
+            ["--reward: ", "No module named 'no_such_module'", "package.module:object"],
+        ),
     ],
 )
 def test_impossible_settings_stop_with_one_line_and_leave_no_folder(

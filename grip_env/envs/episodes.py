@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from grip_env.envs.instances import Instance, InstanceStore, fit, to_array
-from grip_env.envs.rewards import Reward, resolve_reward
+from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
 from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
 from grip_env.tasks import load_task
 from grip_env.tasks.base import Task, check_index
@@ -108,7 +108,8 @@ class SelectionRules:
         self.question_aware = question_aware
         self.max_question_tokens = max_question_tokens
         words = max_question_tokens if question_aware else None
-        self.store = InstanceStore(self.vlm, self.task, split, max_tokens, words, cache_size)
+        first_token = needs_agreement(self.reward)
+        self.store = InstanceStore(self.vlm, self.task, split, max_tokens, words, cache_size, first_token)
         self.max_tokens = self.store.max_tokens
         self.observation_space = self._observation_space()
         self.action_space: spaces.MultiBinary | spaces.Box = (
@@ -165,6 +166,8 @@ class SelectionRules:
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
         """End some episodes and begin others: at most one call of the encoder, one of the language model.
 
+        A reward that needs agreement takes two of the latter: what is compared has to be known before.
+
         Args:
             decisions: Episodes that end; their outcome is filled in.
             requests: (index, budget) of each episode that begins.
@@ -174,9 +177,10 @@ class SelectionRules:
         """
         instances = self.store.load(index for index, _ in requests)
         unscored = [instance for instance in instances.values() if instance.full is None]
-        jobs = [(decision.episode.instance, decision.selection) for decision in decisions]
-        jobs += [(instance, instance.real) for instance in unscored]
-        scores = self.store.score(jobs) if jobs else []
+        decided = [(decision.episode.instance, decision.selection) for decision in decisions]
+        whole = [(instance, instance.real) for instance in unscored]
+        calls = (decided, whole) if self.store.first_token else (decided + whole,)
+        scores = [score for jobs in calls if jobs for score in self.store.score(jobs)]
         for instance, full in zip(unscored, scores[len(decisions) :], strict=True):
             instance.full = full
         for decision, score in zip(decisions, scores[: len(decisions)], strict=True):

@@ -57,6 +57,8 @@ class InstanceStore:
             example.
         max_question_tokens: Q, most question tokens an instance may have; ``None`` allows any number.
         cache_size: How many instances to keep; the least recently used go first.
+        first_token: Ask the model for ``first_token`` with all tokens kept, and so for the agreement of every other
+            selection with it. Each instance then holds another V float32 numbers, with V the size of the vocabulary.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class InstanceStore:
         max_tokens: int | None,
         max_question_tokens: int | None,
         cache_size: int,
+        first_token: bool = False,
     ) -> None:
         self.vlm = vlm
         self.task = task
         self.split = split
+        self.first_token = first_token
         if max_tokens is None:
             max_tokens = vlm.encode([task.example(split, 0)]).token_mask.shape[1]
         self.max_tokens = max_tokens
@@ -102,14 +106,25 @@ class InstanceStore:
         return list(self._cache.values())
 
     def score(self, jobs: Sequence[tuple[Instance, np.ndarray]]) -> list[Scores]:
-        """Score one selection, bool (N,), of each instance in one call; the fields have shape (1, 1)."""
+        """Score one selection, bool (N,), of each instance in one call of the model; the fields have shape (1, 1).
+
+        With ``first_token``, either all of the instances have been scored with all tokens kept, and the scores have
+        ``agreement``, or none has, and they have ``first_token``.
+        """
         batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
         length = batch.token_mask.shape[1]
         chosen = torch.from_numpy(np.stack([fit(selection, length) for _, selection in jobs]))[:, None]
+        full = [instance.full for instance, _ in jobs if instance.full is not None]
+        reference = Scores.concatenate(full).first_token if len(full) == len(jobs) else None
         with torch.no_grad():
-            scores = self.vlm.score(batch, chosen.to(batch.token_mask.device))
-        likelihood, correct = scores.log_likelihood.float().cpu(), scores.correct.cpu()  # (B, 1)
-        return [Scores(likelihood[row : row + 1], correct[row : row + 1]) for row in range(len(jobs))]
+            scores = self.vlm.score(
+                batch,
+                chosen.to(batch.token_mask.device),
+                first_token=self.first_token and reference is None,
+                reference=reference,
+            ).cpu()
+        # copies: an instance that stays in memory must not keep the scores of all the others there
+        return [scores[torch.tensor([row])] for row in range(len(jobs))]
 
     def _instance(self, index: int, encoded: Encoded) -> Instance:
         mask = encoded.token_mask[0].cpu().numpy()

@@ -92,8 +92,10 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode; or a list, drawn uniformly.
         action_mode: "binary" or "scores".
-        reward: "log_likelihood", "probability" or "exact_match", or an object called as
-            ``reward(scores, full)``.
+        reward: "log_likelihood", "probability", "exact_match", "agreement" or "kept_fraction"; a sum of these such
+            as "log_likelihood - 0.1 * kept_fraction"; "package.module:object" to import; or an object called as
+            ``reward(scores, full)``. See :mod:`grip_env.envs.rewards`. With "agreement" in it, each example in memory
+            takes another float32 for each word of the vocabulary.
         over_budget_penalty: Charged for each token by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
         render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3)) or "human" (window).

@@ -38,7 +38,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         split: Which split of the task.
         budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
         action_mode: "binary" or "scores"; actions have shape (num_envs, N).
-        reward: A name or an object.
+        reward: A name, a sum of names, a place to import from, or an object.
         over_budget_penalty: Charged for each token over budget.
         question_aware: Whether the agent sees the question.
         render_mode: ``None`` or "rgb_array".

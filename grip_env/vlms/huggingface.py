@@ -18,7 +18,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from grip_env.tasks.base import Example
-from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.base import Encoded, Scores, negative_divergence
 from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
 from grip_env.vlms.families import Picture, family_of
@@ -281,16 +281,46 @@ class HuggingFaceVLM:
 
     # -- scoring ---------------------------------------------------------------------------------------------
 
-    def score(self, encoded: Encoded, selection: torch.Tensor) -> Scores:
+    def score(
+        self,
+        encoded: Encoded,
+        selection: torch.Tensor,
+        first_token: bool = False,
+        reference: torch.Tensor | None = None,
+    ) -> Scores:
         """Score every selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
         shape = selection.shape[:2]
         likelihood = torch.empty(shape.numel(), device=self.device)  # float32, whatever the model's precision
         correct = torch.empty_like(likelihood, dtype=torch.bool)
+        first: torch.Tensor | None = None
+        agreement: torch.Tensor | None = None
+        if reference is not None:
+            if reference.dim() != 3 or reference.shape[:2] != (len(encoded), 1):
+                raise ValueError(
+                    f"reference must have shape ({len(encoded)}, 1, vocabulary); got {tuple(reference.shape)}: give "
+                    "first_token of the scores of these examples with every token kept"
+                )
+            reference = reference.to(self.device)
+            agreement = torch.empty_like(likelihood)
         with torch.no_grad():
             for rows, logits, targets in self._answers(encoded, selection, encoded.tokens):
                 likelihood[rows] = _mean_log_likelihood(logits, targets)
                 correct[rows] = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
-        return Scores(likelihood.reshape(shape), correct.reshape(shape))
+                if not first_token and reference is None:
+                    continue
+                start = logits[:, 0].log_softmax(-1)  # what the end of the prompt predicts, (R, V)
+                if first_token:
+                    first = likelihood.new_empty(*likelihood.shape, start.shape[1]) if first is None else first
+                    first[rows] = start
+                if reference is not None and agreement is not None:
+                    agreement[rows] = negative_divergence(reference[rows // shape[1], 0], start)
+        return Scores(
+            log_likelihood=likelihood.reshape(shape),
+            correct=correct.reshape(shape),
+            kept=encoded.kept_share(selection),
+            first_token=None if first is None else first.reshape(*shape, -1),
+            agreement=None if agreement is None else agreement.reshape(shape),
+        )
 
     def log_likelihood(
         self, encoded: Encoded, selection: torch.Tensor, tokens: torch.Tensor | None = None

@@ -193,6 +193,17 @@ def test_dropping_tokens_equals_masking_them_in_the_full_sequence(vlm: HuggingFa
     assert min(differences) > 0.01, "selections must matter, or this shows nothing"
 
 
+def test_first_token_is_what_the_masked_prompt_predicts_whatever_the_answer(vlm: HuggingFaceVLM) -> None:
+    encoded = vlm.encode(examples())
+    selection = subsets(encoded)
+    found = vlm.score(encoded, selection, first_token=True).first_token
+    assert found is not None
+    for row, example in enumerate(encoded.examples):
+        for column in range(selection.shape[1]):
+            prompt = full_sequence(vlm, example, [], selection[row, column, encoded.token_mask[row]])
+            torch.testing.assert_close(found[row, column], prompt[-1].log_softmax(-1), atol=1e-4, rtol=0)
+
+
 def test_keeping_everything_equals_the_untouched_model(vlm: HuggingFaceVLM) -> None:
     for example in examples():
         encoded = vlm.encode([example])
