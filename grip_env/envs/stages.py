@@ -236,8 +236,9 @@ class StageRollout:
             self._look()
             return rewards
         self._look()
-        scores = run.finish()
-        scores = Scores(scores.log_likelihood.cpu(), scores.correct.cpu())
+        full = [staged.episode.instance.full for staged in self.episodes]
+        reference = Scores.concatenate([scores for scores in full if scores is not None]).first_token
+        scores = run.finish(reference).cpu()
         self._run = None
         return [
             reward + self.rules.end(staged, scores[row : row + 1])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.base import Encoded, Scores, negative_divergence
 from grip_env.vlms.huggingface import HuggingFaceVLM, _mean_log_likelihood
 
 __all__ = ["STAGED_DECODERS", "STAGED_FAMILIES", "StagedForward", "decoder_of"]
@@ -96,6 +96,8 @@ class StagedForward:
         visual = (self._ids == vlm.family.image_token_id) & self._present
         self._token = torch.where(visual, visual.cumsum(1) - 1, -1)  # (B, L), which visual token; -1: none
         self._tokens = encoded.token_mask.shape[1]
+        self._count = encoded.token_mask.sum(1)  # (B,)
+        self._passed = torch.zeros_like(self._count)  # (B,), visual tokens let through, of all layers
         with torch.no_grad():
             words = decoder.embed_tokens(self._ids.masked_fill(~self._present | visual, 0))
             width = encoded.tokens.shape[-1]
@@ -115,7 +117,7 @@ class StagedForward:
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         index = index.to(self.vlm.device)
         other = copy.copy(self)  # no tensor is ever written to: those of both may be shared
-        for name in ("_ids", "_places", "_answers", "_present", "_token", "_hidden"):
+        for name in ("_ids", "_places", "_answers", "_present", "_token", "_count", "_passed", "_hidden"):
             setattr(other, name, getattr(self, name)[index])
         return other
 
@@ -162,6 +164,7 @@ class StagedForward:
                 hidden = block(hidden, attention_mask=mask, position_ids=places, position_embeddings=rotary)
             parts.append(hidden)
         self._hidden = torch.cat(parts)
+        self._passed = self._passed + (self._token >= 0).sum(1) * (layer - self.layer)
         self.layer = layer
 
     def drop(self, keep: torch.Tensor) -> None:
@@ -223,8 +226,13 @@ class StagedForward:
         return self._per_token(torch.cat(parts))
 
     @torch.no_grad()
-    def finish(self) -> Scores:
+    def finish(self, reference: torch.Tensor | None = None) -> Scores:
         """Run the layers that are left and score the answer; the fields have shape (B, 1).
+
+        ``kept`` is the mean over the layers of the share of the visual tokens that went through.
+
+        Args:
+            reference: See :meth:`~grip_env.vlms.base.FrozenVLM.score`.
 
         Raises:
             ValueError: If the examples were encoded without answers.
@@ -234,7 +242,15 @@ class StagedForward:
         self.advance(self.layers)
         logits, targets = self._answer()
         correct = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
-        return Scores(_mean_log_likelihood(logits, targets)[:, None], correct[:, None])
+        agreement = None
+        if reference is not None:
+            agreement = negative_divergence(reference.to(logits.device)[:, 0], logits[:, 0].log_softmax(-1))[:, None]
+        return Scores(
+            log_likelihood=_mean_log_likelihood(logits, targets)[:, None],
+            correct=correct[:, None],
+            kept=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
+            agreement=agreement,
+        )
 
     def _answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the last layer predicts for the answers (B, T, V), and their ids (B, T), -100 where one ends."""

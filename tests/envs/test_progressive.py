@@ -688,3 +688,18 @@ def test_many_show_what_the_last_step_left() -> None:
             envs.step(np.tile(mask(3, 4, 5 + step), (2, 1)))
             for env in singles:
                 env.step(mask(3, 4, 5 + step))
+
+
+def test_rewards_of_share_and_agreement_are_those_of_the_pass() -> None:
+    """The share kept is the mean over layers; agreement compares the first answer token with all tokens kept."""
+    scores = np.linspace(-1, 1, TOKENS, dtype=np.float32)
+    env = make(stages=(0, 2), stage_budgets=(0.5, 0.25), action_mode="scores", reward="kept_fraction")
+    reward, infos = play(env, [scores, scores], seed=3)
+    assert reward == pytest.approx((18 * 2 + 9 * 3) / (LAYERS * TOKENS))
+    assert infos[-1]["layer_average_tokens"] == pytest.approx(reward * TOKENS)
+    staged = make(stages=(0,), stage_budgets=(0.2,), action_mode="scores", reward="agreement")
+    one_shot = TokenSelectionEnv(vlm=VLM, task=FakeTask(), budget=0.2, action_mode="scores", reward="agreement")
+    one_shot.reset(seed=3)
+    expected = one_shot.step(scores)[1]
+    assert play(staged, [scores], seed=3)[0] == pytest.approx(expected, abs=1e-5)
+    assert expected < 0
