@@ -17,7 +17,7 @@ from agents.selectors import ScorerSelector
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.inputs import encode_inputs, split_inputs
+from grip_env.vlms.inputs import check_decoding, encode_inputs, new_lengths, split_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,7 +114,8 @@ class Pruner:
         Raises:
             ValueError: If one is outside (0, 1], or there are not as many as examples.
         """
-        budgets = list(budget) if isinstance(budget, Sequence) else [budget] * len(encoded)
+        budgets = np.asarray(budget, dtype=float).reshape(-1).tolist()
+        budgets = budgets * len(encoded) if np.ndim(budget) == 0 else budgets
         if len(budgets) != len(encoded):
             raise ValueError(f"{len(budgets)} budgets for {len(encoded)} images: give one for all, or one for each")
         counts = [budget_to_count(encoded[[row]], share) for row, share in enumerate(budgets)]
@@ -148,7 +149,8 @@ class Pruner:
             sizes: (height, width) of each image, where the processor's tensors do not tell them; see
                 :func:`~grip_env.vlms.inputs.encode_inputs`.
             inputs: What the model's processor returned, one image for each prompt (padding on any side), and options
-                of ``generate``: ``max_new_tokens``, ``do_sample``, ``streamer``, ...
+                of ``generate``: ``max_new_tokens``, ``do_sample``, ``generation_config``, ... Lengths among them count
+                the prompts as given; streamers, stopping criteria and processors of logits see the pruned ones.
 
         Returns:
             What ``model.generate`` returns: the prompts as they were given, all image placeholders included, and
@@ -159,14 +161,12 @@ class Pruner:
             ValueError: If something is missing, or cannot be dealt with: several images in a prompt, video, beams.
         """
         text, images, options = split_inputs(inputs)
-        for name in ("num_beams", "num_return_sequences"):
-            if (options.get(name) or 1) > 1:
-                raise ValueError(f"{name}={options[name]} is not supported: call once for each sequence")
         prompts = text["input_ids"]
-        if options.get("max_length") is not None and options.get("max_new_tokens") is None:
-            options["max_new_tokens"] = max(1, options.pop("max_length") - prompts.shape[1])  # it counts the prompt
+        check_decoding(self.vlm.model.generation_config, options)
         encoded = encode_inputs(self.vlm, text, images, sizes)
-        output = self.vlm.generate_ids(encoded, self.select(encoded, budget), **options)
+        selection = self.select(encoded, budget)
+        options |= new_lengths(self.vlm.model.generation_config, options, prompts.shape[1])
+        output = self.vlm.generate_ids(encoded, selection, **options)
         if isinstance(output, torch.Tensor):
             return torch.cat([prompts.to(output.device), output], 1)
         output.sequences = torch.cat([prompts.to(output.sequences.device), output.sequences], 1)

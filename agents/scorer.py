@@ -126,7 +126,7 @@ class Scorer(nn.Module):
         # one place that is always there, for questions that are hidden or empty
         words = self.embed_in(question) + self.question_place[: question.shape[1]]
         memory = torch.cat([words.new_zeros(len(x), 1, x.shape[-1]), words], 1)
-        hidden = torch.cat([torch.zeros_like(question_mask[:, :1]), ~question_mask], 1)
+        hidden = torch.cat([question_mask.new_zeros(len(x), 1), ~question_mask], 1)
         memory = self.question_encoder(memory, src_key_padding_mask=hidden)
         padding = None if bool(token_mask.all()) else ~token_mask
         for block in self.blocks:
@@ -150,7 +150,7 @@ class Scorer(nn.Module):
         if self.config.token_width != width:
             raise ValueError(
                 f"the agent in {folder} was made for visual tokens of width {self.config.token_width}, and those of "
-                f"{vlm!r} have {width}: train an agent for this model"
+                f"{vlm!r} have {width}: train an agent for this model with `python -m grip_env.train --vlm {vlm}`"
             )
 
     def save(self, folder: Path) -> None:

@@ -67,7 +67,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     check_at_least(1, max_new_tokens=config.max_new_tokens)
     if not 0 < config.budget <= 1:
         raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
-    if not config.out.parent.is_dir() or config.out.suffix.lower() != ".png":
+    if not config.out.parent.is_dir() or config.out.suffix.lower() != ".png" or config.out.is_dir():
         raise CommandError(f"--out is a .png file in a folder that exists; got {config.out}")
     from grip_env.tasks.pictures import MAX_PIXELS, PictureError, read_picture
 
@@ -95,11 +95,16 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from None
     print(table(pruned, dense))
+    if vlm.cache is not None:
+        print(f"{vlm.cache.describe()}; so encode is the time to read it")
     from grip_env.envs.rendering import draw_selection
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']
     picture = draw_selection(image, pruned.positions, pruned.kept, lines, cells=pruned.cells)
-    Image.fromarray(picture).save(config.out)
+    try:
+        Image.fromarray(picture).save(config.out)
+    except OSError as error:
+        raise CommandError(f"cannot write --out {config.out}: {error.strerror or error}") from None
     print(f"wrote {config.out}")
     return pruned, dense
 

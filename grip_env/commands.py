@@ -117,6 +117,16 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
         reason = str(error).splitlines()[0].rstrip(".")
         reason = "there is no such device" if reason.startswith("Expected one of") else reason
         raise CommandError(f"cannot use --device {config.device!r} ({reason}): choose cpu, or leave it out") from None
+    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise CommandError(
+            "--attn-implementation flash_attention_2 needs the package flash-attn: install it, or use sdpa"
+        )
+    if config.cache_gib <= 0:
+        raise CommandError(f"--cache-gib must be above 0; got {config.cache_gib:g}: leave out --cache to have none")
+    try:
+        cache = None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot use --cache {config.cache}: {error}") from None
     try:
         return load_vlm(
             config.vlm,
@@ -124,7 +134,7 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
             device=device,
             attn_implementation=config.attn_implementation,
             position_policy=config.position_policy,
-            cache=None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30)),
+            cache=cache,
         )
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot load the vision-language model {config.vlm!r}: {error}") from None

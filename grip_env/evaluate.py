@@ -165,9 +165,12 @@ def evaluate(config: Config) -> Comparison:
     parts = [task.name] if config.data is not None else []
     out = config.out or config.run / "-".join([*parts, config.split, str(config.examples)])
     try:
-        return report(config.run, vlm, task, scorer, config.split, config.examples, out)
+        comparison = report(config.run, vlm, task, scorer, config.split, config.examples, out)
     except DataError as error:
         raise CommandError(str(error)) from None
+    if vlm.cache is not None:
+        print(vlm.cache.describe())
+    return comparison
 
 
 def main() -> None:

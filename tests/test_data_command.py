@@ -157,8 +157,7 @@ def test_skipped_rows_are_listed_on_standard_error(
     listed = capsys.readouterr().err
     assert f"skipped 31 rows of {path}:\n" in listed
     assert 'pets.jsonl:21: "question" is empty' in listed
-    assert listed.count("  pets.jsonl:") == 20
-    assert "  ... and 12 more\n" in listed
+    assert listed.count("  pets.jsonl:") == 32, "all of them are listed"
     assert json.loads((folder / "config.json").read_text())["config"]["skip_bad"] is True
     # evaluate leaves out what training left out
     assert evaluate.evaluate(evaluate.Config(folder, examples=2)).examples == 2

@@ -38,10 +38,9 @@ class DataError(ValueError):
         self.faults = faults
 
 
-def summary(faults: tuple[Fault, ...], most: int = 20) -> str:
-    """Return a line for each of the first ``most`` faults, and one that counts the others."""
-    lines = [f"  {fault}" for fault in faults[:most]]
-    return "\n".join(lines + ([f"  ... and {len(faults) - most} more"] if len(faults) > most else []))
+def summary(faults: tuple[Fault, ...]) -> str:
+    """Return a line for each fault."""
+    return "\n".join(f"  {fault}" for fault in faults)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ class Family:
                 of the image that the encoder sees.
         """
         output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
+        if sizes and len(sizes) != len(output.pooler_output):
+            raise ValueError(f"{len(output.pooler_output)} images and {len(sizes)} sizes: give one for each")
         found = []
         for row, tokens in enumerate(output.pooler_output):
             rows, columns = self.grid(pixels["pixel_values"].shape[-2:], len(tokens))
@@ -143,6 +145,11 @@ class Family:
             ids: The prompts it made, long (L,) each, one for each image.
         """
         return pixels
+
+    def count_images(self, ids: torch.Tensor) -> int:
+        """Return how many images a prompt shows, long (L,): runs of image tokens."""
+        visual = (ids == self.image_token_id).int()
+        return int((visual.diff(prepend=visual.new_zeros(1)) > 0).sum())
 
     def _pixel_values(self, pixels: dict[str, Any]) -> torch.Tensor:
         values: torch.Tensor = pixels["pixel_values"]
@@ -373,6 +380,10 @@ class SplitFamily(Family):
             text += "\n" * bool(rows) + f"{self.fake}<global-img>{self.image_token}{self.fake}"
             found.append(Picture(tokens, centres, text, [side * side] * tiles, cells=cells))
         return found
+
+    def count_images(self, ids: torch.Tensor) -> int:
+        """Return how many images a prompt shows: each has one view of the whole."""
+        return int((ids == self.tokenizer.convert_tokens_to_ids("<global-img>")).sum())
 
     def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Add rows and columns of tiles, as the names of their places tell them."""

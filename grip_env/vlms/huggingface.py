@@ -26,6 +26,9 @@ from grip_env.vlms.loading import read_pretrained
 
 __all__ = ["HuggingFaceVLM"]
 
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+"""Whatever a model's own ``generation_config`` says."""
+
 
 class Reply(NamedTuple):
     """A generated answer."""
@@ -459,7 +462,7 @@ class HuggingFaceVLM:
         stays, example, lengths = self._sequences(encoded, selection, prompts)
         flat = selection.flatten(0, 1)
         texts = [""] * len(flat)
-        greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        greedy = GREEDY | {"max_new_tokens": max_new_tokens}
         for length in lengths.unique().tolist():  # equal lengths need no padding
             same = (lengths == length).nonzero().flatten()
             for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
@@ -512,7 +515,7 @@ class HuggingFaceVLM:
             encoded,
             selection[0],
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **GREEDY,
             streamer=clock,
             return_dict_in_generate=True,
             output_logits=True,

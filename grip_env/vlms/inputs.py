@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from grip_env.vlms.families import Picture
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["encode_inputs", "split_inputs"]
+__all__ = ["check_decoding", "encode_inputs", "new_lengths", "split_inputs"]
 
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 IMAGES = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images")
@@ -47,6 +47,49 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     return text, images, {name: value for name, value in inputs.items() if name not in (*TEXT, *IMAGES)}
 
 
+def _option(name: str, saved: Any, options: Mapping[str, Any]) -> Any:
+    """Return an option of ``generate``: as given, else as the given or the model's ``generation_config`` has it."""
+    if options.get(name) is not None:
+        return options[name]
+    config = options.get("generation_config")
+    return getattr(saved if config is None else config, name, None)
+
+
+def check_decoding(saved: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if ``generate`` would go on from a prompt in several ways, which would mix up images.
+
+    Args:
+        saved: The model's ``generation_config``.
+        options: Of ``generate``.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        value = _option(name, saved, options) or 1
+        if value > 1:
+            raise ValueError(f"{name}={value} is not supported: pass {name}=1, and call once for each sequence")
+
+
+def new_lengths(saved: Any, options: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Return the options of ``generate`` that count new tokens, in place of those that count the prompt too.
+
+    Args:
+        saved: The model's ``generation_config``.
+        options: Of ``generate``.
+        length: Tokens in the prompt as it was given.
+
+    Raises:
+        ValueError: If the prompt is as long as the whole may be.
+    """
+    found: dict[str, Any] = {}
+    for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        most = _option(whole, saved, options)
+        if not most or _option(new, saved, options) is not None:
+            continue
+        if whole == "max_length" and most <= length:
+            raise ValueError(f"max_length={most} leaves no room after a prompt of {length} tokens: pass max_new_tokens")
+        found |= {new: max(0, most - length), whole: None}
+    return found
+
+
 @torch.no_grad()
 def encode_inputs(
     vlm: HuggingFaceVLM,
@@ -64,8 +107,8 @@ def encode_inputs(
             without, and for models that see a square of each image, places are in that square.
 
     Returns:
-        B examples without answers. Their images and questions are not known: the question is what stands between the
-        chat template's beginning and end.
+        B examples without answers. Their images are not known; the question is what stands behind the image, without
+        the end that the chat template gives every prompt.
 
     Raises:
         ValueError: If rows do not have one image each, or do not fit the images.
@@ -73,8 +116,13 @@ def encode_inputs(
     family, device = vlm.family, vlm.device
     ids = text["input_ids"].to(device)
     mask = text.get("attention_mask")
+    if mask is None and bool((ids == family.tokenizer.pad_token_id).any()):
+        raise ValueError("the prompts are padded: give attention_mask, too, as the processor returned it")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(device).bool()
     rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
+    shown = [family.count_images(row) for row in rows]
+    if any(count != 1 for count in shown):
+        raise ValueError(f"the prompts have {shown} images: give exactly one image for each prompt")
     if sizes is not None and len(sizes) != len(rows):
         raise ValueError(f"{len(sizes)} sizes for {len(rows)} prompts: give height and width of each image")
     here = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in images.items()}
@@ -98,17 +146,31 @@ def encode_inputs(
 
 
 def _question(vlm: HuggingFaceVLM, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
-    """Return the ids of what is asked: those between the beginning and the end that every prompt has."""
+    """Return the ids of what is asked: what stands behind the image, without the end that every prompt has.
+
+    A prompt with nothing behind the image has its question before it.
+    """
     family = vlm.family
+    tokenizer, hidden = family.tokenizer, set(family.tokenizer.all_special_ids)
+
+    def parts(prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Return what stands before and behind the image's own text."""
+        visual = [place for place, token in enumerate(prompt) if token == family.image_token_id]
+        return prompt[: visual[0]], prompt[visual[-1] + 1 :]
+
     frame = family.prompt("").replace(family.marker, picture.text)
-    special = family.adds_special_tokens(frame)
-    empty = family.tokenizer(frame, add_special_tokens=special)["input_ids"]
-    empty = [token for token in empty if token != family.image_token_id]
-    words = [token for token in ids.tolist() if token != family.image_token_id]
-    start = _shared(words, empty)
-    stop = len(words) - _shared(words[start:][::-1], empty[start:][::-1])
-    hidden = set(family.tokenizer.all_special_ids)
-    asked = [token for token in words[start:stop] if token not in hidden]
+    empty = tokenizer(frame, add_special_tokens=family.adds_special_tokens(frame))["input_ids"]
+    asked: list[int] = []
+    # behind the image first: before it there may be instructions that are the same whatever is asked
+    for words, known in reversed(list(zip(parts(ids.tolist()), parts(empty), strict=True))):
+        start = _shared(words, known)
+        stop = len(words) - _shared(words[start:][::-1], known[start:][::-1])
+        asked = [token for token in words[start:stop] if token not in hidden]
+        # line ends before a word and those before nothing are not the same tokens
+        while asked and not tokenizer.decode(asked[:1]).strip():
+            asked = asked[1:]
+        if asked:
+            break
     return torch.tensor(asked, dtype=torch.long, device=ids.device)
 
 

@@ -85,6 +85,12 @@ def test_one_agent_serves_pictures_of_several_sizes() -> None:
     assert all(one.kept.sum() == round(0.5 * len(one.kept)) for one in alone)
 
 
+def test_an_empty_question_is_taken(pruner: Pruner) -> None:
+    example = SceneTask().example("validation", 0)
+    assert pruner(example.image, "", budget=0.1).kept.sum() == 14
+    assert len(pruner.answers([example.image] * 2, ["", ""])) == 2
+
+
 def test_misuse_is_refused(pruner: Pruner, tmp_path: Path) -> None:
     image = np.zeros((96, 96, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="1 images and 2 questions"):

@@ -226,14 +226,13 @@ def test_a_place_in_a_list_is_the_line_its_item_begins_on(folder: Path) -> None:
     assert text.splitlines()[line] == "  {"
 
 
-def test_all_faults_come_at_once_and_the_message_shows_twenty(folder: Path) -> None:
+def test_all_faults_come_at_once(folder: Path) -> None:
     rows: list[Any] = [row(answer=""), row("none.png"), "{", row(), *[row(answer=7) for _ in range(30)]]
     error = refused(write(folder / "a.jsonl", rows))
     lines = [1, 2, 3, *range(5, 35)]
     assert [fault.place for fault in error.faults] == [f"a.jsonl:{line}" for line in lines]
     assert "has 33 faults" in str(error)
-    assert sum("  a.jsonl:" in line for line in str(error).splitlines()) == 20
-    assert "  ... and 13 more\n" in str(error)
+    assert sum("  a.jsonl:" in line for line in str(error).splitlines()) == 33
 
 
 def test_a_row_tells_all_its_faults_also_that_of_its_image(folder: Path) -> None:

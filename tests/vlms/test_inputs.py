@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from agents.pruner import Pruner
 from agents.scorer import Scorer, ScorerConfig
@@ -74,7 +75,8 @@ def test_questions_places_and_tokens_are_those_of_images_and_texts(pruner: Prune
     found = encode_inputs(pruner.vlm, text, images, sizes(batch))
     expected = pruner.vlm.encode(batch, with_answers=False)
     assert found.input_ids.tolist() == expected.input_ids.tolist()
-    assert [example.question.strip() for example in found.examples] == [example.question for example in batch]
+    assert [example.question for example in found.examples] == [example.question for example in batch]
+    torch.testing.assert_close(found.question, expected.question)
     torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.positions, expected.positions)
     if found.cells is not None and expected.cells is not None:
@@ -124,12 +126,17 @@ def test_misuse_is_refused(pruner: Pruner) -> None:
         ({"pixel_values": None}, "pixel_values is missing"),
         ({"pixel_values_videos": torch.zeros(1)}, "videos are not supported"),
         ({"num_beams": 2}, "num_beams=2 is not supported"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2 is not supported"),
+        ({"generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)}, "num_return_sequences=3"),
+        ({"attention_mask": None}, "prompts are padded: give attention_mask"),
+        ({"max_new_tokens": None, "max_length": 5}, "max_length=5 leaves no room after a prompt of"),
         ({"budget": 0.0}, "share of the visual tokens"),
         ({"budget": [0.1]}, "1 budgets for 2 images"),
+        ({"budget": np.array([0.1, 0.2, 0.3])}, "3 budgets for 2 images"),
         ({"sizes": known[:1]}, "1 sizes for 2 prompts"),
     ):
         with pytest.raises(ValueError, match=message):
-            pruner.generate(**{"sizes": known, **inputs, **change}, max_new_tokens=1)
+            pruner.generate(**{"sizes": known, "max_new_tokens": 1, **inputs, **change})
 
 
 def test_two_images_in_a_prompt_are_refused() -> None:
@@ -141,6 +148,68 @@ def test_two_images_in_a_prompt_are_refused() -> None:
     pruner = Pruner(vlm, ScorerSelector(Scorer(ScorerConfig(token_width=vlm.width))))
     with pytest.raises(ValueError, match=r"visual tokens and the images \[36, 36\]: give exactly one image"):
         pruner.generate(**inputs, max_new_tokens=1)
+    with pytest.raises(ValueError, match="2 images and 1 sizes"):
+        pruner.generate(**inputs, sizes=[(48, 48)], max_new_tokens=1)
+
+
+def test_prompts_with_two_images_or_none_are_refused(pruner: Pruner) -> None:
+    (example,) = examples(1)
+    text, images, _ = split_inputs(process(pruner, [example]))
+    ids = text["input_ids"]
+    twice = torch.cat([ids, ids], 1)
+    without = ids[ids != pruner.vlm.family.image_token_id][None]
+    if pruner.vlm.model.config.model_type in ("smolvlm", "idefics3"):
+        without = without[:, -3:]
+    for changed, count in ((twice, 2), (without, 0)):
+        with pytest.raises(ValueError, match=rf"the prompts have \[{count}\] images: give exactly one image"):
+            encode_inputs(pruner.vlm, {"input_ids": changed}, images, sizes([example]))
+
+
+def test_lengths_count_the_prompt_as_it_was_given(pruner: Pruner) -> None:
+    batch = examples(1)
+    inputs = process(pruner, batch)
+    length = inputs["input_ids"].shape[1]
+    family = pruner.vlm.family
+    common = {"sizes": sizes(batch), "do_sample": False, "suppress_tokens": [family.image_token_id]}
+    for budget in (0.2, 1.0):
+        config = GenerationConfig(
+            max_length=length + 4, min_length=length + 4, pad_token_id=family.tokenizer.pad_token_id
+        )
+        for options in ({"max_length": length + 4, "min_length": length + 4}, {"generation_config": config}):
+            found = pruner.generate(**inputs, **common, **options, budget=budget)
+            assert found.shape[1] == length + 4
+
+
+def test_what_stands_before_the_image_is_no_question(pruner: Pruner) -> None:
+    """Instructions before the image are the same whatever is asked; a prompt without question is taken too."""
+    vlm = pruner.vlm
+    (example,) = examples(1)
+    inputs = process(pruner, [example])
+    ids = inputs["input_ids"]
+    first = int((ids[0] == vlm.family.image_token_id).nonzero()[0])
+    words = torch.tensor([vlm.family.tokenizer.encode("what is it?", add_special_tokens=False)])
+    images = split_inputs(inputs)[1]
+    other = torch.cat([ids[:, : min(first, 1)], words, ids[:, min(first, 1) :]], 1)
+    assert encode_inputs(vlm, {"input_ids": other}, images, sizes([example])).examples[0].question == example.question
+    silent = process(pruner, [Example(example.image, "", "")])
+    found = pruner.generate(**silent, sizes=sizes([example]), budget=0.2, max_new_tokens=2)
+    assert found.shape[1] > silent["input_ids"].shape[1]
+    assert pruner(example.image, "", budget=0.2, max_new_tokens=2).kept.sum() >= 1
+
+
+def test_beams_of_the_models_own_settings_do_not_mix_up_pictures(pruner: Pruner) -> None:
+    batch = examples(2)
+    images, questions = [one.image for one in batch], [one.question for one in batch]
+    expected = pruner.answers(images, questions, 0.5, 3)
+    settings = pruner.vlm.model.generation_config
+    settings.num_beams = 2
+    try:
+        assert pruner.answers(images, questions, 0.5, 3) == expected
+        assert pruner(images[0], questions[0], 0.5, 3).text == expected[0]
+        with pytest.raises(ValueError, match="num_beams=2 is not supported: pass num_beams=1"):
+            pruner.generate(**process(pruner, batch), sizes=sizes(batch), max_new_tokens=1)
+    finally:
+        settings.num_beams = 1
 
 
 def test_tiles_of_internvl_need_the_size_of_the_image() -> None:
