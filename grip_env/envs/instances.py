@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,12 +37,16 @@ class Instance:
 
     def relevant(self) -> list[int] | None:
         """Return the tokens that decide the answer, most relevant first; ``None`` where nobody knows."""
+        return None if self._relevant is None else list(self._relevant)
+
+    @cached_property  # every step tells it
+    def _relevant(self) -> tuple[int, ...] | None:
         grades = self.example.token_relevance(self.positions)
         if grades is None:
             return None
         grades = np.where(self.real, grades, 0.0)
         order = np.argsort(-grades, kind="stable")
-        return [int(token) for token in order if grades[token] > 0]
+        return tuple(int(token) for token in order if grades[token] > 0)
 
 
 class InstanceStore:
@@ -75,7 +79,6 @@ class InstanceStore:
         self.max_tokens = max_tokens
         self.max_question_tokens = max_question_tokens
         self._cache: OrderedDict[int, Instance] = OrderedDict()
-        self._joined: tuple[list[Instance], Encoded] | None = None
         self._cache_size = cache_size
 
     def load(self, indices: Iterable[int]) -> dict[int, Instance]:
@@ -88,7 +91,6 @@ class InstanceStore:
         found = {index: self._cache[index] for index in wanted if index in self._cache}
         missing = [index for index in wanted if index not in found]
         if missing:
-            self._joined = None  # the next batch is another one
             encoded = self.vlm.encode([self.task.example(self.split, index) for index in missing])
             found |= {index: self._instance(index, encoded[[row]]) for row, index in enumerate(missing)}
         for index in wanted:
@@ -100,24 +102,13 @@ class InstanceStore:
 
     def score(self, jobs: Sequence[tuple[Instance, np.ndarray]]) -> list[Scores]:
         """Score one selection, bool (N,), of each instance in one call; the fields have shape (1, 1)."""
-        batch = self._batch([instance for instance, _ in jobs])
+        batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
         length = batch.token_mask.shape[1]
         chosen = torch.from_numpy(np.stack([fit(selection, length) for _, selection in jobs]))[:, None]
         with torch.no_grad():
             scores = self.vlm.score(batch, chosen.to(batch.token_mask.device))
         likelihood, correct = scores.log_likelihood.float().cpu(), scores.correct.cpu()  # (B, 1)
         return [Scores(likelihood[row : row + 1], correct[row : row + 1]) for row in range(len(jobs))]
-
-    def _batch(self, instances: list[Instance]) -> Encoded:
-        """Join instances; the last batch is kept, for episodes of many steps ask for the same one again and again."""
-        if self._joined is not None:
-            last, batch = self._joined
-            if len(last) == len(instances) and all(map(operator.is_, last, instances)):
-                return batch
-        self._joined = None  # two batches are not held at once
-        batch = Encoded.concatenate([instance.encoded for instance in instances])
-        self._joined = instances, batch
-        return batch
 
     def _instance(self, index: int, encoded: Encoded) -> Instance:
         mask = encoded.token_mask[0].cpu().numpy()
