@@ -1,6 +1,7 @@
 """Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
 
-Importing this package registers ``GRIP/TokenSelection-v0``. What is heavier than Gymnasium loads when used.
+Importing this package registers ``GRIP/TokenSelection-v0`` and ``GRIP/SequentialSelection-v0``. What is heavier than
+Gymnasium loads when used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import gymnasium
 if TYPE_CHECKING:
     from grip_env.envs.rendering import Panel, draw_selection, gallery
     from grip_env.envs.rewards import REWARDS, AnswerLogLikelihood, AnswerProbability, ExactMatch, Reward
+    from grip_env.envs.sb3 import as_sb3_vec_env
     from grip_env.envs.selection import TokenSelectionEnv
+    from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
     from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
     from grip_env.tasks.files import DataError, FileTask
@@ -39,9 +42,12 @@ _HOMES = {
     "Reward": "grip_env.envs.rewards",
     "SceneTask": "grip_env.tasks.scenes",
     "Scores": "grip_env.vlms.base",
+    "SequentialSelectionEnv": "grip_env.envs.sequential",
+    "SequentialSelectionVectorEnv": "grip_env.envs.sequential",
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
     "TokenSelectionVectorEnv": "grip_env.envs.vector",
+    "as_sb3_vec_env": "grip_env.envs.sb3",
     "draw_selection": "grip_env.envs.rendering",
     "gallery": "grip_env.envs.rendering",
     "load_vlm": "grip_env.vlms",
@@ -62,10 +68,13 @@ __all__ = [
     "Reward",
     "SceneTask",
     "Scores",
+    "SequentialSelectionEnv",
+    "SequentialSelectionVectorEnv",
     "Task",
     "TokenSelectionEnv",
     "TokenSelectionVectorEnv",
     "__version__",
+    "as_sb3_vec_env",
     "draw_selection",
     "gallery",
     "load_vlm",
@@ -84,9 +93,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "GRIP/TokenSelection-v0" not in gymnasium.registry:  # a reload would warn
-    gymnasium.register(
-        id="GRIP/TokenSelection-v0",
-        entry_point="grip_env.envs.selection:TokenSelectionEnv",
-        vector_entry_point="grip_env.envs.vector:TokenSelectionVectorEnv",
-    )
+for _id, _single, _vector in (
+    ("GRIP/TokenSelection-v0", "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"),
+    ("GRIP/SequentialSelection-v0", "sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"),
+):
+    if _id not in gymnasium.registry:  # a reload would warn
+        gymnasium.register(_id, f"grip_env.envs.{_single}", vector_entry_point=f"grip_env.envs.{_vector}")
