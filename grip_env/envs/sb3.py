@@ -106,9 +106,11 @@ class _VectorEnvAsVecEnv(VecEnv):
         infos = _split(vector_infos, self.num_envs)
         for i, done in enumerate(terminated | truncated):
             if done:
-                final, observation = infos[i].pop("final_info"), infos[i].pop("final_obs")
-                self.reset_infos[i] = infos[i]
-                infos[i] = final | {"terminal_observation": observation}
+                start = infos[i]
+                infos[i] = start.pop("final_info") | {"terminal_observation": start.pop("final_obs")}
+                if "episode" in start:  # Gymnasium's RecordEpisodeStatistics tells of the one that ended
+                    infos[i]["episode"] = start.pop("episode")
+                self.reset_infos[i] = start
             infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         return observations, rewards.astype(np.float32), terminated | truncated, infos
 
@@ -176,13 +178,16 @@ class _VectorEnvAsVecEnv(VecEnv):
 
 
 def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Take the infos of a vector environment apart: one dict for each instance, with what its masks say it has."""
+    """Take the infos of a vector environment apart: one dict for each instance, with what its masks say it has.
+
+    Wrappers leave masks out inside a dict of their own; there, each instance has every key.
+    """
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in infos.items():
         if key.startswith("_"):
             continue
         parts = _split(values, count) if isinstance(values, dict) else values
-        for row in np.flatnonzero(infos[f"_{key}"]).tolist():
+        for row in np.flatnonzero(infos.get(f"_{key}", np.ones(count))).tolist():
             part = parts[row]
             rows[row][key] = part.item() if isinstance(part, np.generic) else part
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, Literal, cast
 
 import gymnasium
@@ -19,7 +19,7 @@ __all__ = ["EpisodeEnv", "RenderMode", "draw_episode"]
 RenderMode = Literal["rgb_array", "human"]
 
 
-class EpisodeEnv(gymnasium.Env[Observation, ActType]):
+class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
     """Everything of a single environment but its rules, which a subclass makes.
 
     Args:

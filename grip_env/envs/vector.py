@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +30,7 @@ from grip_env.vlms.base import FrozenVLM
 __all__ = ["EpisodeVectorEnv", "TokenSelectionVectorEnv"]
 
 
-class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
     """Everything of a vector environment but its rules, which a subclass makes.
 
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. An

@@ -192,6 +192,22 @@ def test_wrapped_vector_environments_are_taken_as_they_are() -> None:
     assert envs.step(np.array([0, 1]))[1].tolist() == [7.0, 7.0]
 
 
+def test_episode_statistics_of_gymnasium_reach_stable_baselines() -> None:
+    inner = SequentialSelectionVectorEnv(2, vlm=FakeVLM(), **DEFAULTS | {"budget": [0.125, 0.25]})
+    envs = as_sb3_vec_env(gymnasium.wrappers.vector.RecordEpisodeStatistics(inner))
+    envs.set_options([{"budget": 0.125}, {"budget": 0.25}])
+    envs.reset()
+    totals = np.zeros(2)
+    for step in range(2):
+        _, rewards, dones, infos = envs.step(np.full(2, step))
+        totals += rewards
+    assert dones.tolist() == [True, False]
+    assert infos[0]["episode"]["l"] == 2
+    assert infos[0]["episode"]["r"] == pytest.approx(totals[0])
+    assert "episode" not in infos[1]
+    assert "episode" not in envs.reset_infos[0]
+
+
 def test_frames_are_of_one_size_and_tiled() -> None:
     class Ragged(FakeTask):
         def example(self, split: str, index: int) -> Any:
