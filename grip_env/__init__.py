@@ -1,6 +1,6 @@
 """Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
 
-Importing this package registers ``GRIP/TokenSelection-v0`` and ``GRIP/ProgressivePruning-v0``. What is heavier than
+Importing this package registers the environments ``GRIP/...-v0``. What is heavier than
 Gymnasium loads when used.
 """
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         Reward,
         WeightedSum,
     )
+    from grip_env.envs.sb3 import as_sb3_vec_env
     from grip_env.envs.selection import TokenSelectionEnv
+    from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
     from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
     from grip_env.tasks.files import DataError, FileTask
@@ -58,11 +60,14 @@ _HOMES = {
     "Reward": "grip_env.envs.rewards",
     "SceneTask": "grip_env.tasks.scenes",
     "Scores": "grip_env.vlms.base",
+    "SequentialSelectionEnv": "grip_env.envs.sequential",
+    "SequentialSelectionVectorEnv": "grip_env.envs.sequential",
     "StagedForward": "grip_env.vlms.staged",
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
     "TokenSelectionVectorEnv": "grip_env.envs.vector",
     "WeightedSum": "grip_env.envs.rewards",
+    "as_sb3_vec_env": "grip_env.envs.sb3",
     "draw_selection": "grip_env.envs.rendering",
     "gallery": "grip_env.envs.rendering",
     "load_vlm": "grip_env.vlms",
@@ -88,12 +93,15 @@ __all__ = [
     "Reward",
     "SceneTask",
     "Scores",
+    "SequentialSelectionEnv",
+    "SequentialSelectionVectorEnv",
     "StagedForward",
     "Task",
     "TokenSelectionEnv",
     "TokenSelectionVectorEnv",
     "WeightedSum",
     "__version__",
+    "as_sb3_vec_env",
     "draw_selection",
     "gallery",
     "load_vlm",
@@ -112,16 +120,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "GRIP/TokenSelection-v0" not in gymnasium.registry:  # a reload would warn
-    gymnasium.register(
-        id="GRIP/TokenSelection-v0",
-        entry_point="grip_env.envs.selection:TokenSelectionEnv",
-        vector_entry_point="grip_env.envs.vector:TokenSelectionVectorEnv",
-    )
-
-if "GRIP/ProgressivePruning-v0" not in gymnasium.registry:
-    gymnasium.register(
-        id="GRIP/ProgressivePruning-v0",
-        entry_point="grip_env.envs.progressive:ProgressivePruningEnv",
-        vector_entry_point="grip_env.envs.progressive_vector:ProgressivePruningVectorEnv",
-    )
+for _id, _single, _vector in (
+    ("GRIP/TokenSelection-v0", "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"),
+    ("GRIP/SequentialSelection-v0", "sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"),
+    (
+        "GRIP/ProgressivePruning-v0",
+        "progressive:ProgressivePruningEnv",
+        "progressive_vector:ProgressivePruningVectorEnv",
+    ),
+):
+    if _id not in gymnasium.registry:  # a reload would warn
+        gymnasium.register(_id, f"grip_env.envs.{_single}", vector_entry_point=f"grip_env.envs.{_vector}")

@@ -66,5 +66,5 @@ def test_wrong_options_end_with_one_line(
 
 def test_a_folder_in_the_place_of_the_picture_is_refused(picture: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(CommandError, match="--out is a .png file"):
+    with pytest.raises(CommandError, match=r"--out is a \.png file"):
         answer(Config(image=picture, question="what is it?", out=tmp_path / "folder.png"))

@@ -1,9 +1,11 @@
-"""The rules of an episode, shared by the single and the vector environment: observe, select, score."""
+"""The rules of an episode, shared by the single and the vector environments: observe, select, score."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +18,16 @@ from grip_env.tasks import load_task
 from grip_env.tasks.base import Task, check_index
 from grip_env.vlms.base import FrozenVLM, Scores
 
-__all__ = ["ActionMode", "Decision", "Episode", "Observation", "Outcome", "SelectionRules"]
+__all__ = [
+    "ActionMode",
+    "Decision",
+    "Episode",
+    "EpisodeRules",
+    "Observation",
+    "Outcome",
+    "SelectionRules",
+    "check_penalty",
+]
 
 ActionMode: TypeAlias = Literal["binary", "scores"]
 Observation: TypeAlias = dict[str, np.ndarray]
@@ -28,31 +39,48 @@ _MEANING = {"binary": "0 or 1", "scores": "score"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a decision."""
+    """What the model made of a selection."""
 
-    selection: np.ndarray
-    """bool (N,), the tokens that were kept."""
-    over_budget: int
     log_likelihood: float
     correct: bool
     reward: float
+    """Of the selection, penalties apart."""
 
 
 @dataclass
 class Episode:
-    """One instance under one budget, and what was decided."""
+    """One instance under one budget, and what was decided so far."""
 
     instance: Instance
     k: int
+    selection: np.ndarray = field(init=False)
+    """bool (N,), the tokens that are kept; none at first."""
     outcome: Outcome | None = None
+    """How the model answers under ``selection``; ``None`` where it was not asked."""
+    value: float = 0.0
+    """Reward of the last selection that the model was asked about; 0 before the first."""
+    reward: float = 0.0
+    """What the last step paid."""
+    violations: int = 0
+    """How often actions broke the rules: tokens over budget, or actions that had to be ignored."""
+    steps: int = 0
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.selection = np.zeros_like(self.instance.real)
 
 
 class Decision(NamedTuple):
-    """The selection made in an episode, and by how many tokens the action was over budget."""
+    """What an action comes to; the episode itself changes when it is carried out."""
 
     episode: Episode
     selection: np.ndarray
-    over_budget: int
+    """bool (N,), the tokens that are kept after it."""
+    violations: int = 0
+    scored: bool = True
+    """Whether the model is asked what it makes of the selection."""
+    ends: bool = True
+    """Whether the episode is over with it."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +94,14 @@ class Fixed:
 NOTHING_FIXED = Fixed()
 
 
-class SelectionRules:
-    """The decision process without its clock: everything but whose turn it is.
+class EpisodeRules(ABC):
+    """A decision process without its clock: everything but whose turn it is.
 
-    The arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
+    A subclass says what an action is. ``penalty`` is charged for each violation of the rules; the other arguments
+    are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
     """
+
+    action_space: spaces.Space[Any]
 
     def __init__(
         self,
@@ -79,21 +110,17 @@ class SelectionRules:
         task: Task | str,
         split: str,
         budget: Budget,
-        action_mode: ActionMode,
         reward: Reward | str,
-        over_budget_penalty: float,
+        penalty: float,
         question_aware: bool,
         max_tokens: int | None,
         max_question_tokens: int,
         cache_size: int,
     ) -> None:
-        if action_mode not in ("binary", "scores"):
-            raise ValueError(f"action_mode must be 'binary' or 'scores'; got {action_mode!r}")
         for name, value, least in (
             ("cache_size", cache_size, 0),
             ("max_question_tokens", max_question_tokens, 1),
             ("max_tokens", 1 if max_tokens is None else max_tokens, 1),
-            ("over_budget_penalty", over_budget_penalty, 0),
         ):
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
@@ -103,8 +130,7 @@ class SelectionRules:
         check_index(self.task, split, 0)
         self.vlm = _resolve_vlm(vlm)
         self.split = split
-        self.action_mode = action_mode
-        self.over_budget_penalty = float(over_budget_penalty)
+        self.penalty = float(penalty)
         self.question_aware = question_aware
         self.max_question_tokens = max_question_tokens
         words = max_question_tokens if question_aware else None
@@ -112,11 +138,6 @@ class SelectionRules:
         self.store = InstanceStore(self.vlm, self.task, split, max_tokens, words, cache_size, first_token)
         self.max_tokens = self.store.max_tokens
         self.observation_space = self._observation_space()
-        self.action_space: spaces.MultiBinary | spaces.Box = (
-            spaces.MultiBinary(self.max_tokens)
-            if action_mode == "binary"
-            else spaces.Box(-1.0, 1.0, (self.max_tokens,), np.float32)
-        )
 
     def _observation_space(self) -> spaces.Dict:
         count, width, words = self.max_tokens, self.vlm.width, self.max_question_tokens
@@ -164,12 +185,12 @@ class SelectionRules:
         return stream.next_index() if fixed.index is None else fixed.index, budget
 
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
-        """End some episodes and begin others: at most one call of the encoder, one of the language model.
+        """Carry out decisions and begin episodes: at most one call of the encoder, one of the language model.
 
         A reward that needs agreement takes two of the latter: what is compared has to be known before.
 
         Args:
-            decisions: Episodes that end; their outcome is filled in.
+            decisions: What is carried out, at most one for each episode.
             requests: (index, budget) of each episode that begins.
 
         Returns:
@@ -177,30 +198,36 @@ class SelectionRules:
         """
         instances = self.store.load(index for index, _ in requests)
         unscored = [instance for instance in instances.values() if instance.full is None]
-        decided = [(decision.episode.instance, decision.selection) for decision in decisions]
+        decided = [(decision.episode.instance, decision.selection) for decision in decisions if decision.scored]
         whole = [(instance, instance.real) for instance in unscored]
         calls = (decided, whole) if self.store.first_token else (decided + whole,)
         scores = [score for jobs in calls if jobs for score in self.store.score(jobs)]
-        for instance, full in zip(unscored, scores[len(decisions) :], strict=True):
+        for instance, full in zip(unscored, scores[len(decided) :], strict=True):
             instance.full = full
-        for decision, score in zip(decisions, scores[: len(decisions)], strict=True):
-            self._finish(decision, score)
+        answers = iter(scores[: len(decided)])
+        # rewards first: one that raises leaves every episode as it was
+        outcomes = [self._judge(decision.episode, next(answers)) if decision.scored else None for decision in decisions]
+        for decision, outcome in zip(decisions, outcomes, strict=True):
+            self._carry_out(decision, outcome)
         return [
             Episode(instances[index], tokens_in_budget(budget, int(instances[index].real.sum())))
             for index, budget in requests
         ]
 
-    def _finish(self, decision: Decision, scores: Scores) -> None:
-        episode = decision.episode
+    def _judge(self, episode: Episode, scores: Scores) -> Outcome:
         assert episode.instance.full is not None
         reward = float(self.reward(scores, episode.instance.full))
-        episode.outcome = Outcome(
-            selection=decision.selection,
-            over_budget=decision.over_budget,
-            log_likelihood=float(scores.log_likelihood),
-            correct=bool(scores.correct),
-            reward=reward - self.over_budget_penalty * decision.over_budget,
-        )
+        return Outcome(float(scores.log_likelihood), bool(scores.correct), reward)
+
+    def _carry_out(self, decision: Decision, outcome: Outcome | None) -> None:
+        episode = decision.episode
+        value = episode.value if outcome is None else outcome.reward
+        episode.reward = value - episode.value - self.penalty * decision.violations
+        episode.value, episode.outcome = value, outcome
+        episode.selection = decision.selection
+        episode.violations += decision.violations
+        episode.steps += 1
+        episode.over = decision.ends
 
     # -- what the agent sees and does --------------------------------------------------------------------
 
@@ -219,6 +246,63 @@ class SelectionRules:
             observation["question"] = fit(to_array(encoded.question[0]), words)
             observation["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), words).astype(np.int8)
         return observation
+
+    def start_info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset."""
+        example = episode.instance.example
+        return {
+            "index": episode.instance.index,
+            "split": self.split,
+            "question": example.question,
+            "family": example.family,
+            **self._common_info(episode),
+        }
+
+    def step_info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a step."""
+        outcome = episode.outcome
+        # lists, because Gymnasium's vector environments stack arrays, and these differ in length
+        info = {"kept": [int(token) for token in np.flatnonzero(episode.selection)], **self._common_info(episode)}
+        if outcome is not None:
+            info |= {"log_likelihood": outcome.log_likelihood, "correct": outcome.correct}
+        return info
+
+    def _common_info(self, episode: Episode) -> dict[str, Any]:
+        full, relevant = episode.instance.full, episode.instance.relevant()
+        assert full is not None
+        info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": float(full.log_likelihood)}
+        return info if relevant is None else info | {"relevant": relevant}
+
+    @abstractmethod
+    def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Return ``action`` as an array of ``shape``: that of the action space, single or batched.
+
+        Raises:
+            ValueError: If it is not one that the action space describes.
+        """
+
+    @abstractmethod
+    def decide(self, episode: Episode, action: Any, generator: np.random.Generator) -> Decision:
+        """Turn the checked action of one environment into a decision; the episode stays as it is."""
+
+
+class SelectionRules(EpisodeRules):
+    """A single decision: the whole set at once.
+
+    The arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
+    """
+
+    def __init__(self, *, action_mode: ActionMode, over_budget_penalty: float, **common: Any) -> None:
+        if action_mode not in ("binary", "scores"):
+            raise ValueError(f"action_mode must be 'binary' or 'scores'; got {action_mode!r}")
+        check_penalty("over_budget_penalty", over_budget_penalty)
+        super().__init__(penalty=over_budget_penalty, **common)
+        self.action_mode = action_mode
+        self.action_space = (
+            spaces.MultiBinary(self.max_tokens)
+            if action_mode == "binary"
+            else spaces.Box(-1.0, 1.0, (self.max_tokens,), np.float32)
+        )
 
     def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
         """Return ``action`` as an array of ``shape``.
@@ -249,7 +333,7 @@ class SelectionRules:
         return given.astype(bool)
 
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
-        """Turn a checked action (N,) into a selection within the budget.
+        """Turn a checked action (N,) into a selection within the budget; the episode stays as it is.
 
         Only an action over budget draws from ``generator``.
         """
@@ -267,35 +351,15 @@ class SelectionRules:
         selection[chosen] = True
         return Decision(episode, selection, excess)
 
-    def start_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a reset."""
-        example = episode.instance.example
-        return {
-            "index": episode.instance.index,
-            "split": self.split,
-            "question": example.question,
-            "family": example.family,
-            **self._common_info(episode),
-        }
-
-    def end_info(self, episode: Episode) -> dict[str, Any]:
+    def step_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a step."""
-        outcome = episode.outcome
-        assert outcome is not None
-        # lists, because Gymnasium's vector environments stack arrays, and these differ in length
-        return {
-            "log_likelihood": outcome.log_likelihood,
-            "correct": outcome.correct,
-            "kept": [int(token) for token in np.flatnonzero(outcome.selection)],
-            "over_budget": outcome.over_budget,
-            **self._common_info(episode),
-        }
+        return super().step_info(episode) | {"over_budget": episode.violations}
 
-    def _common_info(self, episode: Episode) -> dict[str, Any]:
-        full, relevant = episode.instance.full, episode.instance.relevant()
-        assert full is not None
-        info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": float(full.log_likelihood)}
-        return info if relevant is None else info | {"relevant": relevant}
+
+def check_penalty(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is finite and not negative."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
 
 
 def _resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,12 +39,16 @@ class Instance:
 
     def relevant(self) -> list[int] | None:
         """Return the tokens that decide the answer, most relevant first; ``None`` where nobody knows."""
+        return None if self._relevant is None else list(self._relevant)
+
+    @cached_property  # every step tells it
+    def _relevant(self) -> tuple[int, ...] | None:
         grades = self.example.token_relevance(self.positions)
         if grades is None:
             return None
         grades = np.where(self.real, grades, 0.0)
         order = np.argsort(-grades, kind="stable")
-        return [int(token) for token in order if grades[token] > 0]
+        return tuple(int(token) for token in order if grades[token] > 0)
 
 
 class InstanceStore:

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector.utils import batch_space
 
-from grip_env.envs.episodes import NOTHING_FIXED, ActionMode, Fixed, Observation
+from grip_env.envs.episodes import NOTHING_FIXED, ActionMode, Fixed, Observation, SelectionRules
 from grip_env.envs.progressive import draw_stages
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget
@@ -68,6 +68,8 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
     print(rewards, infos["final_info"]["flops_saved"])
     ```
     """
+
+    rules: SelectionRules
 
     def __init__(
         self,

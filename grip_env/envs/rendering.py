@@ -40,6 +40,7 @@ def draw_selection(
     relevant: np.ndarray | None = None,
     size: int = 480,
     cells: np.ndarray | None = None,
+    status: Sequence[str] = (),
 ) -> np.ndarray:
     """Draw which visual tokens are kept: their cells stay bright inside a light outline, the others fade.
 
@@ -54,6 +55,8 @@ def draw_selection(
             factor).
         cells: (N, 2) height and width of what each token shows, as shares of the image, for models that look at
             the whole image and at its tiles: what any kept token shows stays bright.
+        status: Text below ``lines``, one row for each entry; what is too long for a row is cut, so that pictures
+            that differ in nothing but what these rows say have one size, as the frames of a video must.
 
     Returns:
         uint8 (height, width, 3), with a strip for the text below the image if there is any.
@@ -76,7 +79,7 @@ def draw_selection(
         drawn = _faded(drawn, boxes[np.asarray(selection, dtype=bool)])
     if relevant is not None:
         drawn = _dotted(drawn, boxes[np.asarray(relevant, dtype=bool)])
-    return np.concatenate([drawn, _strip(lines, drawn.shape[1])]) if lines else drawn
+    return np.concatenate([drawn, _strip(lines, status, drawn.shape[1])]) if lines or status else drawn
 
 
 def gallery(
@@ -221,15 +224,20 @@ def _font(size: float) -> _Font:
     return ImageFont.load_default(size=max(8.0, size))
 
 
-def _strip(lines: Sequence[str], width: int) -> np.ndarray:
-    """Set lines of text on a strip of paper, uint8 (height, width, 3)."""
+def _strip(lines: Sequence[str], status: Sequence[str], width: int) -> np.ndarray:
+    """Set text on a strip of paper, the first line large and what ``status`` has in one row each.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
     margin = max(8, width // 32)
     large, small = width / 24, width / 30
     rows: list[tuple[str, _Font, tuple[int, int, int], int]] = []
-    for number, text in enumerate(lines):
+    for number, text in enumerate([*lines, *status]):
         size, colour = (large, _INK) if number == 0 else (small, _GREY)
-        font = _font(size)
-        rows += [(part, font, colour, round(max(8, size) * 1.45)) for part in _wrapped(text, font, width - 2 * margin)]
+        font, room = _font(size), width - 2 * margin
+        parts = _wrapped(text, font, room) if number < len(lines) else [_shortened(text, font, room)]
+        rows += [(part, font, colour, round(max(8, size) * 1.45)) for part in parts]
     sheet = Image.new("RGB", (width, sum(row[3] for row in rows) + 2 * margin), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.line((0, 0, width, 0), _HAIRLINE)

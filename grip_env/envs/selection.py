@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any
 
-import gymnasium
 import numpy as np
 
-from grip_env.envs.episodes import ActionMode, Episode, Observation, SelectionRules
-from grip_env.envs.rendering import draw_selection
+from grip_env.envs.episodes import ActionMode, SelectionRules
 from grip_env.envs.rewards import Reward
-from grip_env.envs.sampling import Budget, EpisodeStream
-from grip_env.envs.window import Window
+from grip_env.envs.sampling import Budget
+from grip_env.envs.single import EpisodeEnv, RenderMode
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["RenderMode", "TokenSelectionEnv", "draw_episode"]
-
-RenderMode = Literal["rgb_array", "human"]
+__all__ = ["TokenSelectionEnv"]
 
 
-class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
+class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     """Choose which visual tokens a frozen vision-language model may see before it answers a question.
 
     ## Description
@@ -122,11 +118,6 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
     ```
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
-        "render_modes": ["human", "rgb_array"],
-        "render_fps": 2,
-    }
-
     def __init__(
         self,
         vlm: FrozenVLM | str = "tiny",
@@ -142,9 +133,8 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         max_question_tokens: int = 24,
         cache_size: int = 256,
     ) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
-        self.rules = SelectionRules(
+        super().__init__(
+            render_mode,
             vlm=vlm,
             task=task,
             split=split,
@@ -157,84 +147,6 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
         )
-        self.render_mode = render_mode
-        self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
-        self.action_space = self.rules.action_space
-        self._stream: EpisodeStream | None = None
-        self._episode: Episode | None = None
-        self._window = Window("GRIP token selection")
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Begin the next episode.
-
-        Args:
-            seed: Starts the sequence of episodes over; the same seed gives the same sequence.
-            options: "index" and "budget" fix this episode's instance and share of the tokens.
-        """
-        fixed = self.rules.check_options(options)
-        super().reset(seed=seed)
-        if seed is not None or self._stream is None:
-            self._stream = self.rules.stream(self.np_random)
-        self._episode = None
-        (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
-        if self.render_mode == "human":
-            self.render()
-        return self.rules.observe(self._episode), self.rules.start_info(self._episode)
-
-    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Keep the chosen tokens, let the model answer, and end the episode.
-
-        Args:
-            action: (N,), see Action Space.
-        """
-        episode = self._episode
-        if episode is None or episode.outcome is not None:
-            state = "not begun" if episode is None else "ended: each has a single step"
-            raise gymnasium.error.ResetNeeded(f"the episode has {state}; call reset() before step()")
-        checked = self.rules.check_action(action, (self.rules.max_tokens,))
-        self.rules.advance([self.rules.decide(episode, checked, self.np_random)])
-        assert episode.outcome is not None
-        if self.render_mode == "human":
-            self.render()
-        return self.rules.observe(episode), episode.outcome.reward, True, False, self.rules.end_info(episode)
-
-    def render(self) -> np.ndarray | None:
-        """Draw the image and the question; after the step also what was kept and what came of it."""
-        if self._episode is None:
-            raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
-        if self.render_mode is None:
-            gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
-            return None
-        picture = draw_episode(self._episode)
-        if self.render_mode == "rgb_array":
-            return picture
-        self._window.show(picture)
-        return None
-
-    def close(self) -> None:
-        """Close the window, if there is one."""
-        self._window.close()
-
-
-def draw_episode(episode: Episode) -> np.ndarray:
-    """Return the picture of an episode, uint8 (height, width, 3); a dot marks cells known to matter."""
-    instance, outcome = episode.instance, episode.outcome
-    real = instance.real
-    example = instance.example
-    assert instance.full is not None
-    full = float(instance.full.log_likelihood.exp())
-    cells = None if instance.cells is None else instance.cells[real]
-    if outcome is None:
-        lines = [example.question, f"{episode.k} of {real.sum()} tokens may be kept"]
-        return draw_selection(example.image, instance.positions[real], lines=lines, cells=cells)
-    verdict = "answered correctly" if outcome.correct else "answered wrongly"
-    lines = [
-        example.question,
-        f'answer "{example.answer}": p = {np.exp(outcome.log_likelihood):.2f}, with all tokens {full:.2f}',
-        f"{outcome.selection.sum()} of {real.sum()} tokens kept (budget {episode.k}), {verdict}",
-    ]
-    relevant = instance.relevant()
-    marked = None if relevant is None else np.isin(np.arange(len(real)), relevant)[real]
-    return draw_selection(example.image, instance.positions[real], outcome.selection[real], lines, marked, cells=cells)
+    def _make_rules(self, **arguments: Any) -> SelectionRules:
+        return SelectionRules(**arguments)

@@ -129,7 +129,7 @@ class StageRules:
         # to the rules of a single decision, a stage is an episode whose only real tokens are these
         stage = Episode(replace(staged.episode.instance, real=candidates), k)
         decision = self.rules.decide(stage, action, generator)
-        return StageDecision(decision.selection, k, decision.over_budget)
+        return StageDecision(decision.selection, k, decision.violations)
 
     def end(self, staged: StagedEpisode, scores: Scores) -> float:
         """Fill in how an episode ended; return its reward.
@@ -230,7 +230,7 @@ class StageRollout:
             staged.decisions.append(decision)
         tokens = self._tokens.shape[1]
         run.drop(torch.from_numpy(np.stack([fit(decision.selection, tokens) for decision in decisions])))
-        rewards = [0.0 - base.over_budget_penalty * decision.over_budget for decision in decisions]
+        rewards = [0.0 - base.penalty * decision.over_budget for decision in decisions]
         if self.stage < len(schedule):
             run.advance(schedule.stages[self.stage])
             self._look()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,55 +12,41 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from grip_env.envs.episodes import NOTHING_FIXED, ActionMode, Episode, Fixed, Observation, SelectionRules
+from grip_env.envs.episodes import (
+    NOTHING_FIXED,
+    ActionMode,
+    Episode,
+    EpisodeRules,
+    Fixed,
+    Observation,
+    SelectionRules,
+)
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
-from grip_env.envs.selection import RenderMode, draw_episode
+from grip_env.envs.single import RenderMode, draw_episode
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["TokenSelectionVectorEnv"]
+__all__ = ["EpisodeVectorEnv", "TokenSelectionVectorEnv"]
 
 
-class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
-    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
-    together.
+class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
+    """Everything of a vector environment but its rules, which a subclass makes.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
-    Every step ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the observations
-    returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts) and
-    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Lists such as ``kept``
-    come as object arrays of lists.
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. An
+    episode that ends gives way to the next in the same step (``AutoresetMode.SAME_STEP``): the observation returned
+    then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to
+    the one that ended, with the ``_key`` masks of Gymnasium. All is as ``gymnasium.vector.SyncVectorEnv`` gives it.
 
     Args:
         num_envs: How many instances.
-        vlm: See the single environment, also for the arguments that follow.
-        task: Where instances come from.
-        split: Which split of the task.
-        budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
-        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
-        reward: A name, a sum of names, a place to import from, or an object.
-        over_budget_penalty: Charged for each token over budget.
-        question_aware: Whether the agent sees the question.
         render_mode: ``None`` or "rgb_array".
-        max_tokens: N.
-        max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory.
-        max_episode_steps: What ``gymnasium.make_vec`` may pass on; at least 1, and without effect, as every
-            episode has one step.
+        max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``; ``None``
+            sets no limit.
+        arguments: Those of the rules.
 
     Raises:
-        ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
-
-    ```python
-    import gymnasium
-    import grip_env
-
-    envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=8, budget=(0.05, 0.5), action_mode="scores")
-    observations, infos = envs.reset(seed=0)
-    observations, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())
-    print(rewards, infos["final_info"]["correct"])
-    ```
+        ValueError: If the render mode is another, or ``num_envs`` or ``max_episode_steps`` is below 1.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
@@ -70,40 +57,19 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def __init__(
         self,
-        num_envs: int = 1,
-        vlm: FrozenVLM | str = "tiny",
-        task: Task | str = "scenes",
-        split: str = "train",
-        budget: Budget = 0.1,
-        action_mode: ActionMode = "binary",
-        reward: Reward | str = "log_likelihood",
-        over_budget_penalty: float = 0.0,
-        question_aware: bool = True,
-        render_mode: RenderMode | None = None,
-        max_tokens: int | None = None,
-        max_question_tokens: int = 24,
-        cache_size: int = 256,
-        max_episode_steps: int | None = None,
+        num_envs: int,
+        render_mode: RenderMode | None,
+        max_episode_steps: int | None,
+        **arguments: Any,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1, the length of an episode; got {max_episode_steps}")
+            raise ValueError(f"max_episode_steps must be at least 1; got {max_episode_steps}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
-        self.rules = SelectionRules(
-            vlm=vlm,
-            task=task,
-            split=split,
-            budget=budget,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-        )
+        self.rules = self._make_rules(**arguments)
+        self.max_episode_steps = max_episode_steps
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.single_observation_space = self.rules.observation_space
@@ -113,7 +79,11 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._generators, self._seeds = self._seeded([None] * num_envs)
         self._streams: list[EpisodeStream | None] = [None] * num_envs
         self._episodes: list[Episode] = []
-        self._ended: list[Episode] = []
+        self._shown: list[Episode] = []
+
+    @abstractmethod
+    def _make_rules(self, **arguments: Any) -> EpisodeRules:
+        """Return the decision process."""
 
     @staticmethod
     def _seeded(seeds: Sequence[int | None]) -> tuple[list[np.random.Generator], list[int]]:
@@ -141,9 +111,12 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 for each.
         """
         requests = self._start_over(seed, options)
-        self._episodes, self._ended = [], []
-        self._episodes = self.rules.advance(requests=requests)
-        return self._observe(), self._start_infos({})
+        self._episodes = self._shown = []
+        self._episodes = self._shown = self.rules.advance(requests=requests)
+        infos: dict[str, Any] = {}
+        for i, episode in enumerate(self._episodes):
+            infos = self._add_info(infos, self.rules.start_info(episode), i)
+        return self._observe(), infos
 
     def _start_over(
         self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
@@ -162,28 +135,34 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self._requests(fixed)
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Decide in every episode and begin the next ones.
+        """Act in every episode, and begin the next one where that ends it.
 
         Args:
-            actions: (num_envs, N).
+            actions: (num_envs, *shape of one action).
         """
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes; call reset() before step()")
-        checked = self.rules.check_action(actions, (self.num_envs, self.rules.max_tokens))
-        ended = self._episodes
+        checked = self.rules.check_action(actions, self.action_space.shape or ())
+        stepped, limit = self._episodes, self.max_episode_steps
         decisions = [
             self.rules.decide(episode, action, generator)
-            for episode, action, generator in zip(ended, checked, self._generators, strict=True)
+            for episode, action, generator in zip(stepped, checked, self._generators, strict=True)
         ]
-        self._episodes = self.rules.advance(decisions, self._requests([NOTHING_FIXED] * self.num_envs))
-        self._ended = ended
+        terminated = np.array([decision.ends for decision in decisions])  # (B,)
+        truncated = np.array([limit is not None and episode.steps + 1 >= limit for episode in stepped])  # (B,)
+        ended = np.flatnonzero(terminated | truncated).tolist()
+        begun = self.rules.advance(decisions, [self._request(i) for i in ended])
+        fresh = dict(zip(ended, begun, strict=True))
+        self._episodes, self._shown = [fresh.get(i, episode) for i, episode in enumerate(stepped)], stepped
         infos: dict[str, Any] = {}
-        for i, episode in enumerate(ended):
-            final = {"final_obs": self.rules.observe(episode), "final_info": self.rules.end_info(episode)}
-            infos = self._add_info(infos, final, i)
-        rewards = np.array([episode.outcome.reward for episode in ended if episode.outcome], dtype=np.float64)
-        everywhere = np.ones(self.num_envs, dtype=bool)
-        return self._observe(), rewards, everywhere, ~everywhere, self._start_infos(infos)
+        for i, episode in enumerate(stepped):
+            info = self.rules.step_info(episode)
+            if i in fresh:
+                infos = self._add_info(infos, {"final_obs": self.rules.observe(episode), "final_info": info}, i)
+                info = self.rules.start_info(fresh[i])
+            infos = self._add_info(infos, info, i)
+        rewards = np.array([episode.reward for episode in stepped], dtype=np.float64)  # (B,)
+        return self._observe(), rewards, terminated, truncated, infos
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what the last step decided in each instance (after a reset: the new episodes)."""
@@ -192,7 +171,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             return None
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes to draw; call reset() before render()")
-        return tuple(draw_episode(episode) for episode in self._ended or self._episodes)
+        return tuple(draw_episode(episode) for episode in self._shown)
 
     def _fixed(self, options: dict[str, Any] | None) -> list[Fixed]:
         shared = dict(options or {})
@@ -209,13 +188,92 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         ]
 
     def _requests(self, fixed: Sequence[Fixed]) -> list[tuple[int, float]]:
-        return [self.rules.request(stream, own) for stream, own in zip(self._streams, fixed, strict=True) if stream]
+        return [self._request(i, own) for i, own in enumerate(fixed)]
+
+    def _request(self, i: int, fixed: Fixed = NOTHING_FIXED) -> tuple[int, float]:
+        stream = self._streams[i]
+        assert stream is not None
+        return self.rules.request(stream, fixed)
 
     def _observe(self) -> Observation:
         rows = [self.rules.observe(episode) for episode in self._episodes]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def _start_infos(self, infos: dict[str, Any]) -> dict[str, Any]:
-        for i, episode in enumerate(self._episodes):
-            infos = self._add_info(infos, self.rules.start_info(episode), i)
-        return infos
+
+class TokenSelectionVectorEnv(EpisodeVectorEnv):
+    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
+    together.
+
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
+    Every step ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the observations
+    returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts) and
+    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Lists such as ``kept``
+    come as object arrays of lists.
+
+    Args:
+        num_envs: How many instances.
+        vlm: See the single environment, also for the arguments that follow.
+        task: Where instances come from.
+        split: Which split of the task.
+        budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
+        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
+        reward: A name or an object.
+        over_budget_penalty: Charged for each token over budget.
+        question_aware: Whether the agent sees the question.
+        render_mode: ``None`` or "rgb_array".
+        max_tokens: N.
+        max_question_tokens: Q.
+        cache_size: How many encoded examples to keep in memory.
+        max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
+            well as terminated, and above nothing changes.
+
+    Raises:
+        ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
+
+    ```python
+    import gymnasium
+    import grip_env
+
+    envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=8, budget=(0.05, 0.5), action_mode="scores")
+    observations, infos = envs.reset(seed=0)
+    observations, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())
+    print(rewards, infos["final_info"]["correct"])
+    ```
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        vlm: FrozenVLM | str = "tiny",
+        task: Task | str = "scenes",
+        split: str = "train",
+        budget: Budget = 0.1,
+        action_mode: ActionMode = "binary",
+        reward: Reward | str = "log_likelihood",
+        over_budget_penalty: float = 0.0,
+        question_aware: bool = True,
+        render_mode: RenderMode | None = None,
+        max_tokens: int | None = None,
+        max_question_tokens: int = 24,
+        cache_size: int = 256,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_envs,
+            render_mode,
+            max_episode_steps,
+            vlm=vlm,
+            task=task,
+            split=split,
+            budget=budget,
+            action_mode=action_mode,
+            reward=reward,
+            over_budget_penalty=over_budget_penalty,
+            question_aware=question_aware,
+            max_tokens=max_tokens,
+            max_question_tokens=max_question_tokens,
+            cache_size=cache_size,
+        )
+
+    def _make_rules(self, **arguments: Any) -> SelectionRules:
+        return SelectionRules(**arguments)

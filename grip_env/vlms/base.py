@@ -63,10 +63,7 @@ class Encoded:
             values: list[torch.Tensor] = [getattr(part, name) for part in parts]
             if values[0].dim() > 1:
                 longest = max(value.shape[1] for value in values)
-                values = [
-                    torch.cat([value, value.new_zeros(value.shape[0], longest - value.shape[1], *value.shape[2:])], 1)
-                    for value in values
-                ]
+                values = [_padded(value, longest) for value in values]
             tensors[name] = torch.cat(values)
         return Encoded(examples=[example for part in parts for example in part.examples], **tensors)
 
@@ -87,6 +84,12 @@ class Encoded:
         ]
         known = [torch.from_numpy(row) for row in rows if row is not None]
         return torch.stack(known).to(self.tokens.device) * self.token_mask if len(known) == len(rows) else None
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    missing = length - rows.shape[1]
+    # most are long enough: without this, joining copies everything twice
+    return torch.cat([rows, rows.new_zeros(rows.shape[0], missing, *rows.shape[2:])], 1) if missing else rows
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,18 @@ def test_text_goes_below_and_long_text_is_wrapped_not_cut() -> None:
     assert short[480:].min() < 100  # there is ink
 
 
+def test_status_rows_are_cut_so_that_the_size_depends_on_their_number_alone() -> None:
+    def draw(*status: str) -> np.ndarray:
+        return draw_selection(IMAGE, grid(12, 12), lines=["why?"], status=status)
+
+    short, long, empty = draw("yes", "no"), draw("so many words " * 30, "no"), draw("", "")
+    assert short.shape == long.shape == empty.shape
+    assert draw("yes").shape[0] < short.shape[0]
+    assert (short != long).any()
+    assert (short[:480] == empty[:480]).all()
+    assert draw_selection(IMAGE, grid(12, 12), status=["alone"]).shape[0] > 480
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         draw_selection(IMAGE / 255, grid(12, 12))
@@ -138,7 +150,8 @@ def test_rgb_array_shows_the_plain_image_first_and_the_selection_after_the_step(
     assert before is not None
     assert after is not None
     assert before.dtype == after.dtype == np.uint8
-    assert before.shape[1:] == after.shape[1:] == (480, 3)
+    assert before.shape == after.shape  # as the frames of a video must be
+    assert before.shape[1:] == (480, 3)
     assert before.shape[0] > 480
     cells = after[:480].reshape(4, 120, 4, 120, 3).mean((1, 3, 4)).reshape(16)
     plain = before[:480].reshape(4, 120, 4, 120, 3).mean((1, 3, 4)).reshape(16)

@@ -410,7 +410,7 @@ def test_step_needs_a_running_episode() -> None:
         env.step(binary())
     env.reset(seed=0)
     env.step(binary())
-    with pytest.raises(gymnasium.error.ResetNeeded, match="single step"):
+    with pytest.raises(gymnasium.error.ResetNeeded, match="ended at step 1"):
         env.step(binary())
     with pytest.raises(gymnasium.error.ResetNeeded):
         make(render_mode="rgb_array").render()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 
@@ -126,6 +127,33 @@ def test_returned_arrays_are_copies() -> None:
     _, _, _, _, infos = envs.step(np.zeros((2, 16), dtype=np.int8))
     for key, value in kept.items():
         np.testing.assert_array_equal(infos["final_obs"][1][key], value[1])
+
+
+def test_a_limit_of_one_step_truncates_as_gymnasium_does() -> None:
+    kwargs = DEFAULTS | {"vlm": FakeVLM(), "max_episode_steps": 1}
+    theirs: SyncVectorEnv = SyncVectorEnv(
+        [lambda: gymnasium.make("GRIP/TokenSelection-v0", **kwargs)] * 2, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    ours = TokenSelectionVectorEnv(2, **kwargs)
+    assert data_equivalence(ours.reset(seed=0), theirs.reset(seed=0))
+    actions = np.eye(16, dtype=np.int8)[:2]
+    found = ours.step(actions)
+    assert data_equivalence(found, theirs.step(actions))
+    assert found[2].all()
+    assert found[3].all()
+    unlimited = make(2, max_episode_steps=2)
+    unlimited.reset(seed=0)
+    assert not unlimited.step(actions)[3].any()
+
+
+def test_a_pickled_environment_goes_on_where_it_was() -> None:
+    envs = make(3)
+    envs.reset(seed=0)
+    envs.step(np.ones((3, 16), dtype=np.int8))
+    other = pickle.loads(pickle.dumps(envs))
+    for _ in range(5):
+        actions = envs.action_space.sample()
+        assert data_equivalence(envs.step(actions), other.step(actions), exact=True)
 
 
 def test_misuse_is_refused() -> None:
