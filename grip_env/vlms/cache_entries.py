@@ -14,14 +14,13 @@ import numpy as np
 import PIL
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from grip_env.vlms.families import Family, Picture
+from grip_env.vlms.sealed import raw_bytes, seal, unseal
 
 __all__ = ["encoder_digest", "pack", "picture_key", "picture_scope", "unpack"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every name: to be raised when entries are written otherwise, or families make other pictures of an image."""
 LANGUAGE = ("model.language_model.", "model.text_model.", "lm_head.")
 """How the weights begin that pictures do not depend on."""
@@ -38,7 +37,7 @@ def encoder_digest(model: Any) -> str:
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith(LANGUAGE):
             digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            digest.update(_raw(value.detach().cpu()))
+            digest.update(raw_bytes(value.detach().cpu()))
     return digest.hexdigest()
 
 
@@ -97,30 +96,10 @@ def _without_names(config: Any) -> Any:
 # -- what an entry is ------------------------------------------------------------------------------------------
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _digest(key: str, text: str, runs: list[int], tensors: dict[str, torch.Tensor]) -> str:
-    named = sorted(tensors.items())
-    about = [key, text, runs, [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in named]]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for _, tensor in named:
-        digest.update(_raw(tensor))
-    return digest.hexdigest()
-
-
 def pack(key: str, picture: Picture) -> bytes:
     """Return the content of an entry."""
-    tensors = {
-        # copied, since safetensors refuses tensors that share memory
-        name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in vars(picture).items()
-        if isinstance(value, torch.Tensor)
-    }
-    about = {"text": picture.text, "runs": json.dumps(picture.runs)}
-    return save(tensors, {**about, "sha256": _digest(key, picture.text, picture.runs, tensors)})
+    tensors = {name: value for name, value in vars(picture).items() if isinstance(value, torch.Tensor)}
+    return seal(key, tensors, {"text": picture.text, "runs": json.dumps(picture.runs)})
 
 
 def unpack(key: str, data: bytes) -> Picture:
@@ -129,11 +108,8 @@ def unpack(key: str, data: bytes) -> Picture:
     Raises:
         ValueError: If it is not what was written under this key.
     """
+    tensors, texts = unseal(key, data)
     try:
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        text, runs, tensors = about["text"], json.loads(about["runs"]), load(data)
-        if _digest(key, text, runs, tensors) == about["sha256"]:
-            return Picture(text=text, runs=runs, **tensors)
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        return Picture(text=texts["text"], runs=json.loads(texts["runs"]), **tensors)
+    except (LookupError, TypeError) as error:
         raise ValueError("the entry cannot be read") from error
-    raise ValueError("the entry is not what was written")
