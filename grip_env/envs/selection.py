@@ -141,7 +141,7 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
-        self.rules = SelectionRules(
+        self.rules = self._make_rules(
             vlm=vlm,
             task=task,
             split=split,
@@ -160,6 +160,10 @@ class TokenSelectionEnv(gymnasium.Env[Observation, np.ndarray]):
         self._stream: EpisodeStream | None = None
         self._episode: Episode | None = None
         self._window: Any = None
+
+    def _make_rules(self, **arguments: Any) -> SelectionRules:
+        """Return the decision process; environments with one of their own override this."""
+        return SelectionRules(**arguments)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -91,7 +91,7 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise ValueError(f"max_episode_steps must be at least 1, the length of an episode; got {max_episode_steps}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
-        self.rules = SelectionRules(
+        self.rules = self._make_rules(
             vlm=vlm,
             task=task,
             split=split,
@@ -114,6 +114,10 @@ class TokenSelectionVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._streams: list[EpisodeStream | None] = [None] * num_envs
         self._episodes: list[Episode] = []
         self._ended: list[Episode] = []
+
+    def _make_rules(self, **arguments: Any) -> SelectionRules:
+        """Return the decision process; environments with one of their own override this."""
+        return SelectionRules(**arguments)
 
     @staticmethod
     def _seeded(seeds: Sequence[int | None]) -> tuple[list[np.random.Generator], list[int]]:
