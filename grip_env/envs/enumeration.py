@@ -194,9 +194,37 @@ class RewardTable:
 
     # -- where a selection stands ----------------------------------------------------------------------------
 
+    def rows(self, selections: np.ndarray) -> np.ndarray:
+        """Return the rows of selections, bool (R, N), in the table, int64 (R,).
+
+        Raises:
+            ValueError: If one of them is not in it.
+        """
+        given = np.asarray(selections)
+        if given.dtype != bool or given.shape[1:] != (self.count,):
+            raise ValueError(
+                f"a selection is bool of shape ({self.count},); got {given.dtype} of shape {given.shape[1:]}"
+            )
+        bits = np.uint64(1) << np.arange(self.count, dtype=np.uint64)
+        return self.find(np.bitwise_or.reduce(np.where(given, bits, np.uint64(0)), axis=1, dtype=np.uint64))
+
+    def find(self, masks: np.ndarray) -> np.ndarray:
+        """Return the rows of bitmasks, uint64 (R,), in the table, int64 (R,).
+
+        Raises:
+            ValueError: If one of them is not in it.
+        """
+        place = np.minimum(np.searchsorted(self.masks, masks, sorter=self._order), len(self) - 1)
+        rows = self._order[place]
+        wrong = np.flatnonzero(self.masks[rows] != masks)
+        if len(wrong):
+            given = np.flatnonzero(as_selections(masks[wrong[:1]], self.count)[0]).tolist()
+            raise ValueError(f"this table is of selections of exactly {self.k} real tokens; got {given}")
+        return rows
+
     def reward(self, selection: np.ndarray) -> float:
         """Return the reward of a selection, bool (N,); raises ValueError if it is none of the table's."""
-        return float(self.rewards[self._index(selection)])
+        return float(self.rewards[self.rows(np.asarray(selection)[None])[0]])
 
     def optimality_gap(self, selection: np.ndarray) -> float:
         """Return by how much a selection's reward is below the largest, 0 for the best."""
@@ -207,37 +235,16 @@ class RewardTable:
 
         A selection counts among those with its own reward, so that the mean over all selections is 1/2.
         """
-        first, past = self._places(selection)
-        return (first + past) / 2 / len(self)
+        return float(self.percentiles(self.rows(np.asarray(selection)[None]))[0])
+
+    def percentiles(self, rows: np.ndarray) -> np.ndarray:
+        """Return the same for rows of the table, float64 (R,)."""
+        smaller, no_larger = (np.searchsorted(self._sorted, self.rewards[rows], side) for side in ("left", "right"))
+        return (smaller + no_larger) / 2 / len(self)
 
     def rank(self, selection: np.ndarray) -> int:
         """Return 1 plus the number of selections with a larger reward."""
-        return 1 + len(self) - self._places(selection)[1]
-
-    def find(self, masks: np.ndarray) -> np.ndarray:
-        """Return the rows of bitmasks in the table, int64 of the same shape; raises ValueError if any is not in it."""
-        place = np.minimum(np.searchsorted(self.masks, masks, sorter=self._order), len(self) - 1)
-        rows = self._order[place]
-        if not (self.masks[rows] == masks).all():
-            raise ValueError(f"not every mask has {self.k} of the tokens this table is over")
-        return rows
-
-    def _index(self, selection: np.ndarray) -> int:
-        given = np.asarray(selection)
-        if given.dtype != bool or given.shape != (self.count,):
-            raise ValueError(f"a selection is bool of shape ({self.count},); got {given.dtype} of shape {given.shape}")
-        mask = np.bitwise_or.reduce(np.uint64(1) << np.flatnonzero(given).astype(np.uint64), dtype=np.uint64)
-        try:
-            return int(self.find(mask[None])[0])
-        except ValueError:
-            raise ValueError(
-                f"this table is of selections of exactly {self.k} real tokens; got {np.flatnonzero(given).tolist()}"
-            ) from None
-
-    def _places(self, selection: np.ndarray) -> tuple[int, int]:
-        """Return how many rewards are smaller, and how many are no larger."""
-        reward = self.reward(selection)
-        return int(np.searchsorted(self._sorted, reward, "left")), int(np.searchsorted(self._sorted, reward, "right"))
+        return 1 + int((self.rewards > self.reward(selection)).sum())
 
     @cached_property
     def _order(self) -> np.ndarray:

@@ -5,15 +5,27 @@ Everything here is exact, over tables of every selection (:class:`~grip_env.envs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations, permutations
+from typing import Any
 
 import numpy as np
 
 from grip_env.envs.enumeration import RewardTable
 
-__all__ = ["ROUNDING", "Curvature", "best_swaps", "climb", "curvature", "greedy"]
+__all__ = [
+    "ROUNDING",
+    "Curvature",
+    "Standing",
+    "Terrain",
+    "best_swaps",
+    "climb",
+    "curvature",
+    "explore",
+    "greedy",
+]
 
 ROUNDING = 1e-4
 """What a frozen model's scores may differ by for no reason, in nats; second differences up to it count as none."""
@@ -124,3 +136,84 @@ def greedy(tables: Sequence[RewardTable]) -> np.ndarray:
         candidates = np.sort(tables[1].masks[(tables[1].masks & chosen) == 0] | chosen)
         chosen = candidates[table.rewards[table.find(candidates)].argmax()]
     return tables[-1].selection(int(tables[-1].find(np.array([chosen]))[0]))
+
+
+# -- one instance ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a method's selections of an instance stand, each a mean over its random choices."""
+
+    gap: float
+    """By how much their reward is below the optimum."""
+    percentile: float
+    """Share of all selections that are worse, plus half of the equals."""
+    optimal: float
+    """Share that are optimal."""
+
+
+@dataclass(frozen=True)
+class Terrain:
+    """The landscape of one instance at one k."""
+
+    index: int
+    family: str
+    k: int
+    optimal_reward: float
+    spread: float
+    """Standard deviation of the reward over all selections."""
+    local_optima: int
+    """Selections than which none is better one swap away, the global optimum among them."""
+    worst_optimum: float
+    """By how much the reward of the worst of these is below the optimum."""
+    curvature: Curvature
+    """Over all selections of at most k blocks."""
+    methods: dict[str, Standing]
+    rewards: np.ndarray = field(repr=False)
+    """Of all selections, ascending, float64 (S,)."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return what goes into the JSON file."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "rewards"}
+
+
+def explore(
+    tables: Sequence[RewardTable], index: int, family: str, selections: Mapping[str, np.ndarray] | None = None
+) -> Terrain:
+    """Describe the landscape of one instance.
+
+    Args:
+        tables: Of 0, 1, ..., k blocks of it.
+        index: Its index in the split.
+        family: Its question family.
+        selections: What other methods keep, bool (R, N) each: R selections of exactly k.
+
+    Random selections and swap ascent are exact: over all selections, and over all of them as starts.
+    """
+    table = tables[-1]
+    ends = climb(table)
+    optima, basins = np.unique(ends, return_counts=True)
+    everything = np.arange(len(table))
+    methods = {"random": _stand(table, everything, np.ones(len(table)))}
+    for name, chosen in (selections or {}).items():
+        methods[name] = _stand(table, table.rows(chosen), np.ones(len(chosen)))
+    methods["greedy forward"] = _stand(table, table.rows(greedy(tables)[None]), np.ones(1))
+    methods["swap ascent"] = _stand(table, optima, basins)
+    return Terrain(
+        index=index,
+        family=family,
+        k=table.k,
+        optimal_reward=table.optimal_reward,
+        spread=float(table.rewards.std()),
+        local_optima=len(optima),
+        worst_optimum=table.optimal_reward - float(table.rewards[optima].min()),
+        curvature=curvature(tables),
+        methods=methods,
+        rewards=np.sort(table.rewards),
+    )
+
+
+def _stand(table: RewardTable, rows: np.ndarray, weights: np.ndarray) -> Standing:
+    gaps, places = table.optimal_reward - table.rewards[rows], table.percentiles(rows)
+    return Standing(*(float(np.average(values, weights=weights)) for values in (gaps, places, gaps == 0)))
