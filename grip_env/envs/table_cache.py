@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
-from grip_env.vlms.sealed import seal, unseal, write_atomically
+from grip_env.vlms.sealed import picture_key, seal, unseal, write_atomically
 
 __all__ = ["TableCache", "resolve_table_cache"]
 
@@ -47,7 +47,6 @@ class TableCache:
             NotImplementedError: If the model has no ``fingerprint()``.
         """
         from grip_env import __version__
-        from grip_env.vlms.cache_entries import picture_key  # loads transformers
 
         example = encoded.examples[0]
         known = {

@@ -10,13 +10,12 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
 import PIL
 import torch
 import transformers
 
 from grip_env.vlms.families import Family, Picture
-from grip_env.vlms.sealed import raw_bytes, seal, unseal
+from grip_env.vlms.sealed import picture_key, raw_bytes, seal, unseal
 
 __all__ = ["encoder_digest", "pack", "picture_key", "picture_scope", "unpack"]
 
@@ -68,18 +67,6 @@ def picture_scope(family: Family, weights: str) -> str:
         "pillow": PIL.__version__,
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def picture_key(scope: str, image: np.ndarray) -> str:
-    """Return the name of an image's entry, 64 hexadecimal digits.
-
-    Args:
-        scope: What :func:`picture_scope` returns.
-        image: The image, of any shape and dtype.
-    """
-    digest = hashlib.sha256(json.dumps([scope, list(image.shape), image.dtype.str]).encode())
-    digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _kind(thing: Any) -> str:

@@ -14,11 +14,12 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-__all__ = ["raw_bytes", "seal", "unseal", "write_atomically"]
+__all__ = ["picture_key", "raw_bytes", "seal", "unseal", "write_atomically"]
 
 DIGEST = "sha256"
 
@@ -26,6 +27,18 @@ DIGEST = "sha256"
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def picture_key(scope: str, image: np.ndarray) -> str:
+    """Return the name of an image's entry, 64 hexadecimal digits.
+
+    Args:
+        scope: A digest of all that the entry depends on besides the image.
+        image: The image, of any shape and dtype.
+    """
+    digest = hashlib.sha256(json.dumps([scope, list(image.shape), image.dtype.str]).encode())
+    digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _digest(key: str, texts: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
