@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 ROUNDING = 1e-4
-"""What a frozen model's scores may differ by for no reason, in nats; second differences up to it count as none."""
+"""What a frozen model's scores may differ by for no reason, in nats: second differences up to it count as none, and
+selections this close to the optimum as optimal."""
 
 
 # -- swaps -----------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Standing:
     percentile: float
     """Share of all selections that are worse, plus half of the equals."""
     optimal: float
-    """Share that are optimal."""
+    """Share that are optimal: no more than ROUNDING below the optimum."""
 
 
 @dataclass(frozen=True)
@@ -216,4 +217,4 @@ def explore(
 
 def _stand(table: RewardTable, rows: np.ndarray, weights: np.ndarray) -> Standing:
     gaps, places = table.optimal_reward - table.rewards[rows], table.percentiles(rows)
-    return Standing(*(float(np.average(values, weights=weights)) for values in (gaps, places, gaps == 0)))
+    return Standing(*(float(np.average(values, weights=weights)) for values in (gaps, places, gaps <= ROUNDING)))
