@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
+    from grip_env.envs.enumeration import RewardTable
     from grip_env.envs.progressive import ProgressivePruningEnv
     from grip_env.envs.progressive_vector import ProgressivePruningVectorEnv
     from grip_env.envs.rendering import Panel, draw_selection, gallery
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
     from grip_env.envs.sb3 import as_sb3_vec_env
     from grip_env.envs.selection import TokenSelectionEnv
     from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
+    from grip_env.envs.small import SmallSelectionEnv, SmallSelectionVectorEnv
     from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
     from grip_env.tasks.files import DataError, FileTask
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
     from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+    from grip_env.vlms.blocks import BlockVLM
     from grip_env.vlms.huggingface import HuggingFaceVLM
     from grip_env.vlms.staged import StagedForward
 
@@ -45,6 +48,7 @@ _HOMES = {
     "AnswerLogLikelihood": "grip_env.envs.rewards",
     "AnswerProbability": "grip_env.envs.rewards",
     "ComposableReward": "grip_env.envs.rewards",
+    "BlockVLM": "grip_env.vlms.blocks",
     "DataError": "grip_env.tasks.files",
     "Encoded": "grip_env.vlms.base",
     "ExactMatch": "grip_env.envs.rewards",
@@ -58,11 +62,14 @@ _HOMES = {
     "ProgressivePruningVectorEnv": "grip_env.envs.progressive_vector",
     "REWARDS": "grip_env.envs.rewards",
     "Reward": "grip_env.envs.rewards",
+    "RewardTable": "grip_env.envs.enumeration",
     "SceneTask": "grip_env.tasks.scenes",
     "Scores": "grip_env.vlms.base",
     "SequentialSelectionEnv": "grip_env.envs.sequential",
     "SequentialSelectionVectorEnv": "grip_env.envs.sequential",
     "StagedForward": "grip_env.vlms.staged",
+    "SmallSelectionEnv": "grip_env.envs.small",
+    "SmallSelectionVectorEnv": "grip_env.envs.small",
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
     "TokenSelectionVectorEnv": "grip_env.envs.vector",
@@ -78,6 +85,7 @@ __all__ = [
     "AgreementWithFull",
     "AnswerLogLikelihood",
     "AnswerProbability",
+    "BlockVLM",
     "ComposableReward",
     "DataError",
     "Encoded",
@@ -91,10 +99,13 @@ __all__ = [
     "ProgressivePruningEnv",
     "ProgressivePruningVectorEnv",
     "Reward",
+    "RewardTable",
     "SceneTask",
     "Scores",
     "SequentialSelectionEnv",
     "SequentialSelectionVectorEnv",
+    "SmallSelectionEnv",
+    "SmallSelectionVectorEnv",
     "StagedForward",
     "Task",
     "TokenSelectionEnv",
@@ -120,14 +131,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-for _id, _single, _vector in (
-    ("GRIP/TokenSelection-v0", "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"),
-    ("GRIP/SequentialSelection-v0", "sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"),
-    (
-        "GRIP/ProgressivePruning-v0",
-        "progressive:ProgressivePruningEnv",
-        "progressive_vector:ProgressivePruningVectorEnv",
-    ),
+for _name, _single, _vector in (
+    ("TokenSelection", "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"),
+    ("SequentialSelection", "sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"),
+    ("ProgressivePruning", "progressive:ProgressivePruningEnv", "progressive_vector:ProgressivePruningVectorEnv"),
+    ("SmallSelection", "small:SmallSelectionEnv", "small:SmallSelectionVectorEnv"),
 ):
-    if _id not in gymnasium.registry:  # a reload would warn
-        gymnasium.register(_id, f"grip_env.envs.{_single}", vector_entry_point=f"grip_env.envs.{_vector}")
+    if f"GRIP/{_name}-v0" not in gymnasium.registry:  # a reload would warn
+        gymnasium.register(
+            f"GRIP/{_name}-v0", f"grip_env.envs.{_single}", vector_entry_point=f"grip_env.envs.{_vector}"
+        )

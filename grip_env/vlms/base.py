@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -50,22 +50,26 @@ class Encoded:
     def __getitem__(self, rows: slice | Sequence[int] | torch.Tensor) -> Encoded:
         """Return the chosen rows as a new batch (padding is kept)."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
-        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return Encoded(examples=[self.examples[row] for row in index.tolist()], **tensors)
+        parts: dict[str, Any] = {
+            name: value[index] for name, value in vars(self).items() if isinstance(value, torch.Tensor | Encoded)
+        }
+        return replace(self, examples=[self.examples[row] for row in index.tolist()], **parts)
 
     @staticmethod
     def concatenate(parts: Sequence[Encoded]) -> Encoded:
         """Join batches, padding each tensor to the longest."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name in vars(parts[0]):
-            if not isinstance(getattr(parts[0], name), torch.Tensor):
+        joined: dict[str, Any] = {}
+        for name, first in vars(parts[0]).items():
+            values: list[Any] = [getattr(part, name) for part in parts]
+            if isinstance(first, Encoded):  # a batch within the batch, as of blocks of tokens
+                joined[name] = Encoded.concatenate(values)
+            if not isinstance(first, torch.Tensor):
                 continue
-            values: list[torch.Tensor] = [getattr(part, name) for part in parts]
-            if values[0].dim() > 1:
+            if first.dim() > 1:
                 longest = max(value.shape[1] for value in values)
                 values = [_padded(value, longest) for value in values]
-            tensors[name] = torch.cat(values)
-        return Encoded(examples=[example for part in parts for example in part.examples], **tensors)
+            joined[name] = torch.cat(values)
+        return replace(parts[0], examples=[example for part in parts for example in part.examples], **joined)
 
     def full_selection(self) -> torch.Tensor:
         """Return the selection that keeps every real token, bool (B, 1, N)."""

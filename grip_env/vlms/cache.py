@@ -10,7 +10,6 @@ import os
 import re
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import torch
 
 from grip_env.vlms.cache_entries import pack, picture_key, unpack
 from grip_env.vlms.families import Picture
+from grip_env.vlms.sealed import write_atomically
 
 __all__ = ["CacheStatistics", "PictureCache"]
 
@@ -170,19 +170,12 @@ class PictureCache:
         """Write an entry, deleting others if there is no room; without effect where that is impossible."""
         data = pack(key, picture)
         path = self.path(key)
-        temporary = path.with_name(f"{key}.{uuid.uuid4().hex}.tmp")
         reserved = 0
         try:
             self._reserve(len(data))
             reserved = len(data)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            now = time.time_ns()  # the file system's own clock may tick too slowly to tell entries apart
-            os.utime(temporary, ns=(now, now))
-            os.replace(temporary, path)
+            write_atomically(path, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             with self._lock:
                 self._total = None if self._total is None else self._total - reserved
             self._fail("written", error)

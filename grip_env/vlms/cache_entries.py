@@ -10,14 +10,12 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
 import PIL
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from grip_env.vlms.families import Family, Picture
+from grip_env.vlms.sealed import picture_key, raw_bytes, seal, unseal
 
 __all__ = ["encoder_digest", "pack", "picture_key", "picture_scope", "unpack"]
 
@@ -38,7 +36,7 @@ def encoder_digest(model: Any) -> str:
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith(LANGUAGE):
             digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            digest.update(_raw(value.detach().cpu()))
+            digest.update(raw_bytes(value.detach().cpu()))
     return digest.hexdigest()
 
 
@@ -71,18 +69,6 @@ def picture_scope(family: Family, weights: str) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def picture_key(scope: str, image: np.ndarray) -> str:
-    """Return the name of an image's entry, 64 hexadecimal digits.
-
-    Args:
-        scope: What :func:`picture_scope` returns.
-        image: The image, of any shape and dtype.
-    """
-    digest = hashlib.sha256(json.dumps([scope, list(image.shape), image.dtype.str]).encode())
-    digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def _kind(thing: Any) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
@@ -97,30 +83,10 @@ def _without_names(config: Any) -> Any:
 # -- what an entry is ------------------------------------------------------------------------------------------
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _digest(key: str, text: str, runs: list[int], tensors: dict[str, torch.Tensor]) -> str:
-    named = sorted(tensors.items())
-    about = [key, text, runs, [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in named]]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for _, tensor in named:
-        digest.update(_raw(tensor))
-    return digest.hexdigest()
-
-
 def pack(key: str, picture: Picture) -> bytes:
     """Return the content of an entry."""
-    tensors = {
-        # copied, since safetensors refuses tensors that share memory
-        name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in vars(picture).items()
-        if isinstance(value, torch.Tensor)
-    }
-    about = {"text": picture.text, "runs": json.dumps(picture.runs)}
-    return save(tensors, {**about, "sha256": _digest(key, picture.text, picture.runs, tensors)})
+    tensors = {name: value for name, value in vars(picture).items() if isinstance(value, torch.Tensor)}
+    return seal(key, tensors, {"text": picture.text, "runs": json.dumps(picture.runs)})
 
 
 def unpack(key: str, data: bytes) -> Picture:
@@ -129,11 +95,8 @@ def unpack(key: str, data: bytes) -> Picture:
     Raises:
         ValueError: If it is not what was written under this key.
     """
+    tensors, texts = unseal(key, data)
     try:
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        text, runs, tensors = about["text"], json.loads(about["runs"]), load(data)
-        if _digest(key, text, runs, tensors) == about["sha256"]:
-            return Picture(text=text, runs=runs, **tensors)
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        return Picture(text=texts["text"], runs=json.loads(texts["runs"]), **tensors)
+    except (LookupError, TypeError) as error:
         raise ValueError("the entry cannot be read") from error
-    raise ValueError("the entry is not what was written")

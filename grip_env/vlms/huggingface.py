@@ -7,6 +7,7 @@ Pruning needs neither a fork nor a patch: the encoder's output is indexed, the p
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -137,6 +138,20 @@ class HuggingFaceVLM:
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that scores depend on, to the last bit, but examples and their ids: for caches.
+
+        That is weights, configs, precision, attention kernels, image processor, position policy, ``token_budget``, the
+        kind of device and the versions of the libraries that compute. The weights are read once.
+        """
+        scope = picture_scope(self.family, self._weights)
+        parts = [scope, self.position_policy, self.token_budget, self.device.type]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def _weights(self) -> str:
+        return self.checksum()
 
     # -- encoding --------------------------------------------------------------------------------------------
 

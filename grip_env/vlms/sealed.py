@@ -1,0 +1,99 @@
+"""Files of tensors that tell when they are not what was written: for caches that several processes share.
+
+A file is safetensors with a digest of its name, its texts and every bit of its tensors; it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+__all__ = ["picture_key", "raw_bytes", "seal", "unseal", "write_atomically"]
+
+DIGEST = "sha256"
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def picture_key(scope: str, image: np.ndarray) -> str:
+    """Return the name of an image's entry, 64 hexadecimal digits.
+
+    Args:
+        scope: A digest of all that the entry depends on besides the image.
+        image: The image, of any shape and dtype.
+    """
+    digest = hashlib.sha256(json.dumps([scope, list(image.shape), image.dtype.str]).encode())
+    digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _digest(key: str, texts: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    named = sorted(tensors.items())
+    about = [key, sorted(texts.items()), [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in named]]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for _, tensor in named:
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def seal(key: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str] | None = None) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        key: The name it will be asked for by; part of the digest, so that no file passes for another.
+        tensors: What is in it, of any shape, dtype and device.
+        texts: What else is in it.
+    """
+    # copied, since safetensors refuses tensors that share memory
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    texts = texts or {}
+    return save(copies, {**texts, DIGEST: _digest(key, texts, copies)})
+
+
+def unseal(key: str, data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors, on the CPU, and the texts in the content of a file.
+
+    Raises:
+        ValueError: If it is not what was written under this key.
+    """
+    try:
+        texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        digest, tensors = texts.pop(DIGEST), load(data)
+        if _digest(key, texts, tensors) == digest:
+            return tensors, texts
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise ValueError("the entry cannot be read") from error
+    raise ValueError("the entry is not what was written")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file by way of a temporary one beside it, so that readers see all of it or none.
+
+    Raises:
+        OSError: If that cannot be done; nothing is left behind then.
+    """
+    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        now = time.time_ns()  # the file system's own clock may tick too slowly to tell files apart
+        os.utime(temporary, ns=(now, now))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
