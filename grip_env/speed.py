@@ -32,6 +32,8 @@ BUDGETS = (0.03, 0.1, 0.25, 0.5, 1.0)
 SIDES = (48, 96, 144, 192)
 """Pixels along the images of the untrained models of growing N: 36, 144, 324 and 576 visual tokens."""
 SUBSETS = (144, 576, 2304)
+IMAGES = 8
+"""Distinct images where nothing else is said: environments have all of them encoded before the clock starts."""
 
 
 @dataclass
@@ -159,27 +161,29 @@ def measure(config: Config) -> Measured:
     from grip_env.vlms import load_vlm
 
     vlm, scenes = load_vlm("tiny"), SceneTask()
-    task = FewExamples(scenes, config.num_envs)
+    task = FewExamples(scenes, IMAGES)
     options: dict[str, Any] = {"vlm": vlm, "budget": config.budget}
     envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", config.num_envs, task=task, **options)
     fresh: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", config.num_envs, task=scenes, **options)
     sync = SyncVectorEnv(
         [lambda: TokenSelectionEnv(task=task, **options)] * config.num_envs, autoreset_mode=AutoresetMode.SAME_STEP
     )
-    encoded = vlm.encode([task.example("train", index) for index in range(config.num_envs)])
+    encoded = vlm.encode([task.example("train", index) for index in range(IMAGES)])
     generator = torch.Generator().manual_seed(0)
-    kept = int(envs.reset(seed=0)[1]["k"][0])
+    for each in (envs, sync):
+        for index in range(IMAGES):
+            each.reset(seed=0, options={"index": index})
+        each.reset(seed=0)
     fresh.reset(seed=0)
-    sync.reset(seed=0)
     pool = ExamplePool(vlm, scenes, size=48)
     grpo = GRPO(vlm, pool, Scorer(ScorerConfig(vlm.width)), GRPOConfig(steps=config.rounds, warmup_steps=0, pool=48))
     updates = grpo.train()
     times: dict[str, list[float]] = {}
     counts: dict[str, float] = {}
     infos = envs.reset(seed=0)[1]
+    kept = int(infos["k"][0])
     for turn in range(config.rounds):
-        luck = torch.rand(config.num_envs, encoded.tokens.shape[1], generator=generator)
-        selection = luck.argsort(1).argsort(1) < kept  # (B, N)
+        selection = _subsets(config.num_envs, encoded.tokens.shape[1], kept, generator)
         action = selection.numpy().astype(np.int8)
         batch = encoded[torch.as_tensor(infos["index"])]
         spent = {"raw": clock(lambda: vlm.log_likelihood(batch, selection[:, None]))}  # noqa: B023 (called at once)
@@ -207,6 +211,13 @@ def measure(config: Config) -> Measured:
     counts["peak MB of a step"] = peak_bytes(lambda: envs.step(action)) / 1e6
     counts |= _held(vlm, task)
     return Measured(times, counts)
+
+
+def _subsets(rows: int, count: int, kept: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random subsets of ``kept`` of ``count`` tokens, bool (rows, count)."""
+    import torch
+
+    return torch.rand(rows, count, generator=generator).argsort(1).argsort(1) < kept
 
 
 def _subset_time(count: int, generator: torch.Generator) -> float:
@@ -246,6 +257,7 @@ def _held(vlm: HuggingFaceVLM, task: Task) -> dict[str, float]:
 def scaling(config: Config) -> dict[str, dict[float, float]]:
     """Return milliseconds of a step of the vector environment, medians, as N, k and B grow one at a time."""
     import gymnasium
+    import torch
 
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
@@ -253,10 +265,13 @@ def scaling(config: Config) -> dict[str, dict[float, float]]:
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
     def step(vlm: Any, count: int, budget: float) -> float:
-        task = FewExamples(SceneTask(), count)
+        task = FewExamples(SceneTask(), IMAGES)
         envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", count, vlm=vlm, task=task, budget=budget)
-        envs.reset(seed=0)
-        times = [clock(lambda: envs.step(envs.action_space.sample())) for _ in range(1 + max(3, config.rounds // 2))]
+        for index in range(IMAGES):
+            infos = envs.reset(seed=0, options={"index": index})[1]
+        kept = int(infos["k"][0])
+        action = _subsets(count, envs.rules.max_tokens, kept, torch.Generator().manual_seed(0)).numpy().astype(np.int8)
+        times = [clock(lambda: envs.step(action)) for _ in range(1 + max(3, config.rounds // 2))]
         return statistics.median(times[1:])
 
     found: dict[str, dict[float, float]] = {"N": {}, "k": {}, "B": {}}

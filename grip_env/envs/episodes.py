@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from gymnasium import spaces
 
-from grip_env.envs.instances import Instance, InstanceStore, fit, to_array
+from grip_env.envs.instances import Instance, InstanceStore
 from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
 from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
 from grip_env.tasks import load_task
@@ -210,8 +210,7 @@ class EpisodeRules(ABC):
         for decision, outcome in zip(decisions, outcomes, strict=True):
             self._carry_out(decision, outcome)
         return [
-            Episode(instances[index], tokens_in_budget(budget, int(instances[index].real.sum())))
-            for index, budget in requests
+            Episode(instances[index], tokens_in_budget(budget, instances[index].count)) for index, budget in requests
         ]
 
     def _judge(self, episode: Episode, scores: Scores) -> Outcome:
@@ -231,21 +230,22 @@ class EpisodeRules(ABC):
 
     # -- what the agent sees and does --------------------------------------------------------------------
 
+    def view(self, episode: Episode) -> Observation:
+        """Return an observation of an episode that shares memory with others: to be copied before it is handed out."""
+        instance = episode.instance
+        observation = {
+            "tokens": instance.tokens(),
+            "token_mask": instance.real.astype(np.int8),
+            "positions": instance.positions,
+            "budget": np.array([episode.k / instance.count], dtype=np.float32),
+        }
+        if instance.words is not None:
+            observation["question"], observation["question_mask"] = instance.words
+        return observation
+
     def observe(self, episode: Episode) -> Observation:
         """Return a fresh observation of an episode."""
-        instance = episode.instance
-        encoded = instance.encoded
-        observation = {
-            "tokens": fit(to_array(encoded.tokens[0]), self.max_tokens),
-            "token_mask": instance.real.astype(np.int8),
-            "positions": instance.positions.copy(),
-            "budget": np.array([episode.k / instance.real.sum()], dtype=np.float32),
-        }
-        if self.question_aware:
-            words = self.max_question_tokens
-            observation["question"] = fit(to_array(encoded.question[0]), words)
-            observation["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), words).astype(np.int8)
-        return observation
+        return {key: value.copy() for key, value in self.view(episode).items()}
 
     def start_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset."""

@@ -29,6 +29,8 @@ class Instance:
     """Row and column of each token, float32 (N, 2), 0 for padding."""
     cells: np.ndarray | None
     """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
+    words: tuple[np.ndarray, np.ndarray] | None
+    """Embeddings of the question, float32 (Q, D), and which of its rows are real, int8 (Q,); ``None`` if hidden."""
     full: Scores | None = None
     """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
 
@@ -36,6 +38,16 @@ class Instance:
     def example(self) -> Example:
         """The example itself."""
         return self.encoded.examples[0]
+
+    @cached_property
+    def count(self) -> int:
+        """How many tokens are no padding."""
+        return int(self.real.sum())
+
+    def tokens(self) -> np.ndarray:
+        """Return the visual tokens, float32 (N, D), not to be written to: no copy, where they are as long and wide."""
+        whole = to_array(self.encoded.tokens[0])
+        return whole if len(whole) == len(self.real) else fit(whole, len(self.real))
 
     def relevant(self) -> list[int] | None:
         """Return the tokens that decide the answer, most relevant first; ``None`` where nobody knows."""
@@ -140,7 +152,11 @@ class InstanceStore:
         self._check_room(index, "question", words, room, "max_question_tokens")
         positions = fit(to_array(encoded.positions[0]), self.max_tokens) * real[:, None]
         cells = None if encoded.cells is None else fit(to_array(encoded.cells[0]), self.max_tokens)
-        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0), cells)
+        asked = None
+        if self.max_question_tokens is not None:
+            mask = fit(encoded.question_mask[0].cpu().numpy(), room).astype(np.int8)
+            asked = fit(to_array(encoded.question[0]), room), mask
+        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0), cells, asked)
 
     def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
         if count > room:

@@ -62,9 +62,9 @@ class SequentialRules(EpisodeRules):
         ends = bool(selection.sum() == episode.k)
         return Decision(episode, selection, scored=self.dense or ends, ends=ends)
 
-    def observe(self, episode: Episode) -> Observation:
-        """Return a fresh observation of an episode."""
-        return super().observe(episode) | {"selected": episode.selection.astype(np.int8)}
+    def view(self, episode: Episode) -> Observation:
+        """Return an observation of an episode that shares memory with others."""
+        return super().view(episode) | {"selected": episode.selection.astype(np.int8)}
 
     def start_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset."""

@@ -196,7 +196,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         return self.rules.request(stream, fixed)
 
     def _observe(self) -> Observation:
-        rows = [self.rules.observe(episode) for episode in self._episodes]
+        rows = [self.rules.view(episode) for episode in self._episodes]  # stacking copies
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
