@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from grip_env.envs.instances import Instance, InstanceStore
@@ -203,7 +204,8 @@ class EpisodeRules(ABC):
         calls = (decided, whole) if self.store.first_token else (decided + whole,)
         scores = [score for jobs in calls if jobs for score in self.store.score(jobs)]
         for instance, full in zip(unscored, scores[len(decided) :], strict=True):
-            instance.full = full
+            # a copy: an instance that stays in memory must not keep the scores of all the others there
+            instance.full = full[torch.tensor([0])]
         answers = iter(scores[: len(decided)])
         # rewards first: one that raises leaves every episode as it was
         outcomes = [self._judge(decision.episode, next(answers)) if decision.scored else None for decision in decisions]

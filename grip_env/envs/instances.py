@@ -126,7 +126,7 @@ class InstanceStore:
         """Score one selection, bool (N,), of each instance in one call of the model; the fields have shape (1, 1).
 
         With ``first_token``, either all of the instances have been scored with all tokens kept, and the scores have
-        ``agreement``, or none has, and they have ``first_token``.
+        ``agreement``, or none has, and they have ``first_token``. They share the memory of the whole batch.
         """
         batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
         length = batch.token_mask.shape[1]
@@ -140,8 +140,7 @@ class InstanceStore:
                 first_token=self.first_token and reference is None,
                 reference=reference,
             ).cpu()
-        # copies: an instance that stays in memory must not keep the scores of all the others there
-        return [scores[torch.tensor([row])] for row in range(len(jobs))]
+        return [scores[row : row + 1] for row in range(len(jobs))]
 
     def _instance(self, index: int, encoded: Encoded) -> Instance:
         mask = encoded.token_mask[0].cpu().numpy()

@@ -17,7 +17,6 @@ from transformers import AutoProcessor
 from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
-from grip_env.envs.instances import InstanceStore
 from grip_env.envs.rewards import (
     REWARDS,
     AgreementWithFull,
@@ -675,12 +674,15 @@ def test_plain_callables_see_scores_of_one_selection() -> None:
 
 def test_what_stays_in_memory_of_an_example_is_its_own() -> None:
     """Scores made together are kept apart, or one example in the cache would keep a whole batch of distributions."""
-    store = InstanceStore(FakeVLM(), FakeTask(40), "train", None, None, cache_size=1, first_token=True)
-    instances = list(store.load(range(8)).values())
-    for scores in store.score([(instance, instance.real) for instance in instances]):
-        assert scores.first_token is not None
-        assert scores.first_token.shape == (1, 1, VOCABULARY)
-        assert scores.first_token.untyped_storage().nbytes() == 4 * VOCABULARY
+    envs = TokenSelectionVectorEnv(8, vlm=FakeVLM(), task=FakeTask(40), reward="agreement")
+    envs.reset(seed=0)
+    instances = envs.rules.store.instances()
+    assert len(instances) > 1
+    for instance in instances:
+        assert instance.full is not None
+        assert instance.full.first_token is not None
+        assert instance.full.first_token.shape == (1, 1, VOCABULARY)
+        assert instance.full.first_token.untyped_storage().nbytes() == 4 * VOCABULARY
 
 
 # -- in training -----------------------------------------------------------------------------------------
