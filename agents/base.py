@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -44,15 +44,25 @@ class Selector(Protocol):
         ...
 
 
-def budget_to_count(encoded: Encoded, budget: float) -> torch.Tensor:
+def budget_to_count(encoded: Encoded, budget: float | Sequence[float]) -> torch.Tensor:
     """Return k = max(1, round(budget * real tokens)) for each example, long (B,).
 
+    Args:
+        encoded: B examples.
+        budget: A share of the tokens, one for all or one for each.
+
     Raises:
-        ValueError: If ``budget`` is outside (0, 1].
+        ValueError: If a budget is outside (0, 1], or there are not as many as examples.
     """
-    check_budget(float(budget))
-    counts = [tokens_in_budget(budget, count) for count in encoded.token_mask.sum(1).tolist()]
-    return torch.tensor(counts, device=encoded.token_mask.device)
+    counts = encoded.token_mask.sum(1).tolist()
+    budgets = np.asarray(budget, dtype=float).reshape(-1).tolist()
+    budgets = budgets * len(counts) if np.ndim(budget) == 0 else budgets
+    if len(budgets) != len(counts):
+        raise ValueError(f"{len(budgets)} budgets for {len(counts)} images: give one for all, or one for each")
+    for share in budgets:
+        check_budget(share)
+    kept = [tokens_in_budget(share, count) for share, count in zip(budgets, counts, strict=True)]
+    return torch.tensor(kept, device=encoded.token_mask.device)
 
 
 def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

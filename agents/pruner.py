@@ -114,12 +114,7 @@ class Pruner:
         Raises:
             ValueError: If one is outside (0, 1], or there are not as many as examples.
         """
-        budgets = np.asarray(budget, dtype=float).reshape(-1).tolist()
-        budgets = budgets * len(encoded) if np.ndim(budget) == 0 else budgets
-        if len(budgets) != len(encoded):
-            raise ValueError(f"{len(budgets)} budgets for {len(encoded)} images: give one for all, or one for each")
-        counts = [budget_to_count(encoded[[row]], share) for row, share in enumerate(budgets)]
-        kept = torch.cat(counts)
+        kept = budget_to_count(encoded, budget)
         if bool((kept == encoded.token_mask.sum(1)).all()):
             return encoded.token_mask.clone()
         return self.selector(self.vlm, encoded, kept, torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from safetensors.numpy import load_file
 
-from grip_env.commands import CommandError, check_agents_package, check_at_least
+from grip_env.commands import CommandError, check_agents_package, check_at_least, print_verdicts
 
 __all__ = ["Config", "drawing_speed", "main", "paired", "promises", "run_seed", "summary"]
 
@@ -218,8 +218,7 @@ def main() -> None:
         for method, row in table.items():
             print(f"| {method} | " + " | ".join(f"{row[b][key][0]:.3f} ({row[b][key][1]:.3f})" for b in budgets) + " |")
     print()
-    for text, holds in promises(reports, spent / scoring):
-        print(("holds   " if holds else "MISSED  ") + text)
+    print_verdicts(promises(reports, spent / scoring))
     if minutes:
         print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")
     if config.drawing:

@@ -25,10 +25,12 @@ __all__ = [
     "RunFolder",
     "check_agents_package",
     "check_at_least",
+    "check_out",
     "interruptible",
     "load_model",
     "load_model_and_task",
     "make_folder",
+    "print_verdicts",
     "versions",
 ]
 
@@ -70,6 +72,18 @@ def check_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+
+
+def check_out(path: Path | None) -> None:
+    """Stop with one line unless a file can be written to ``--out``, if that was given."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise CommandError(f"cannot write --out {path}: give a file in a folder that exists")
+
+
+def print_verdicts(checked: Sequence[tuple[str, bool]]) -> None:
+    """Print a line for each statement, and whether it holds."""
+    for text, holds in checked:
+        print(("holds   " if holds else "MISSED  ") + text)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from grip_env.allocation import peak_bytes
-from grip_env.commands import CommandError, check_agents_package, check_at_least, versions
+from grip_env.commands import CommandError, check_agents_package, check_at_least, check_out, print_verdicts, versions
 from grip_env.flops import encoder_flops, prefill_flops, selector_flops
 
 if TYPE_CHECKING:
@@ -324,8 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise CommandError(f"--kept must be counts from 1 to {TOKENS}, the visual tokens of a picture; got {given}")
     if config.width < 256 or config.width % 256:
         raise CommandError(f"--width must be a multiple of 256, for heads of {HEAD} in both models; got {config.width}")
-    if config.out is not None and (config.out.is_dir() or not config.out.parent.is_dir()):
-        raise CommandError(f"cannot write --out {config.out}: give a file in a folder that exists")
+    check_out(config.out)
     import torch
 
     if config.threads:
@@ -349,8 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         print(flush=True)
     checked = [bar for rows in tables for bar in bars(rows)]
-    for text, holds in checked:
-        print(("holds   " if holds else "MISSED  ") + text)
+    print_verdicts(checked)
     if config.out is not None:
         content = {
             "config": asdict(config),

@@ -22,8 +22,10 @@ from grip_env.commands import (
     ModelConfig,
     check_agents_package,
     check_at_least,
+    check_out,
     interruptible,
     load_model_and_task,
+    print_verdicts,
     versions,
 )
 
@@ -189,8 +191,7 @@ def main() -> None:
     if not config.budgets or not all(0 < budget <= 1 for budget in config.budgets):
         given = " ".join(f"{budget:g}" for budget in config.budgets) or "nothing"
         raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {given}")
-    if config.out is not None and (config.out.is_dir() or not config.out.parent.is_dir()):
-        raise CommandError(f"cannot write --out {config.out}: give a file in a folder that exists")
+    check_out(config.out)
     with interruptible("interrupted; nothing was written."):
         _run(config)
 
@@ -211,8 +212,7 @@ def _run(config: Config) -> None:
     count = len(values[HONEST][config.budgets[0]])
     print(f"{count} examples of the {config.split} split\n\n{table(values)}\n")
     checked = verdicts(values)
-    for text, holds in checked:
-        print(("holds   " if holds else "MISSED  ") + text)
+    print_verdicts(checked)
     if config.out is not None:
         content: dict[str, Any] = {
             "config": asdict(config),

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from grip_env.allocation import peak_bytes
-from grip_env.commands import CommandError, check_agents_package, check_at_least, versions
+from grip_env.commands import CommandError, check_agents_package, check_at_least, check_out, print_verdicts, versions
 
 if TYPE_CHECKING:
     import torch
@@ -315,8 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_at_least(2, rounds=config.rounds)
     if not 0 < config.budget <= 1:
         raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
-    if config.out is not None and (config.out.is_dir() or not config.out.parent.is_dir()):
-        raise CommandError(f"cannot write --out {config.out}: give a file in a folder that exists")
+    check_out(config.out)
     import torch
 
     if config.threads:
@@ -334,8 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     grown = scaling(config) if config.scaling else {}
     for key, row in grown.items():
         print(f"ms a step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
-    for text, holds in found.bars():
-        print(("holds   " if holds else "MISSED  ") + text)
+    print_verdicts(found.bars())
     if config.out is not None:
         content = {
             "config": asdict(config),

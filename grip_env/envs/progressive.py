@@ -264,6 +264,7 @@ def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
     instance = staged.episode.instance
     assert instance.full is not None
     example, real = instance.example, instance.real
+    cells = None if instance.cells is None else instance.cells[real]
     places, marked, caption = instance.positions[real], None, f"{staged.count} tokens"
     if staged.ending is not None:
         likely = np.exp([staged.ending["log_likelihood"], float(instance.full.log_likelihood)])
@@ -271,7 +272,7 @@ def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
         caption = f"{verdict}: p = {likely[0]:.2f}, in full {likely[1]:.2f}"
         relevant = instance.relevant()
         marked = None if relevant is None else np.isin(np.arange(len(real)), relevant)[real]
-    panels: list[Panel | np.ndarray | None] = [Panel(draw_selection(example.image, places), caption)]
+    panels: list[Panel | np.ndarray | None] = [Panel(draw_selection(example.image, places, cells=cells), caption)]
     for stage, layer in enumerate(rules.schedule.stages):
         survivors, caption = np.zeros_like(real), f"layer {layer}"
         if stage < len(staged.decisions):
@@ -279,6 +280,7 @@ def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
             caption = f"layer {layer}: {survivors.sum()} kept of at most {staged.decisions[stage].k}"
         elif stage == len(staged.decisions):
             caption = f"layer {layer}: at most {rules.allowance(staged)}"
-        panels.append(Panel(draw_selection(example.image, places, survivors[real], relevant=marked), caption))
+        picture = draw_selection(example.image, places, survivors[real], relevant=marked, cells=cells)
+        panels.append(Panel(picture, caption))
     rows = [panels[start : start + _ACROSS] for start in range(0, len(panels), _ACROSS)]
     return gallery(rows, note=example.question)
