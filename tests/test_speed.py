@@ -44,6 +44,7 @@ def test_few_examples_are_the_first_of_a_task() -> None:
 def test_bars_are_held_against_medians_of_ratios(change: dict[str, list[float]], missed: list[str]) -> None:
     times = {
         "raw": [10.0, 10.0],
+        "raw, one by one": [80.0, 85.0],
         "vector": [10.0, 11.0],
         "SyncVectorEnv": [90.0, 99.0],
         "kept only": [10.0, 10.0],
@@ -76,7 +77,8 @@ def test_the_command_measures_prints_and_draws(
     assert saved["counts"]["reward against raw"] < 1e-4
     assert saved["counts"]["masked against kept only"] < 1e-4
     few, many = (saved["counts"][f"MB held after {episodes} episodes of 8 images"] for episodes in (16, 400))
-    assert 0 < many <= few, "memory grows with distinct images, not with episodes"
+    # some text is padded a little further when it first meets a longer one
+    assert 0 < many < 1.1 * few, "memory grows with distinct images, not with episodes"
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 

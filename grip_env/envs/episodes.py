@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from grip_env.envs.features import Features
 from grip_env.envs.instances import Instance, InstanceStore
-from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
+from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
 from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
 from grip_env.tasks import load_task
 from grip_env.tasks.base import Task, check_index
@@ -24,6 +25,7 @@ __all__ = [
     "Decision",
     "Episode",
     "EpisodeRules",
+    "ObsDtype",
     "Observation",
     "Outcome",
     "SelectionRules",
@@ -31,9 +33,9 @@ __all__ = [
 ]
 
 ActionMode: TypeAlias = Literal["binary", "scores"]
+ObsDtype: TypeAlias = Literal["float32", "float16"]
 Observation: TypeAlias = dict[str, np.ndarray]
 
-_LARGEST = np.finfo(np.float32).max  # any finite number; infinite bounds make Gymnasium's checker complain
 _OPTIONS = ("budget", "index")
 _MEANING = {"binary": "0 or 1", "scores": "score"}
 
@@ -117,6 +119,8 @@ class EpisodeRules(ABC):
         max_tokens: int | None,
         max_question_tokens: int,
         cache_size: int,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
     ) -> None:
         for name, value, least in (
             ("cache_size", cache_size, 0),
@@ -136,20 +140,23 @@ class EpisodeRules(ABC):
         self.max_question_tokens = max_question_tokens
         words = max_question_tokens if question_aware else None
         first_token = needs_agreement(self.reward)
-        self.store = InstanceStore(self.vlm, self.task, split, max_tokens, words, cache_size, first_token)
+        self.features = Features(self.vlm.width, feature_dim, obs_dtype)
+        self.store = InstanceStore(
+            self.vlm, self.task, split, max_tokens, words, cache_size, first_token, self.features
+        )
         self.max_tokens = self.store.max_tokens
         self.observation_space = self._observation_space()
 
     def _observation_space(self) -> spaces.Dict:
-        count, width, words = self.max_tokens, self.vlm.width, self.max_question_tokens
+        count, words = self.max_tokens, self.max_question_tokens
         fields: dict[str, spaces.Space[Any]] = {
-            "tokens": spaces.Box(-_LARGEST, _LARGEST, (count, width), np.float32),
+            "tokens": self.features.space(count),
             "token_mask": spaces.MultiBinary(count),
             "positions": spaces.Box(0.0, 1.0, (count, 2), np.float32),
             "budget": spaces.Box(0.0, 1.0, (1,), np.float32),
         }
         if self.question_aware:
-            fields["question"] = spaces.Box(-_LARGEST, _LARGEST, (words, width), np.float32)
+            fields["question"] = self.features.space(words)
             fields["question_mask"] = spaces.MultiBinary(words)
         return spaces.Dict(fields)
 
@@ -199,26 +206,34 @@ class EpisodeRules(ABC):
         """
         instances = self.store.load(index for index, _ in requests)
         unscored = [instance for instance in instances.values() if instance.full is None]
-        decided = [(decision.episode.instance, decision.selection) for decision in decisions if decision.scored]
+        asked = [decision for decision in decisions if decision.scored]
+        jobs = [(decision.episode.instance, decision.selection) for decision in asked]
         whole = [(instance, instance.real) for instance in unscored]
-        calls = (decided, whole) if self.store.first_token else (decided + whole,)
-        scores = [score for jobs in calls if jobs for score in self.store.score(jobs)]
-        for instance, full in zip(unscored, scores[len(decided) :], strict=True):
-            # a copy: an instance that stays in memory must not keep the scores of all the others there
-            instance.full = full[torch.tensor([0])]
-        answers = iter(scores[: len(decided)])
+        full = _joined_full(decision.episode for decision in asked)
+        scores: Scores | None = None
+        wholes: Scores | None = None
+        if full is not None and full.first_token is not None:
+            scores = self.store.score(jobs, full.first_token)
+            wholes = self.store.score(whole) if whole else None
+        elif jobs + whole:
+            both = self.store.score(jobs + whole)
+            scores, wholes = both[: len(jobs)], both[len(jobs) :]
         # rewards first: one that raises leaves every episode as it was
-        outcomes = [self._judge(decision.episode, next(answers)) if decision.scored else None for decision in decisions]
-        for decision, outcome in zip(decisions, outcomes, strict=True):
-            self._carry_out(decision, outcome)
+        outcomes = iter([] if scores is None or full is None else self._judge(scores, full))
+        for row, instance in enumerate(unscored):
+            assert wholes is not None
+            # a copy: an instance that stays in memory must not keep the scores of all the others there
+            instance.full = wholes[torch.tensor([row])]
+        for decision in decisions:
+            self._carry_out(decision, next(outcomes) if decision.scored else None)
         return [
             Episode(instances[index], tokens_in_budget(budget, instances[index].count)) for index, budget in requests
         ]
 
-    def _judge(self, episode: Episode, scores: Scores) -> Outcome:
-        assert episode.instance.full is not None
-        reward = float(self.reward(scores, episode.instance.full))
-        return Outcome(float(scores.log_likelihood), bool(scores.correct), reward)
+    def _judge(self, scores: Scores, full: Scores) -> list[Outcome]:
+        """Return what each row of the scores (R, 1) is worth."""
+        columns = (scores.log_likelihood, scores.correct, judge(self.reward, scores, full))
+        return [Outcome(*row) for row in zip(*(column[:, 0].tolist() for column in columns), strict=True)]
 
     def _carry_out(self, decision: Decision, outcome: Outcome | None) -> None:
         episode = decision.episode
@@ -234,16 +249,7 @@ class EpisodeRules(ABC):
 
     def view(self, episode: Episode) -> Observation:
         """Return an observation of an episode that shares memory with others: to be copied before it is handed out."""
-        instance = episode.instance
-        observation = {
-            "tokens": instance.tokens(),
-            "token_mask": instance.real.astype(np.int8),
-            "positions": instance.positions,
-            "budget": np.array([episode.k / instance.count], dtype=np.float32),
-        }
-        if instance.words is not None:
-            observation["question"], observation["question_mask"] = instance.words
-        return observation
+        return episode.instance.observed | {"budget": np.array([episode.k / episode.instance.count], dtype=np.float32)}
 
     def observe(self, episode: Episode) -> Observation:
         """Return a fresh observation of an episode."""
@@ -264,15 +270,14 @@ class EpisodeRules(ABC):
         """Return the info of a step."""
         outcome = episode.outcome
         # lists, because Gymnasium's vector environments stack arrays, and these differ in length
-        info = {"kept": [int(token) for token in np.flatnonzero(episode.selection)], **self._common_info(episode)}
+        info = {"kept": np.flatnonzero(episode.selection).tolist(), **self._common_info(episode)}
         if outcome is not None:
             info |= {"log_likelihood": outcome.log_likelihood, "correct": outcome.correct}
         return info
 
     def _common_info(self, episode: Episode) -> dict[str, Any]:
-        full, relevant = episode.instance.full, episode.instance.relevant()
-        assert full is not None
-        info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": float(full.log_likelihood)}
+        relevant = episode.instance.relevant()
+        info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": episode.instance.full_log_likelihood}
         return info if relevant is None else info | {"relevant": relevant}
 
     @abstractmethod
@@ -326,10 +331,10 @@ class SelectionRules(EpisodeRules):
                     "policy that gave them"
                 )
             return given.astype(np.float64)
-        if not np.isin(given, (0, 1)).all():
-            strange = given[~np.isin(given, (0, 1))].flat[0]
+        strange = given[(given != 0) & (given != 1)]
+        if len(strange):
             raise ValueError(
-                f"a binary action holds 0 (drop) and 1 (keep), but this one has {strange}: for real-valued "
+                f"a binary action holds 0 (drop) and 1 (keep), but this one has {strange[0]}: for real-valued "
                 "scores use action_mode='scores'"
             )
         return given.astype(bool)
@@ -362,6 +367,14 @@ def check_penalty(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is finite and not negative."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
+
+
+def _joined_full(episodes: Iterable[Episode]) -> Scores | None:
+    """Return the scores with every token kept, fields of shape (R, 1); ``None`` where there are no episodes."""
+    rows = [episode.instance.full for episode in episodes]
+    known = [scores for scores in rows if scores is not None]
+    assert len(known) == len(rows)
+    return Scores.concatenate(known) if known else None
 
 
 def _resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from grip_env.envs.features import Features
 from grip_env.tasks.base import Example, Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
@@ -18,7 +19,7 @@ __all__ = ["Instance", "InstanceStore", "fit", "to_array"]
 
 @dataclass
 class Instance:
-    """One encoded example, its visual tokens, and how the model answers with all of them."""
+    """One encoded example, what an agent sees of it, and how the model answers with all of its tokens."""
 
     index: int
     encoded: Encoded
@@ -29,8 +30,8 @@ class Instance:
     """Row and column of each token, float32 (N, 2), 0 for padding."""
     cells: np.ndarray | None
     """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
-    words: tuple[np.ndarray, np.ndarray] | None
-    """Embeddings of the question, float32 (Q, D), and which of its rows are real, int8 (Q,); ``None`` if hidden."""
+    observed: dict[str, np.ndarray]
+    """The part of an observation that is the same at every step and budget. Not to be written to."""
     full: Scores | None = None
     """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
 
@@ -44,16 +45,17 @@ class Instance:
         """How many tokens are no padding."""
         return int(self.real.sum())
 
-    def tokens(self) -> np.ndarray:
-        """Return the visual tokens, float32 (N, D), not to be written to: no copy, where they are as long and wide."""
-        whole = to_array(self.encoded.tokens[0])
-        return whole if len(whole) == len(self.real) else fit(whole, len(self.real))
+    @cached_property  # every step tells it
+    def full_log_likelihood(self) -> float:
+        """Log-likelihood of the answer with every token kept, nats per answer token."""
+        assert self.full is not None
+        return float(self.full.log_likelihood)
 
     def relevant(self) -> list[int] | None:
         """Return the tokens that decide the answer, most relevant first; ``None`` where nobody knows."""
         return None if self._relevant is None else list(self._relevant)
 
-    @cached_property  # every step tells it
+    @cached_property
     def _relevant(self) -> tuple[int, ...] | None:
         grades = self.example.token_relevance(self.positions)
         if grades is None:
@@ -74,6 +76,7 @@ class InstanceStore:
             example.
         max_question_tokens: Q, most question tokens an instance may have; ``None`` allows any number.
         cache_size: How many instances to keep; the least recently used go first.
+        features: What the tokens and words look like in an observation; as they are by default.
         first_token: Ask the model for ``first_token`` with all tokens kept, and so for the agreement of every other
             selection with it. Each instance then holds another V float32 numbers, with V the size of the vocabulary.
     """
@@ -87,8 +90,10 @@ class InstanceStore:
         max_question_tokens: int | None,
         cache_size: int,
         first_token: bool = False,
+        features: Features | None = None,
     ) -> None:
         self.vlm = vlm
+        self.features = Features(vlm.width) if features is None else features
         self.task = task
         self.split = split
         self.first_token = first_token
@@ -122,25 +127,42 @@ class InstanceStore:
         """Return the instances in memory, the least recently used first."""
         return list(self._cache.values())
 
-    def score(self, jobs: Sequence[tuple[Instance, np.ndarray]]) -> list[Scores]:
-        """Score one selection, bool (N,), of each instance in one call of the model; the fields have shape (1, 1).
+    def score(self, jobs: Sequence[tuple[Instance, np.ndarray]], reference: torch.Tensor | None = None) -> Scores:
+        """Score a selection, bool (N,), of each of R instances in one call of the model; the fields have shape (R, 1).
 
-        With ``first_token``, either all of the instances have been scored with all tokens kept, and the scores have
-        ``agreement``, or none has, and they have ``first_token``. They share the memory of the whole batch.
+        Args:
+            jobs: Instances and selections.
+            reference: ``first_token`` of their scores with every token kept, (R, 1, V): the scores then have
+                ``agreement``. Without it they have ``first_token``, if this store asks for that.
         """
         batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
+        self._level(batch, [instance for instance, _ in jobs])
         length = batch.token_mask.shape[1]
         chosen = torch.from_numpy(np.stack([fit(selection, length) for _, selection in jobs]))[:, None]
-        full = [instance.full for instance, _ in jobs if instance.full is not None]
-        reference = Scores.concatenate(full).first_token if len(full) == len(jobs) else None
         with torch.no_grad():
-            scores = self.vlm.score(
+            return self.vlm.score(
                 batch,
                 chosen.to(batch.token_mask.device),
                 first_token=self.first_token and reference is None,
                 reference=reference,
             ).cpu()
-        return [scores[row : row + 1] for row in range(len(jobs))]
+
+    @staticmethod
+    def _level(batch: Encoded, instances: Sequence[Instance]) -> None:
+        """Leave the texts of instances as long as they were padded to in ``batch``.
+
+        Joining texts of different lengths takes three times as long as joining equal ones; so it happens once.
+        """
+        text = {name: getattr(batch, name) for name in ("input_ids", "places", "question", "question_mask")}
+        text = {name: tensor for name, tensor in text.items() if tensor is not None}
+        for row, instance in enumerate(instances):
+            longer = {
+                name: tensor[[row]]
+                for name, tensor in text.items()
+                if getattr(instance.encoded, name).shape[1] < tensor.shape[1]
+            }
+            if longer:
+                instance.encoded = replace(instance.encoded, **longer)
 
     def _instance(self, index: int, encoded: Encoded) -> Instance:
         mask = encoded.token_mask[0].cpu().numpy()
@@ -149,13 +171,21 @@ class InstanceStore:
         words = int(encoded.question_mask[0].sum())
         room = words if self.max_question_tokens is None else self.max_question_tokens
         self._check_room(index, "question", words, room, "max_question_tokens")
-        positions = fit(to_array(encoded.positions[0]), self.max_tokens) * real[:, None]
+        positions = np.clip(fit(to_array(encoded.positions[0]), self.max_tokens) * real[:, None], 0.0, 1.0)
         cells = None if encoded.cells is None else fit(to_array(encoded.cells[0]), self.max_tokens)
-        asked = None
+        tokens = to_array(encoded.tokens[0])
+        if len(tokens) != self.max_tokens:
+            tokens = fit(tokens, self.max_tokens)
+        # where nothing changes, these are the model's own tokens: their memory is not taken twice
+        observed = {
+            "tokens": self.features(tokens),
+            "token_mask": real.astype(np.int8),
+            "positions": positions,
+        }
         if self.max_question_tokens is not None:
-            mask = fit(encoded.question_mask[0].cpu().numpy(), room).astype(np.int8)
-            asked = fit(to_array(encoded.question[0]), room), mask
-        return Instance(index, encoded, real, np.clip(positions, 0.0, 1.0), cells, asked)
+            observed["question"] = self.features(fit(to_array(encoded.question[0]), room))
+            observed["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), room).astype(np.int8)
+        return Instance(index, encoded, real, positions, cells, observed)
 
     def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
         if count > room:

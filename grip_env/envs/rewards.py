@@ -34,6 +34,7 @@ __all__ = [
     "Reward",
     "WeightedSum",
     "check_reward",
+    "judge",
     "needs_agreement",
     "resolve_reward",
 ]
@@ -62,6 +63,21 @@ class Reward(Protocol):
 def needs_agreement(reward: Reward) -> bool:
     """Return whether ``reward`` says that it reads ``scores.agreement``; what says nothing does not."""
     return bool(getattr(reward, "needs_agreement", False))
+
+
+def judge(reward: Reward, scores: Scores, full: Scores) -> torch.Tensor:
+    """Return the reward of each selection, (B, G).
+
+    Raises:
+        ValueError: If it is of another shape: (B, 1), for one, would teach nothing and not fail.
+    """
+    worth = reward(scores, full)
+    if worth.shape != scores.log_likelihood.shape:
+        raise ValueError(
+            f"the reward {reward!r} gave shape {tuple(worth.shape)}, expected {tuple(scores.log_likelihood.shape)}: "
+            "one number for each selection of each example"
+        )
+    return worth
 
 
 class ComposableReward(ABC):

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from grip_env.envs.episodes import Decision, Episode, EpisodeRules, Observation, check_penalty
+from grip_env.envs.episodes import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget
 from grip_env.envs.single import EpisodeEnv, RenderMode
@@ -157,6 +157,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
             with dynamic resolution, whose images differ.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
+        feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
         dense: Whether every token pays, or the last alone.
         invalid_action_penalty: Charged for each action that is ignored.
 
@@ -193,6 +195,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         max_tokens: int | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
         dense: bool = True,
         invalid_action_penalty: float = 0.0,
     ) -> None:
@@ -207,6 +211,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
             dense=dense,
             invalid_action_penalty=invalid_action_penalty,
         )
@@ -244,6 +250,8 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         max_tokens: N.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory.
+        feature_dim: F, the width that features have in observations; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16".
         dense: Whether every token pays, or the last alone.
         invalid_action_penalty: Charged for each action that is ignored.
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, which
@@ -279,6 +287,8 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         max_tokens: int | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
         dense: bool = True,
         invalid_action_penalty: float = 0.0,
         max_episode_steps: int | None = None,
@@ -296,6 +306,8 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
             dense=dense,
             invalid_action_penalty=invalid_action_penalty,
         )

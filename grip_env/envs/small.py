@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grip_env.envs.enumeration import RewardTable, count_subsets
-from grip_env.envs.episodes import ActionMode, Decision, Episode, Fixed, SelectionRules
+from grip_env.envs.episodes import ActionMode, Decision, Episode, Fixed, ObsDtype, SelectionRules
 from grip_env.envs.rewards import Reward
 from grip_env.envs.selection import RenderMode, TokenSelectionEnv
 from grip_env.envs.table_cache import resolve_table_cache
@@ -194,6 +194,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
         render_mode: ``None``, "rgb_array" or "human".
         max_question_tokens: Q.
         cache_size: How many encoded examples, and how many tables, to keep in memory.
+        feature_dim: F, the width that features have in observations; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16".
         enumerate: Whether to score all selections.
         table_cache: Folder where scores of all selections are kept between runs; "auto" is ``grip_env/tables`` in
             ``$XDG_CACHE_HOME`` or ``~/.cache`` (for models that have a ``fingerprint()``, as those of transformers
@@ -229,6 +231,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
         render_mode: RenderMode | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
     ) -> None:
@@ -244,6 +248,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
             render_mode=render_mode,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
         )
 
     def _make_rules(self, **arguments: Any) -> SelectionRules:
@@ -270,6 +276,8 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         render_mode: ``None`` or "rgb_array".
         max_question_tokens: Q.
         cache_size: How many encoded examples, and how many tables, to keep in memory.
+        feature_dim: F, the width that features have in observations; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16".
         enumerate: Whether to score all selections.
         table_cache: Where their scores are kept between runs.
         max_episode_steps: See :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`.
@@ -293,6 +301,8 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         render_mode: RenderMode | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
         max_episode_steps: int | None = None,
@@ -310,6 +320,8 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
             render_mode=render_mode,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
             max_episode_steps=max_episode_steps,
         )
 

@@ -18,9 +18,11 @@ from grip_env.envs.episodes import (
     Episode,
     EpisodeRules,
     Fixed,
+    ObsDtype,
     Observation,
     SelectionRules,
 )
+from grip_env.envs.joining import joined_infos, joined_observations
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
 from grip_env.envs.single import RenderMode, draw_episode
@@ -113,10 +115,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         requests = self._start_over(seed, options)
         self._episodes = self._shown = []
         self._episodes = self._shown = self.rules.advance(requests=requests)
-        infos: dict[str, Any] = {}
-        for i, episode in enumerate(self._episodes):
-            infos = self._add_info(infos, self.rules.start_info(episode), i)
-        return self._observe(), infos
+        return self._observe(), joined_infos([self.rules.start_info(episode) for episode in self._episodes])
 
     def _start_over(
         self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
@@ -154,15 +153,12 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         begun = self.rules.advance(decisions, [self._request(i) for i in ended])
         fresh = dict(zip(ended, begun, strict=True))
         self._episodes, self._shown = [fresh.get(i, episode) for i, episode in enumerate(stepped)], stepped
-        infos: dict[str, Any] = {}
-        for i, episode in enumerate(stepped):
-            info = self.rules.step_info(episode)
-            if i in fresh:
-                infos = self._add_info(infos, {"final_obs": self.rules.observe(episode), "final_info": info}, i)
-                info = self.rules.start_info(fresh[i])
-            infos = self._add_info(infos, info, i)
+        infos = [self.rules.step_info(episode) for episode in stepped]
+        for i, episode in fresh.items():
+            final = {"final_obs": self.rules.observe(stepped[i]), "final_info": infos[i]}
+            infos[i] = final | self.rules.start_info(episode)
         rewards = np.array([episode.reward for episode in stepped], dtype=np.float64)  # (B,)
-        return self._observe(), rewards, terminated, truncated, infos
+        return self._observe(), rewards, terminated, truncated, joined_infos(infos)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what the last step decided in each instance (after a reset: the new episodes)."""
@@ -196,8 +192,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         return self.rules.request(stream, fixed)
 
     def _observe(self) -> Observation:
-        rows = [self.rules.view(episode) for episode in self._episodes]  # stacking copies
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return joined_observations([self.rules.view(episode) for episode in self._episodes])
 
 
 class TokenSelectionVectorEnv(EpisodeVectorEnv):
@@ -224,6 +219,8 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         max_tokens: N.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory.
+        feature_dim: F, the width that features have in observations; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16".
         max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
             well as terminated, and above nothing changes.
 
@@ -256,6 +253,8 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         max_tokens: int | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
         max_episode_steps: int | None = None,
     ) -> None:
         super().__init__(
@@ -273,6 +272,8 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
         )
 
     def _make_rules(self, **arguments: Any) -> SelectionRules:

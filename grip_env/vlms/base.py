@@ -65,10 +65,7 @@ class Encoded:
                 joined[name] = Encoded.concatenate(values)
             if not isinstance(first, torch.Tensor):
                 continue
-            if first.dim() > 1:
-                longest = max(value.shape[1] for value in values)
-                values = [_padded(value, longest) for value in values]
-            joined[name] = torch.cat(values)
+            joined[name] = _joined(values)
         return replace(parts[0], examples=[example for part in parts for example in part.examples], **joined)
 
     def full_selection(self) -> torch.Tensor:
@@ -90,10 +87,11 @@ class Encoded:
         return torch.stack(known).to(self.tokens.device) * self.token_mask if len(known) == len(rows) else None
 
 
-def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
-    missing = length - rows.shape[1]
-    # most are long enough: without this, joining copies everything twice
-    return torch.cat([rows, rows.new_zeros(rows.shape[0], missing, *rows.shape[2:])], 1) if missing else rows
+def _joined(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors (b, L, ...) in one, with zeros where a row is shorter than the longest."""
+    if values[0].dim() < 2 or len({value.shape[1] for value in values}) == 1:
+        return torch.cat(list(values))
+    return torch.nn.utils.rnn.pad_sequence([row for value in values for row in value], batch_first=True)
 
 
 @dataclass(frozen=True)

@@ -609,7 +609,7 @@ def test_a_reward_that_fails_leaves_every_episode_as_it_was() -> None:
 
     def moody(scores: Any, full: Any) -> torch.Tensor:
         calls.append(scores)
-        if len(calls) == 2:
+        if len(calls) == 1:
             raise RuntimeError("no reward today")
         return scores.log_likelihood
 
