@@ -13,7 +13,7 @@ import grip_env
 from agents.base import PolicySelector, keep_best
 from agents.heuristics import BASELINES
 from agents.subset import KSubset
-from grip_env.report import compare
+from grip_env.comparison import compare
 
 
 class Matcher(torch.nn.Module):

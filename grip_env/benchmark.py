@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def paired(reports: list[dict[str, Any]], method: str, rival: str, budget: str) 
 
 def promises(reports: list[dict[str, Any]], ratio: float) -> list[tuple[str, bool]]:
     """Check what the README says of the default agent; returns (statement with numbers, whether it holds)."""
-    from grip_env.report import AGENT, WARMUP
+    from grip_env.comparison import AGENT, WARMUP
 
     table, checks = summary(reports), []
     for budget in ("0.05", "0.1"):
@@ -119,7 +119,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
 
     folder = config.runs / f"benchmark-seed{seed}"
     options = replace(
-        tyro.cli(train.Config, args=list(config.extra)),
+        train.parse(config.extra),
         seed=seed,
         name=folder.name,
         runs=config.runs,
@@ -133,8 +133,8 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         shutil.rmtree(folder)
     if folder.is_dir():
         saved = json.loads((folder / "config.json").read_text())["config"]
-        saved = asdict(train.Config()) | saved  # runs made before an option was there have its default
-        wanted = json.loads(json.dumps(asdict(options), default=str))
+        saved = train.saved_config(train.parse([])) | saved  # runs made before an option was there have its default
+        wanted = json.loads(json.dumps(train.saved_config(options), default=str))
         other = sorted(key for key in wanted if saved[key] != wanted[key] and key not in ("runs", "threads"))
         if other:
             raise CommandError(f"{folder} was made with other settings of {', '.join(other)}: choose another --runs")
@@ -144,7 +144,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         minutes = (time.perf_counter() - began) / 60
     out = folder / f"test-{config.examples}"
     if not (out / "report.json").is_file():
-        evaluate.evaluate(evaluate.Config(folder, examples=config.examples, threads=config.threads))
+        evaluate.evaluate(evaluate.Config((folder,), examples=config.examples, threads=config.threads))
     report = json.loads((out / "report.json").read_text())
     return report | {"single": load_file(out / "report.safetensors")}, minutes
 
@@ -194,7 +194,7 @@ def main() -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, seeds=len(config.seeds), examples=config.examples)
-    from grip_env.report import AGENT
+    from grip_env.comparison import AGENT
 
     reports: list[dict[str, Any]] = []
     minutes: list[float] = []

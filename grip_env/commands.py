@@ -9,7 +9,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -239,12 +239,12 @@ class RunFolder:
             raise CommandError(f"{path} already exists: choose another --name, or remove it")
         self.path = make_folder(path)
 
-    def write_config(self, config: Any, **more: Any) -> None:
+    def write_config(self, config: Mapping[str, Any], **more: Any) -> None:
         """Write ``config.json``: the full configuration, the command line, versions, and anything else given."""
         import torch
 
         content = {
-            "config": asdict(config),
+            "config": config,
             "command": [Path(sys.executable).name, *sys.argv],
             "versions": versions(),
             "threads": torch.get_num_threads(),

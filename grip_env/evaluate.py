@@ -1,9 +1,10 @@
-"""Compare a trained agent with the baselines: ``python -m grip_env.evaluate runs/NAME``."""
+"""Compare trained agents and other methods: ``python -m grip_env.evaluate runs/NAME --policies a,b,c``."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,11 +20,13 @@ from grip_env.commands import (
     load_model_and_task,
     make_folder,
 )
+from grip_env.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare
 
 if TYPE_CHECKING:
-    from agents.scorer import Scorer
-    from grip_env.report import Comparison
+    from agents.base import Selector
+    from agents.contenders import Contender
     from grip_env.tasks.base import Task
+    from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["Config", "evaluate", "main", "report"]
@@ -31,97 +34,231 @@ __all__ = ["Config", "evaluate", "main", "report"]
 
 @dataclass
 class Config:
-    """Print the comparison tables of a trained agent and draw its curve and gallery."""
+    """Print the comparison tables of trained agents and other methods, and draw their curves and a gallery.
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, as train printed it."""
+    One run is compared with the baselines and its own warm-up. Of several runs, those that differ by their seed alone
+    stand in one row, with means over the seeds and standard deviations; the first run's row is held against all others.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders of runs, as train printed them; none compares the --policies alone."""
+    policies: str = ""
+    """What to compare with, separated by commas, instead of the usual baselines: POLICIES; or your own policy as
+    "package.module:Class"."""
     split: Literal["test", "validation", "train"] = "test"
     """Examples to compare on; use validation while you tune."""
     examples: int = 480
     """How many examples."""
+    budgets: tuple[float, ...] = BUDGETS
+    """Shares of the visual tokens to keep."""
     data: Path | None = None
     """Your own images and questions to compare on; those the run was trained on, if any, when not given."""
     skip_bad: bool = False
     """Leave out rows of the data with faults, and list them; runs trained with --skip-bad do so anyway."""
+    vlm: str = ""
+    """The frozen model, where no run says which: "tiny", if not given, or a folder with a saved model."""
     out: Path | None = None
-    """Where tables (report.*), pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given."""
+    """Where tables (report.*), pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given, and for several runs
+    or none comparison-SPLIT-EXAMPLES beside the first."""
     device: str = "auto"
     """Where the model runs: "cpu", "cuda", "cuda:1", "mps", ...; auto takes a CUDA device if there is one."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass
+class Run:
+    """A finished run, as far as a comparison needs it."""
+
+    path: Path
+    saved: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its configuration."""
+        found: dict[str, Any] = self.saved["config"]
+        return found
+
+    @property
+    def label(self) -> str:
+        """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
+        options = self.config.get(self.config["algo"].replace("-", "_"), {})
+        preset = options.get("preset")
+        return self.config["algo"] + (f" ({preset})" if preset not in (None, "default") else "")
+
+    def like(self, other: Run) -> bool:
+        """Return whether the two differ by nothing but their seed, and where and when they were made."""
+        beside = ("seed", "name", "runs", "threads", "progress", "picture_every", "report_examples", "device", "cache")
+        ours, theirs = ({key: run.config[key] for key in run.config if key not in beside} for run in (self, other))
+        return ours == theirs
 
 
 def report(
     run: Path,
     vlm: HuggingFaceVLM,
     task: Task,
-    scorer: Scorer,
+    agent: Selector,
     split: str,
     examples: int,
     out: Path | None = None,
+    policies: str = "",
+    budgets: Sequence[float] = BUDGETS,
     progress: bool = True,
 ) -> Comparison:
-    """Compare, print the tables, and write tables and pictures into ``out`` (the run's folder by default)."""
-    from PIL import Image
+    """Compare a run's agent, print the tables, and write tables and pictures into ``out`` (the run's folder by default).
 
-    from agents.base import Selector
-    from agents.heuristics import BASELINES
-    from agents.scorer import Scorer
-    from agents.selectors import ScorerSelector
-    from grip_env.report import AGENT, WARMUP, compare, draw_curve, draw_gallery
+    Args:
+        run: The run's folder, whose warm-up is compared with, if there is one.
+        vlm: The frozen model.
+        task: Where the examples come from.
+        agent: What was trained.
+        split: Examples to compare on.
+        examples: How many.
+        out: Where to write.
+        policies: What to compare with, see :class:`Config`.
+        budgets: Shares of the tokens.
+        progress: Show a progress bar.
+    """
+    from agents.agent import ScorerAgent
 
-    selectors: dict[str, Selector] = dict(BASELINES)
-    first = vlm.encode([task.example(split, 0)])
-    if first.relevance() is None:
-        del selectors["oracle"]  # nobody knows the truth
-    try:
-        vlm.attention(first)
-    except NotImplementedError as error:
-        print(f"left out of the comparison: {error}")
-        del selectors["CLS attention"]
+    contenders, notes = named_contenders(policies, vlm, task, split)
     if (run / "warmup").is_dir():
         try:
-            selectors[WARMUP] = ScorerSelector(Scorer.load(run / "warmup").to(vlm.device))
+            contenders[WARMUP] = ScorerAgent.load(run / "warmup", vlm)
         except (OSError, ValueError) as error:
             raise CommandError(str(error)) from None
-    out = make_folder(out or run)
-    selectors[AGENT] = ScorerSelector(scorer.to(vlm.device).eval())
-    comparison = compare(vlm, task, selectors, split, examples, progress=progress)
-    print("\n" + comparison.markdown() + "\n")
-    comparison.save(out)
-    draw_curve(comparison, out / "pareto.png")
-    encoded = vlm.encode([task.example(split, index) for index in range(min(6, task.size(split)))])
-    Image.fromarray(draw_gallery(vlm, encoded, selectors[AGENT])).save(out / "kept_tokens.png")
-    for name in ("report.md", "pareto.png", "kept_tokens.png"):
-        print(f"wrote {out / name}")
+    contenders[AGENT] = agent
+    comparison = compare(vlm, task, contenders, split, examples, budgets, progress=progress)
+    comparison.notes[:0] = notes
+    print_and_draw(comparison, make_folder(out or run), vlm, task, agent, AGENT if policies else None)
     return comparison
 
 
-def _load(run: Path) -> tuple[dict[str, Any], Scorer]:
-    from agents.scorer import Scorer
+def named_contenders(
+    policies: str, vlm: HuggingFaceVLM, task: Task, split: str
+) -> tuple[dict[str, Contender], list[str]]:
+    """Return the methods that a text names, by their names in tables, and why others were left out.
 
-    if not (run / "config.json").is_file():
-        raise CommandError(f"{run} is not a run: expected a folder with config.json, as grip_env.train writes it")
+    Raises:
+        CommandError: If there is none of a name, or one that was asked for cannot run here.
+    """
+    from agents.heuristics import method
+
+    usual = ("random", "uniform-grid", "cls-attention", "divprune", "oracle")
+    names = [name.strip() for name in policies.split(",") if name.strip()] or list(usual)
+    first: Encoded = vlm.encode([task.example(split, 0)])
+    found: dict[str, Contender] = {}
+    notes: list[str] = []
+    for name in names:
+        if ":" in name:
+            found[name] = _own_policy(name)
+            continue
+        try:
+            one = method(name)
+        except ValueError as error:
+            raise CommandError(f"--policies: {error}, or give package.module:Class") from None
+        refusal = one.refusal(vlm, first)
+        if refusal is None:
+            found[one.title] = one.run
+        elif policies:
+            raise CommandError(f"--policies {name}: {refusal}; leave it out")
+        else:
+            notes.append(refusal)
+    return found, notes
+
+
+def _own_policy(name: str) -> Contender:
+    """Return a user's own policy, made without arguments."""
+    import importlib
+
+    from agents.agent import as_selector
+
+    module, _, attribute = name.partition(":")
+    sys.path.append("")
     try:
-        saved = json.loads((run / "config.json").read_text())
-        saved["config"]["vlm"], saved["config"]["task"], saved["vlm"]["checksum"]
+        return as_selector(getattr(importlib.import_module(module), attribute)())
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CommandError(
+            f"--policies {name}: {error}; give package.module:Class, importable from here and made without arguments"
+        ) from None
+    finally:
+        sys.path.remove("")
+
+
+def print_and_draw(
+    comparison: Comparison, out: Path, vlm: HuggingFaceVLM, task: Task, shown: Selector | None, main: str | None
+) -> None:
+    """Print the tables, and write tables and pictures into ``out``.
+
+    Args:
+        comparison: The numbers.
+        out: A folder.
+        vlm: The frozen model.
+        task: Where the examples come from.
+        shown: Whose selections the gallery shows.
+        main: Which method is held against the others; ``None`` leaves that table out.
+    """
+    from PIL import Image
+
+    from grip_env.report import draw_curve, draw_gallery
+
+    tables = comparison.markdown() if main is None else f"{comparison.markdown()}\n\n{comparison.margins(main)}"
+    print("\n" + tables + "\n")
+    comparison.save(out)
+    (out / "report.md").write_text(tables + "\n")
+    draw_curve(comparison, out / "pareto.png")
+    written = ["report.md", "pareto.png"]
+    if shown is not None:
+        split = comparison.split
+        encoded = vlm.encode([task.example(split, index) for index in range(min(6, task.size(split)))])
+        Image.fromarray(draw_gallery(vlm, encoded, shown)).save(out / "kept_tokens.png")
+        written.append("kept_tokens.png")
+    for name in written:
+        print(f"wrote {out / name}")
+
+
+def _load(path: Path) -> Run:
+    if not (path / "config.json").is_file():
+        raise CommandError(f"{path} is not a run: expected a folder with config.json, as grip_env.train writes it")
+    try:
+        saved = json.loads((path / "config.json").read_text())
+        saved["config"]["vlm"], saved["config"]["task"], saved["config"]["algo"], saved["vlm"]["checksum"]
         if saved["config"].get("data"):
             saved["config"]["skip_bad"], saved["data"]["fingerprint"]
     except (ValueError, KeyError, TypeError):
-        raise CommandError(f"{run / 'config.json'} is not as grip_env.train wrote it: train again") from None
+        raise CommandError(f"{path / 'config.json'} is not as grip_env.train wrote it: train again") from None
+    return Run(path, saved)
+
+
+def _load_agent(run: Run, vlm: HuggingFaceVLM) -> Selector:
+    """Return the agent of a run, or stop and say what is wrong."""
+    from agents.agent import as_selector
+    from grip_env.train import find_algorithm
+
+    if vlm.checksum() != run.saved["vlm"]["checksum"]:
+        raise CommandError(
+            f"the agent in {run.path} was trained on a vision-language model with other weights than "
+            f"{run.config['vlm']!r} has now: train an agent for this one"
+        )
+    algorithm = find_algorithm(run.config["algo"])
     try:
-        return saved, Scorer.load(run / "agent")
+        return as_selector(algorithm.load(run.path / "agent", vlm))
     except FileNotFoundError as error:
-        raise CommandError(f"{run} has no trained agent yet: {error}") from None
+        raise CommandError(f"{run.path} has no trained agent yet: {error}") from None
     except ValueError as error:
         raise CommandError(str(error)) from None
 
 
-def _model_and_task(config: Config, saved: dict[str, Any]) -> tuple[HuggingFaceVLM, Task]:
+def _model_and_task(config: Config, run: Run | None) -> tuple[HuggingFaceVLM, Task]:
     """Return the run's model, and its task unless the command names other data."""
     from grip_env.tasks.files import FileTask
 
-    trained = saved["config"]
+    if run is None:
+        model = ModelConfig(vlm=config.vlm or "tiny", device=config.device)
+        return load_model_and_task(model, "scenes", config.data, config.skip_bad, (config.split,))
+    trained = run.config
     data, skip_bad = config.data, config.skip_bad
     if data is None and trained.get("data"):
         data, skip_bad = Path(trained["data"]), skip_bad or trained["skip_bad"]
@@ -131,46 +268,91 @@ def _model_and_task(config: Config, saved: dict[str, Any]) -> tuple[HuggingFaceV
     cache = trained.get("cache") and Path(trained["cache"])
     model = ModelConfig(**{name: trained[name] for name in names} | {"device": config.device, "cache": cache})
     vlm, task = load_model_and_task(model, trained["task"], data, skip_bad, (config.split,))
-    if isinstance(task, FileTask) and config.data is None and task.fingerprint != saved["data"]["fingerprint"]:
+    if isinstance(task, FileTask) and config.data is None and task.fingerprint != run.saved["data"]["fingerprint"]:
         print(f"note: {task.path} has changed since this agent was trained on it: {task.describe()}", file=sys.stderr)
     return vlm, task
 
 
 def evaluate(config: Config) -> Comparison:
-    """Compare the agent of a run with the baselines, print the tables and draw the pictures.
+    """Compare agents of runs with other methods, print the tables and draw the pictures.
 
     Raises:
-        CommandError: If an option is wrong, or the run, its agent, its model or its data cannot be read.
+        CommandError: If an option is wrong, or a run, its agent, its model or its data cannot be read.
     """
-    check_at_least(1, examples=config.examples)
-    check_at_least(0, threads=config.threads)
-    saved, scorer = _load(config.run)
     import torch
 
     from grip_env.tasks.files import DataError
 
+    check_at_least(1, examples=config.examples)
+    check_at_least(0, threads=config.threads)
+    if not config.budgets or not all(0 < budget <= 1 for budget in config.budgets):
+        raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {config.budgets}")
+    if not config.runs and not config.policies:
+        raise CommandError("there is nothing to compare: give a run, or --policies, such as --policies random,divprune")
+    if config.runs and config.vlm:
+        raise CommandError("--vlm is for comparisons without a run: leave it out, the run says which model it is about")
+    runs = [_load(path) for path in config.runs]
     if config.threads:
         torch.set_num_threads(config.threads)
-    vlm, task = _model_and_task(config, saved)
-    try:
-        scorer.check_width(vlm.width, config.run, saved["config"]["vlm"])
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-    if vlm.checksum() != saved["vlm"]["checksum"]:
-        raise CommandError(
-            f"the agent in {config.run} was trained on a vision-language model with other weights than "
-            f"{saved['config']['vlm']!r} has now: train an agent for this one"
-        )
+    vlm, task = _model_and_task(config, runs[0] if runs else None)
     # a folder of its own, so that a look at validation does not replace the report that training wrote
     parts = [task.name] if config.data is not None else []
-    out = config.out or config.run / "-".join([*parts, config.split, str(config.examples)])
+    place = "-".join([*parts, config.split, str(config.examples)])
     try:
-        comparison = report(config.run, vlm, task, scorer, config.split, config.examples, out)
+        if len(runs) == 1:
+            out = config.out or runs[0].path / place
+            agent = _load_agent(runs[0], vlm)
+            comparison = report(
+                runs[0].path, vlm, task, agent, config.split, config.examples, out, config.policies, config.budgets,
+                config.progress,
+            )  # fmt: skip
+        else:
+            out = config.out or (runs[0].path.parent if runs else Path("runs")) / f"comparison-{place}"
+            comparison = _compare_runs(config, runs, vlm, task, out)
     except DataError as error:
         raise CommandError(str(error)) from None
     if vlm.cache is not None:
         print(vlm.cache.describe())
     return comparison
+
+
+def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task: Task, out: Path) -> Comparison:
+    """Compare several runs, or none, with each other and with what --policies names."""
+    for run in runs[1:]:
+        for key in ("vlm", "task", "data"):
+            if run.config.get(key) != runs[0].config.get(key):
+                raise CommandError(
+                    f"{run.path} was trained with --{key} {run.config.get(key)}, and {runs[0].path} with "
+                    f"{runs[0].config.get(key)}: compare runs of one model on one task"
+                )
+    contenders, notes = named_contenders(config.policies, vlm, task, config.split)
+    agents: dict[str, Contender] = {str(run.path): _load_agent(run, vlm) for run in runs}
+    groups = group_runs(runs)
+    comparison = compare(
+        vlm, task, contenders | agents, config.split, config.examples, config.budgets, progress=config.progress
+    )
+    comparison = comparison.merged(groups)
+    comparison.notes[:0] = notes
+    shown: Any = agents[str(runs[0].path)] if runs else None
+    print_and_draw(comparison, make_folder(out), vlm, task, shown, next(iter(groups), None))
+    return comparison
+
+
+def group_runs(runs: Sequence[Run]) -> Mapping[str, list[str]]:
+    """Return the paths of the runs in groups that differ by their seed alone, by a name for each."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        name = next((name for name, members in groups.items() if members[0].like(run)), None)
+        if name is None:
+            name, number = run.label, 2
+            while name in groups:
+                name, number = f"{run.label} [{number}]", number + 1
+            groups[name] = []
+        groups[name].append(run)
+    return {
+        f"{name}, {len(members)} seeds" if len(members) > 1 else name: [str(run.path) for run in members]
+        for name, members in groups.items()
+    }
 
 
 def main() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from grip_env.commands import (
     CommandError,
@@ -18,19 +22,18 @@ from grip_env.commands import (
     load_model_and_task,
 )
 
-check_agents_package()
+if TYPE_CHECKING:
+    from agents.agent import Agent
 
-from agents.grpo import GRPO, GRPOConfig, Metrics  # noqa: E402  (the check above explains a failing import)
-
-__all__ = ["Config", "main", "train"]
+__all__ = ["Config", "main", "parse", "train"]
 
 
 @dataclass
 class Config(ModelConfig):
     """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
 
-    algo: Literal["grpo"] = "grpo"
-    """The algorithm."""
+    algo: str = "grpo"
+    """The algorithm: ALGORITHMS; or your own class, as "package.module:Class"."""
     task: Literal["scenes"] = "scenes"
     """Where images and questions come from."""
     data: Path | None = None
@@ -54,8 +57,52 @@ class Config(ModelConfig):
     """CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show progress bars."""
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    """Hyperparameters of GRPO."""
+    options: Annotated[Any, tyro.conf.Suppress] = None
+    """Hyperparameters of the algorithm, of its class ``Options``; its defaults if ``None``. On the command line they
+    have the algorithm's name, as in --grpo.steps."""
+
+
+def find_algorithm(name: str) -> type[Agent]:
+    """Return the algorithm of this name, or stop with one line."""
+    check_agents_package()
+    from agents.agent import find_algorithm
+
+    sys.path.append("")  # a class of one's own is likely to lie where the command is started
+    try:
+        return find_algorithm(name)
+    except ValueError as error:
+        raise CommandError(f"--algo: {error}") from None
+    finally:
+        sys.path.remove("")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Return what command-line arguments say: options of the command and of the algorithm they name."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    names = [Config.algo]
+    for place, argument in enumerate(given):
+        if argument.startswith("--algo="):
+            names.append(argument.partition("=")[2])
+        elif argument == "--algo" and place + 1 < len(given):
+            names.append(given[place + 1])
+    name = names[-1]
+    options, key = _options_class(find_algorithm(name)), options_name(name)
+    fields = [(key, options, dataclasses.field(default_factory=options))] if dataclasses.fields(options) else []
+    full = dataclasses.make_dataclass("Config", fields, bases=(Config,))
+    found: Any = tyro.cli(full, description=Config.__doc__, prog="python -m grip_env.train", args=given)
+    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Config)}
+    return Config(**(values | {"options": getattr(found, key, options())}))
+
+
+def options_name(algo: str) -> str:
+    """Return under what name an algorithm's hyperparameters are saved, and given on the command line."""
+    return "agent" if ":" in algo else algo.replace("-", "_")
+
+
+def _options_class(algorithm: type[Agent]) -> type[Any]:
+    from agents.agent import NoOptions
+
+    return getattr(algorithm, "Options", NoOptions)
 
 
 def train(config: Config) -> Path:
@@ -63,13 +110,13 @@ def train(config: Config) -> Path:
 
     An interrupt (Ctrl-C) saves the agent as it is; SystemExit then carries the shell's code for an interrupt.
     """
+    algorithm = find_algorithm(config.algo)
     import torch
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
-    from agents.pool import ExamplePool
-    from agents.scorer import Scorer, ScorerConfig
-    from agents.selectors import ScorerSelector
+    from agents.agent import Setting, as_selector
+    from agents.grpo import Metrics
     from grip_env.envs.rewards import resolve_reward
     from grip_env.report import draw_gallery
     from grip_env.tasks.files import DataError, FileTask
@@ -85,10 +132,13 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     if config.data is None and config.skip_bad:
         raise CommandError("--skip-bad is about the rows of --data: give both, or neither")
-    if config.data is not None and config.grpo.teacher == "relevance":
+    options = _options_class(algorithm)() if config.options is None else config.options
+    config = dataclasses.replace(config, options=options)
+    teacher, key = getattr(options, "teacher", None), options_name(config.algo)
+    if config.data is not None and teacher == "relevance":
         raise CommandError(
-            "--grpo.teacher relevance needs the ground truth that the scenes task has and --data has not: "
-            "choose gradient or attention"
+            f"--{key.replace('_', '-')}.teacher relevance needs the ground truth that the scenes task has and --data "
+            "has not: choose another teacher"
         )
     try:
         reward = resolve_reward(config.reward)
@@ -100,49 +150,48 @@ def train(config: Config) -> Path:
     if isinstance(task, FileTask):
         about["data"] = {"fingerprint": task.fingerprint, "sizes": {split: task.size(split) for split in task.splits}}
         config = dataclasses.replace(config, data=task.path)  # evaluate may be started from elsewhere
-    scorer = Scorer(ScorerConfig(token_width=vlm.width)).to(vlm.device)
     try:
-        pool = ExamplePool(vlm, task, "train", config.grpo.pool, config.grpo.reuse, config.seed)
-        algorithm = GRPO(vlm, pool, scorer, config.grpo, reward, config.seed)
+        agent = algorithm(Setting(vlm, task, reward, seed=config.seed), options)
         look = "validation" if task.size("validation") else "train"  # few images of one's own may leave it empty
         shown = vlm.encode([task.example(look, index) for index in range(min(6, task.size(look)))])
     except ValueError as error:
         raise CommandError(str(error)) from None
 
-    if config.grpo.teacher == "attention":
+    if teacher == "attention":
         try:
             vlm.attention(shown)
         except NotImplementedError as error:
-            raise CommandError(f"--grpo.teacher attention: {error}: choose gradient") from None
+            raise CommandError(f"--{key.replace('_', '-')}.teacher attention: {error}: choose gradient") from None
     checksum = vlm.checksum()
-    name = config.name or f"{config.algo}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.name or f"{config.algo.replace(':', '.')}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder(config.runs / name)
-    about |= {"vlm": {"name": vlm.name, "checksum": checksum}, "scorer": dataclasses.asdict(scorer.config)}
-    run.write_config(config, **about)
-    scorer.save(run.path / "agent")  # from here on, whatever happens leaves an agent that evaluate can read
+    about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
+    run.write_config(saved_config(config), **about)
+    agent.save(run.path / "agent")  # from here on, whatever happens leaves an agent that evaluate can read
     print(f"run: {run.path}")
     if isinstance(task, FileTask):
         print(f"data: {task.describe()}")
 
-    total = {"warmup": config.grpo.warmup_steps, "grpo": config.grpo.steps}
+    total: dict[str, int] = getattr(agent, "phases", {})
+    selector: Any = as_selector(agent)  # type: ignore[arg-type] # one or the other is there, find_algorithm says
     bars: dict[str, Any] = {}
     writer = SummaryWriter(str(run.path))
     last = Metrics("start", 0)
     averages: dict[str, float] = {}
 
     def checkpoint(step: int) -> None:
-        scorer.save(run.path / "agent")
-        sheet = draw_gallery(vlm, shown, ScorerSelector(scorer), title=f"What the agent keeps, step {step}")
+        agent.save(run.path / "agent")
+        sheet = draw_gallery(vlm, shown, selector, title=f"What the agent keeps, step {step}")
         writer.add_image("kept tokens", sheet, step, dataformats="HWC")
 
     try:
-        for last in algorithm.train():
+        for last in agent.learn():
             if last.phase not in bars:
                 for bar in bars.values():
                     bar.close()
                 averages.clear()
                 bars[last.phase] = tqdm(
-                    total=total[last.phase],
+                    total=total.get(last.phase),
                     desc={"warmup": "warm-up"}.get(last.phase, last.phase),
                     unit="step",
                     dynamic_ncols=True,
@@ -157,33 +206,34 @@ def train(config: Config) -> Path:
             bars[last.phase].set_postfix(
                 {label: f"{averages[key]:.3f}" for key, label in keys.items() if key in averages}, refresh=False
             )
-            if last.phase == "warmup" and last.step + 1 == config.grpo.warmup_steps:
-                scorer.save(run.path / "warmup")  # now: what comes next is already one reward further
-                checkpoint(0)
-            elif last.phase == "grpo" and (last.step + 1) % config.picture_every == 0:
+            if last.phase == "warmup":
+                if last.step + 1 == total.get("warmup"):
+                    agent.save(run.path / "warmup")  # now: what comes next is already one reward further
+                    checkpoint(0)
+            elif (last.step + 1) % config.picture_every == 0:
                 checkpoint(last.step + 1)
         for bar in bars.values():
             bar.close()
-        if config.grpo.steps % config.picture_every:
-            checkpoint(config.grpo.steps)
+        if last.phase != "warmup" and (last.step + 1) % config.picture_every:
+            checkpoint(last.step + 1)
         if vlm.checksum() != checksum:
             raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
-        last = Metrics("the report", config.grpo.steps)
+        last = Metrics("the report", last.step)
         if config.report_examples:
             from grip_env.evaluate import report
 
-            report(run.path, vlm, task, scorer, "test", config.report_examples, progress=config.progress)
+            report(run.path, vlm, task, selector, "test", config.report_examples, progress=config.progress)
         if vlm.cache is not None:
             print(vlm.cache.describe())
     except KeyboardInterrupt:
         for bar in bars.values():
             bar.close()
-        scorer.save(run.path / "agent")
+        agent.save(run.path / "agent")
         print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
         print(f"compare it:  python -m grip_env.evaluate {run.path}")
         raise SystemExit(130) from None
     except DataError as error:
-        scorer.save(run.path / "agent")
+        agent.save(run.path / "agent")
         raise CommandError(
             f"stopped in {last.phase} at step {last.step}: {error}; the agent so far is in {run.path}"
         ) from None
@@ -192,12 +242,16 @@ def train(config: Config) -> Path:
     return run.path
 
 
+def saved_config(config: Config) -> dict[str, Any]:
+    """Return a configuration as it is saved: the algorithm's hyperparameters under its own name."""
+    content = dataclasses.asdict(config)
+    return content | {options_name(config.algo): content.pop("options")}
+
+
 def main() -> None:
     """Run the command."""
-    import tyro
-
     with interruptible("interrupted before the first step; nothing was written."):
-        train(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.train"))
+        train(parse())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from agents.heuristics import BASELINES
 from agents.scorer import Scorer, ScorerConfig
 from grip_env import benchmark, commands, evaluate
 from grip_env import train as train_module
-from grip_env.report import compare
+from grip_env.comparison import compare
 from grip_env.tasks.scenes import SceneTask
 from grip_env.train import Config, train
 from grip_env.vlms import load_vlm
@@ -225,7 +225,7 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
             for budget, cell in row.items():
                 found = report[method][budget]["log_likelihood"]
                 assert found == pytest.approx(cell["log_likelihood"], abs=1e-3), (method, budget)
-    evaluate.evaluate(evaluate.Config(second, examples=6))  # the run remembers its cache
+    evaluate.evaluate(evaluate.Config((second,), examples=6))  # the run remembers its cache
     with pytest.raises(SystemExit):
         train(settings(vlm_folder, tmp_path, "broken", cache=cache, cache_gib=0.0))
     assert "--cache-gib must be above 0; got 0" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm
         assert json.loads((tmp_path / name / "config.json").read_text())["config"]["reward"] == reward
     one, two = ([float(row["reward"]) for row in rows(tmp_path / name, "grpo")] for name in ("sum", "imported"))
     assert one == pytest.approx(two, abs=1e-4)
-    evaluate.evaluate(evaluate.Config(tmp_path / "imported", examples=6))  # where there is no such module
+    evaluate.evaluate(evaluate.Config((tmp_path / "imported",), examples=6))  # where there is no such module
     assert (tmp_path / "imported" / "test-6" / "report.json").is_file()
 
 

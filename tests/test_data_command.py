@@ -94,7 +94,7 @@ def test_relative_data_are_found_again_from_elsewhere(
     assert folder.name.startswith("grpo-pets-seed0-")
     assert "data: pets: 20 questions about 10 different images (train 12" in capsys.readouterr().out
     monkeypatch.chdir("/")
-    comparison = evaluate.evaluate(evaluate.Config(folder, examples=2))
+    comparison = evaluate.evaluate(evaluate.Config((folder,), examples=2))
     assert comparison.examples == 2
     assert "oracle" not in comparison.cells
     assert "note:" not in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_skipped_rows_are_listed_on_standard_error(
     assert listed.count("  pets.jsonl:") == 32, "all of them are listed"
     assert json.loads((folder / "config.json").read_text())["config"]["skip_bad"] is True
     # evaluate leaves out what training left out
-    assert evaluate.evaluate(evaluate.Config(folder, examples=2)).examples == 2
+    assert evaluate.evaluate(evaluate.Config((folder,), examples=2)).examples == 2
     assert "skipped 31 rows" in capsys.readouterr().err
 
 
@@ -178,11 +178,11 @@ def test_a_split_is_needed_only_where_it_is_used(
 
     folder = train(settings(vlm_folder, tmp_path / "runs", data=path, steps=0))
     capsys.readouterr()
-    stops(evaluate.evaluate, evaluate.Config(folder, split="validation"))
+    stops(evaluate.evaluate, evaluate.Config((folder,), split="validation"))
     told = capsys.readouterr().err
     assert "the validation split has no examples" in told
     assert "--report-examples" not in told
-    assert evaluate.evaluate(evaluate.Config(folder, split="train", examples=3)).examples == 3
+    assert evaluate.evaluate(evaluate.Config((folder,), split="train", examples=3)).examples == 3
 
     stops(train, settings(vlm_folder, tmp_path / "runs", "other", data=write_data(tmp_path / "none", ("test",))))
     assert "the train split has no examples" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_an_image_that_changes_during_training_ends_it_and_keeps_the_agent(
 def test_evaluate_gives_the_numbers_of_the_report_on_the_runs_data(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    comparison = evaluate.evaluate(evaluate.Config(run, examples=50, out=tmp_path))
+    comparison = evaluate.evaluate(evaluate.Config((run,), examples=50, out=tmp_path))
     report = json.loads((run / "report.json").read_text())
     for method, cells in report["cells"].items():
         for budget, cell in cells.items():
@@ -231,7 +231,7 @@ def test_changed_data_are_noted(run: Path, tmp_path: Path, capsys: pytest.Captur
     config = json.loads((copy / "config.json").read_text())
     config["config"]["data"] = str(path)
     (copy / "config.json").write_text(json.dumps(config))
-    evaluate.evaluate(evaluate.Config(copy, examples=2, out=tmp_path / "out"))
+    evaluate.evaluate(evaluate.Config((copy,), examples=2, out=tmp_path / "out"))
     assert f"note: {path} has changed since this agent was trained on it: pets: 20 questions" in capsys.readouterr().err
 
 
@@ -241,13 +241,13 @@ def test_data_that_went_away_stop_with_one_line(run: Path, tmp_path: Path, capsy
     config = json.loads((copy / "config.json").read_text())
     gone = config["config"] | {"data": "/gone/pets.jsonl"}
     (copy / "config.json").write_text(json.dumps(config | {"config": gone}))
-    stops(evaluate.evaluate, evaluate.Config(copy))
+    stops(evaluate.evaluate, evaluate.Config((copy,)))
     told = capsys.readouterr().err
     assert one_line(told)
     assert "/gone/pets.jsonl does not exist" in told
     del config["data"]
     (copy / "config.json").write_text(json.dumps(config))
-    stops(evaluate.evaluate, evaluate.Config(copy))
+    stops(evaluate.evaluate, evaluate.Config((copy,)))
     assert "is not as grip_env.train wrote it" in capsys.readouterr().err
 
 
@@ -255,9 +255,9 @@ def test_an_agent_of_the_scenes_can_be_compared_on_data(
     vlm_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(settings(vlm_folder, tmp_path, steps=0))
-    stops(evaluate.evaluate, evaluate.Config(folder, skip_bad=True))
+    stops(evaluate.evaluate, evaluate.Config((folder,), skip_bad=True))
     assert "--skip-bad is about the rows of --data" in capsys.readouterr().err
-    comparison = evaluate.evaluate(evaluate.Config(folder, data=data))
+    comparison = evaluate.evaluate(evaluate.Config((folder,), data=data))
     assert comparison.examples == 4
     assert (folder / "pets-test-480" / "report.json").is_file()
     assert "note:" not in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""What ``python -m grip_env.train --algo NAME`` can train, and how others plug in.
+
+An algorithm is a class that follows :class:`Agent`. It is named by what it was registered as, or by where to import it
+from, as in ``--algo my_package.my_module:MyAgent``; the fields of its ``Options`` become options of the command.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+
+from agents.base import Policy, PolicySelector, Selector
+from agents.pool import ExamplePool
+from agents.scorer import Scorer, ScorerConfig
+from agents.selectors import ScorerSelector
+from grip_env.envs.rewards import Reward
+from grip_env.tasks.base import Task
+from grip_env.vlms.base import Encoded, FrozenVLM
+
+__all__ = ["ALGORITHMS", "Agent", "NoOptions", "ScorerAgent", "Setting", "as_selector", "find_algorithm", "register"]
+
+ALGORITHMS: dict[str, str] = {
+    "grpo": "agents.algorithms",
+}
+"""The algorithms that come with the package, and the modules that register them."""
+
+_registered: dict[str, type[Agent]] = {}
+_Class = TypeVar("_Class", bound=type)
+
+
+@dataclass
+class Setting:
+    """What an agent is trained on."""
+
+    vlm: FrozenVLM
+    """The frozen model."""
+    task: Task
+    """Where images, questions and answers come from."""
+    reward: Reward
+    """What a selection is worth."""
+    split: str = "train"
+    """The part of the task that training may look at."""
+    seed: int = 0
+    """Decides everything random."""
+
+    def pool(self, size: int = 768, reuse: int = 4) -> ExamplePool:
+        """Return encoded training examples in batches, see :class:`~agents.pool.ExamplePool`."""
+        return ExamplePool(self.vlm, self.task, self.split, size, reuse, self.seed)
+
+    def make_vec(self, name: str = "GRIP/TokenSelection-v0", num_envs: int = 16, **options: Any) -> Any:
+        """Return a vector environment on the training examples.
+
+        Args:
+            name: Which environment.
+            num_envs: How many instances.
+            options: Other arguments of the environment, such as ``budget``.
+        """
+        import gymnasium
+
+        import grip_env  # noqa: F401 (registers the environments)
+
+        about: dict[str, Any] = {"vlm": self.vlm, "task": self.task, "split": self.split, "reward": self.reward}
+        return gymnasium.make_vec(name, num_envs, **(about | options))
+
+
+@dataclass
+class NoOptions:
+    """An algorithm without hyperparameters."""
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Something that learns to choose tokens.
+
+    Beside what is listed here it has ``select``, as a :class:`~agents.base.Policy` has, or is called with batches of
+    encoded examples, as a :class:`~agents.base.Selector` is. A class may also have ``Options``, a dataclass of
+    hyperparameters with a docstring under each, and ``phases``, how many steps each phase of :meth:`learn` has, by name.
+    """
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        """Begin untrained.
+
+        Args:
+            setting: What to train on.
+            options: An ``Options``; :class:`NoOptions` where the class has none.
+
+        Raises:
+            ValueError: If an option is wrong.
+        """
+
+    def learn(self) -> Iterator[Any]:
+        """Train, yielding :class:`~agents.grpo.Metrics` after each step; the agent is usable at any of these points."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what :meth:`load` needs into ``folder``; what an earlier call wrote there is replaced."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path, vlm: FrozenVLM) -> Policy | Selector:
+        """Return what :meth:`save` wrote, ready to choose.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            ValueError: If it is damaged, or was made for another model.
+        """
+        ...
+
+
+def register(name: str) -> Callable[[_Class], _Class]:
+    """Give an algorithm a name for ``--algo``: a decorator of its class.
+
+    Raises:
+        ValueError: If the name is taken by another class, or is not one that an option could have.
+    """
+    if not name.replace("-", "").isalnum() or name != name.lower() or not name[0].isalpha():
+        raise ValueError(f"an algorithm's name has small letters, digits and '-', a letter first; got {name!r}")
+
+    def remember(cls: _Class) -> _Class:
+        known = _registered.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the name {name!r} is taken by {known.__module__}.{known.__qualname__}: choose another")
+        _registered[name] = cls
+        return cls
+
+    return remember
+
+
+def find_algorithm(name: str) -> type[Agent]:
+    """Return the class of an algorithm.
+
+    Args:
+        name: A registered name, or "package.module:Class".
+
+    Raises:
+        ValueError: If there is none, or it is no class of the kind :class:`Agent` describes.
+    """
+    module, _, attribute = name.partition(":")
+    if attribute:
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"cannot import the algorithm {name!r} ({error}): give package.module:Class, importable from here"
+            ) from None
+    else:
+        if name in ALGORITHMS and name not in _registered:
+            importlib.import_module(ALGORITHMS[name])
+        if name not in _registered:
+            known = ", ".join(sorted(set(ALGORITHMS) | set(_registered)))
+            raise ValueError(f"there is no algorithm {name!r}: choose from {known}, or give package.module:Class")
+        found = _registered[name]
+    missing = [part for part in ("learn", "save", "load") if not callable(getattr(found, part, None))]
+    if not isinstance(found, type) or missing:
+        raise ValueError(
+            f"{name!r} is no algorithm: it needs to be a class with the methods learn, save and load (see "
+            f"agents.agent.Agent){' and lacks ' + ', '.join(missing) if missing else ''}"
+        )
+    if not callable(getattr(found, "select", None)) and not _is_selector(found):
+        raise ValueError(f"{name!r} cannot choose tokens: give it select(observation), as agents.base.Policy has it")
+    return cast("type[Agent]", found)
+
+
+def _is_selector(found: type) -> bool:
+    return "__call__" in vars(found) or any("__call__" in vars(base) for base in found.__mro__[1:-1])
+
+
+def as_selector(chooser: Policy | Selector) -> Selector:
+    """Return a policy as a selector, and a selector as it is.
+
+    A policy that is also a ``torch.nn.Module`` can be called for other reasons: ``select`` goes first.
+    """
+    return PolicySelector(chooser) if hasattr(chooser, "select") else chooser
+
+
+class ScorerAgent:
+    """An agent that is one trained :class:`~agents.scorer.Scorer`, whatever algorithm trains it.
+
+    A subclass names the algorithm: a class made as ``Algorithm(vlm, pool, scorer, options, reward, seed)``, with a method
+    ``train()`` that yields metrics.
+    """
+
+    Options: ClassVar[type]
+    """Dataclass of hyperparameters; has at least ``pool`` and ``reuse``, see :class:`~agents.pool.ExamplePool`."""
+    Algorithm: ClassVar[Any]
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        self.scorer = Scorer(ScorerConfig(token_width=setting.vlm.width)).to(_device(setting.vlm))
+        pool = setting.pool(options.pool, options.reuse)
+        self._algorithm = self.Algorithm(setting.vlm, pool, self.scorer, options, setting.reward, setting.seed)
+        self.phases = {"warmup": options.warmup_steps, "grpo": options.steps}
+        """How many steps each phase has."""
+
+    def learn(self) -> Iterator[Any]:
+        """Train; see :class:`Agent`."""
+        return cast(Iterator[Any], self._algorithm.train())
+
+    def save(self, folder: Path) -> None:
+        """Write the scorer; see :class:`Agent`."""
+        self.scorer.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path, vlm: FrozenVLM) -> ScorerSelector:
+        """Read a scorer; see :class:`Agent`."""
+        scorer = Scorer.load(folder)
+        scorer.check_width(vlm.width, folder, vlm.name)
+        return ScorerSelector(scorer.to(_device(vlm)))
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose the tokens that score highest; see :class:`agents.base.Selector`."""
+        return ScorerSelector(self.scorer)(vlm, encoded, kept, generator)
+
+
+def _device(vlm: FrozenVLM) -> torch.device:
+    return getattr(vlm, "device", torch.device("cpu"))

@@ -1,0 +1,353 @@
+"""Comparing ways to get along with fewer visual tokens, on the same examples: numbers and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from agents.contenders import Contender
+    from grip_env.tasks.base import Task
+    from grip_env.vlms.base import Encoded, FrozenVLM
+
+__all__ = ["AGENT", "ALL_TOKENS", "BUDGETS", "WARMUP", "Comparison", "Margin", "compare"]
+
+BUDGETS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
+"""Shares of tokens the reports look at."""
+
+ALL_TOKENS = "all tokens"
+AGENT = "this agent"
+WARMUP = "its warm-up"
+
+_BATCH = 48  # examples compared at a time
+
+
+@dataclass(frozen=True)
+class Margin:
+    """By how much one method beats another on the same examples, in nats per answer token."""
+
+    mean: float
+    interval: float
+    """Half width of the 95% interval of the mean over examples; what makes an example hard for both cancels out."""
+    worst: float
+    """The smallest margin of a single seed; the mean itself where there is one."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the mean is above 0 by more than the interval."""
+        return self.mean > self.interval
+
+
+@dataclass
+class Comparison:
+    """Results of several methods on the same examples.
+
+    ``cells[method][budget]`` holds "log_likelihood" and "accuracy", means over the examples, "log_likelihood_se", the
+    standard error of that mean, "families", the same two means for each question family, "tokens", how many visual
+    tokens are left at the end, and, of methods that drop tokens inside the language model, "layer_average", how many
+    there are on average over its layers, and "flops", its cost as a share of that without pruning. A method trained with
+    several seeds has means over them, and "log_likelihood_sd" and "accuracy_sd", standard deviations over them. A budget
+    that a method cannot keep is absent. ``log_likelihoods[method][budget]`` are those of the single examples, float32
+    (seeds, examples).
+    """
+
+    split: str
+    examples: int
+    tokens: float
+    cells: dict[str, dict[float, dict[str, Any]]]
+    log_likelihoods: dict[str, dict[float, np.ndarray]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What is left out, and why."""
+
+    @property
+    def budgets(self) -> list[float]:
+        """The budgets, of all methods."""
+        return sorted({budget for row in self.cells.values() for budget in row})
+
+    def value(self, method: str, budget: float, key: str = "log_likelihood") -> float:
+        """Return one number of the table."""
+        return float(self.cells[method][budget][key])
+
+    def gap_closed(self, method: str, budget: float) -> float | None:
+        """Return how much of the way from random to the oracle's log-likelihood ``method`` gets; 1 is all of it."""
+        if "oracle" not in self.cells or "random" not in self.cells:
+            return None
+        low, high = self.value("random", budget), self.value("oracle", budget)
+        return (self.value(method, budget) - low) / (high - low) if high > low else None
+
+    def margin(self, method: str, rival: str, budget: float) -> Margin:
+        """Return by how much ``method`` beats ``rival`` in log-likelihood.
+
+        Where both have as many seeds, the worst of them is of pairs with the same seed, in the order they were given.
+        """
+        ours, theirs = (self.log_likelihoods[name][budget] for name in (method, rival))  # (seeds, examples)
+        gains = ours.mean(0) - theirs.mean(0)
+        each = (ours if len(ours) == len(theirs) else ours) - (theirs if len(ours) == len(theirs) else theirs.mean(0))
+        spread = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        return Margin(float(gains.mean()), 1.96 * float(spread), float(each.mean(1).min()))
+
+    def merged(self, groups: Mapping[str, Sequence[str]]) -> Comparison:
+        """Return the same with the methods of each group, one trained with several seeds, as one.
+
+        Args:
+            groups: The name of each group and the methods in it; methods in none stay as they are.
+        """
+        owner = {name: group for group, names in groups.items() for name in names}
+        cells: dict[str, dict[float, dict[str, Any]]] = {}
+        single: dict[str, dict[float, np.ndarray]] = {}
+        for name in dict.fromkeys(owner.get(name, name) for name in self.cells):
+            members = list(groups.get(name, [name]))
+            kept = [budget for budget in self.budgets if all(budget in self.cells[member] for member in members)]
+            cells[name] = {budget: _mean([self.cells[member][budget] for member in members]) for budget in kept}
+            single[name] = {
+                budget: np.concatenate([self.log_likelihoods[member][budget] for member in members]) for budget in kept
+            }
+        return Comparison(self.split, self.examples, self.tokens, cells, single, self.notes)
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
+    def markdown(self) -> str:
+        """Return the tables."""
+        lines = [f"{self.examples} examples of the {self.split} split, {self.tokens:.0f} visual tokens each."]
+        for key, title in (
+            ("log_likelihood", "Answer log-likelihood (nats per answer token)"),
+            ("accuracy", "Accuracy (exact match)"),
+        ):
+            lines += ["", f"**{title}** by budget (tokens kept)", "", *self._head()]
+            lines += [self._row(method, key) for method in self.cells]
+        if AGENT in self.cells and self.gap_closed(AGENT, self.budgets[0]) is not None:
+            gaps = [self.gap_closed(AGENT, budget) for budget in self.budgets]
+            shown = " | ".join("-" if gap is None else f"{gap:.0%}" for gap in gaps)
+            lines += ["", f"Gap between random and oracle log-likelihood closed by {AGENT}:", "", *self._head()]
+            lines.append(f"| {AGENT} | {shown} |")
+        lines += self._costs()
+        return "\n".join(lines + [""] * bool(self.notes) + [f"Left out: {note}." for note in self.notes])
+
+    def margins(self, method: str) -> str:
+        """Return a table of what ``method`` gains on each of the others, with 95% intervals."""
+        lines = [f"**What {method} gains** in answer log-likelihood, with 95% intervals over examples", ""]
+        lines += self._head("gain on")
+        for rival in self.cells:
+            if rival in (method, ALL_TOKENS):
+                continue
+            shown = []
+            for budget in self.budgets:
+                if budget not in self.cells[rival]:
+                    shown.append("-")
+                    continue
+                margin = self.margin(method, rival, budget)
+                text = f"{margin.mean:+.3f} ± {margin.interval:.3f}"
+                shown.append(f"**{text}**" if margin.clear else text)
+            lines.append(f"| {rival} | {' | '.join(shown)} |")
+        return "\n".join([*lines, "", "Bold: clearly above 0."])
+
+    def _head(self, first: str = "method") -> list[str]:
+        budgets = self.budgets
+        shown = " | ".join(f"{budget:.0%} ({round(budget * self.tokens)})" for budget in budgets)
+        return [f"| {first} | {shown} |", "|---|" + "--:|" * len(budgets)]
+
+    def _row(self, method: str, key: str) -> str:
+        shown = []
+        for budget in self.budgets:
+            cell = self.cells[method].get(budget)
+            spread = "" if cell is None or f"{key}_sd" not in cell else f" ({cell[f'{key}_sd']:.3f})"
+            shown.append("-" if cell is None else f"{cell[key]:.3f}{spread}")
+        return f"| {method} | {' | '.join(shown)} |"
+
+    def _costs(self) -> list[str]:
+        """Return the table of methods that do not simply keep what the budget allows."""
+        lines = []
+        for method, row in self.cells.items():
+            shown = []
+            for budget in self.budgets:
+                cell = row.get(budget, {})
+                if "flops" in cell:
+                    shown.append(f"{cell['layer_average']:.1f}, {cell['tokens']:.1f}, {cell['flops']:.0%}")
+                elif cell and method != ALL_TOKENS and abs(cell["tokens"] - budget * self.tokens) > 0.5:
+                    shown.append(f"{cell['tokens']:.1f}")
+                else:
+                    shown.append("-")
+            if any(text != "-" for text in shown):
+                lines.append(f"| {method} | {' | '.join(shown)} |")
+        title = "**Visual tokens** where they are not what the budget says: on average over the layers, at the end, and "
+        title += "FLOPs of the language model as a share of those without pruning; or at the end alone"
+        return ["", title, "", *self._head(), *lines] if lines else []
+
+    def save(self, folder: Path) -> None:
+        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
+        (folder / "report.md").write_text(self.markdown() + "\n")
+        plain = {
+            "split": self.split,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "cells": {name: {str(budget): cell for budget, cell in row.items()} for name, row in self.cells.items()},
+            "notes": self.notes,
+        }
+        arrays = {
+            f"{name}@{budget}": np.ascontiguousarray(values[0] if len(values) == 1 else values)
+            for name, row in self.log_likelihoods.items()
+            for budget, values in row.items()
+        }
+        save_file(arrays, folder / "report.safetensors")
+        (folder / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def _mean(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of cells of several seeds."""
+    if len(cells) == 1:
+        return cells[0]
+    mean: dict[str, Any] = {}
+    for key, first in cells[0].items():
+        values = [cell[key] for cell in cells]
+        mean[key] = (
+            {kind: _mean([value[kind] for value in values]) for kind in first}
+            if isinstance(first, dict)
+            else float(np.mean(values))
+        )
+        if key in ("log_likelihood", "accuracy"):
+            mean[f"{key}_sd"] = float(np.std(values, ddof=1))
+    return mean
+
+
+class _Column:
+    """What one method did at one budget, batch by batch."""
+
+    def __init__(self) -> None:
+        self.likelihood: list[np.ndarray] = []
+        self.correct: list[np.ndarray] = []
+        self.spent: dict[str, list[np.ndarray]] = {}
+
+    def add(self, likelihood: torch.Tensor, correct: torch.Tensor, spent: Mapping[str, torch.Tensor]) -> None:
+        self.likelihood.append(likelihood.cpu().numpy())
+        self.correct.append(correct.cpu().numpy())
+        for key, value in spent.items():
+            self.spent.setdefault(key, []).append(value.double().cpu().numpy())
+
+    def cell(self, kinds: np.ndarray) -> dict[str, Any]:
+        ll, right = np.concatenate(self.likelihood), np.concatenate(self.correct)
+        return {
+            "log_likelihood": float(ll.mean()),
+            "log_likelihood_se": float(ll.std() / np.sqrt(len(ll))),
+            "accuracy": float(right.mean()),
+            "families": {
+                str(kind): {
+                    "log_likelihood": float(ll[kinds == kind].mean()),
+                    "accuracy": float(right[kinds == kind].mean()),
+                }
+                for kind in dict.fromkeys(kinds.tolist())
+            },
+            **{key: float(np.concatenate(parts).mean()) for key, parts in self.spent.items()},
+        }
+
+
+class _Progress(Protocol):
+    def update(self, n: int = 1) -> Any: ...
+
+
+def compare(
+    vlm: FrozenVLM,
+    task: Task,
+    contenders: Mapping[str, Contender],
+    split: str = "test",
+    examples: int = 480,
+    budgets: Sequence[float] = BUDGETS,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Score every method at every budget on the first ``examples`` examples of ``split``, and the full image.
+
+    Args:
+        vlm: The frozen model.
+        task: Where the examples come from.
+        contenders: What to compare, by name: selectors of tokens, methods that put other tokens in their place, or
+            pruners inside the language model.
+        split: Which split; use "validation" while you tune.
+        examples: How many examples.
+        budgets: Shares of tokens to keep. Those that a pruner inside the language model cannot keep are left out for it.
+        seed: For methods that draw at random.
+        progress: Show a progress bar.
+    """
+    import torch
+    from tqdm import tqdm
+
+    examples = min(examples, task.size(split))
+    # one source of chance each, so that what else is compared does not change a method's numbers
+    generators = {
+        (name, budget): torch.Generator().manual_seed(seed + zlib.crc32(f"{name}@{budget}".encode()))
+        for budget in budgets
+        for name in contenders
+    }
+    columns = {pair: _Column() for pair in [*generators, *((ALL_TOKENS, budget) for budget in budgets)]}
+    notes: list[str] = []
+    kinds: list[str] = []
+    tokens = 0
+    starts = range(0, examples, _BATCH)
+    with tqdm(
+        total=len(starts) * len(generators),
+        desc=f"comparing on {split}",
+        unit="cell",
+        disable=not progress,
+        dynamic_ncols=True,
+    ) as bar:
+        for start in starts:
+            batch = [task.example(split, index) for index in range(start, min(start + _BATCH, examples))]
+            encoded = vlm.encode(batch)
+            kinds += [example.family for example in batch]
+            tokens += int(encoded.token_mask.sum())
+            _run_batch(vlm, encoded, contenders, generators, columns, notes, bar)
+    cells: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in [*contenders, ALL_TOKENS]}
+    single: dict[str, dict[float, np.ndarray]] = {name: {} for name in cells}
+    for (name, budget), column in columns.items():
+        cells[name][budget] = column.cell(np.array(kinds))
+        single[name][budget] = np.concatenate(column.likelihood)[None]
+    known = {name: row for name, row in cells.items() if row}
+    return Comparison(split, examples, tokens / examples, known, {name: single[name] for name in known}, notes)
+
+
+def _run_batch(
+    vlm: FrozenVLM,
+    encoded: Encoded,
+    contenders: Mapping[str, Contender],
+    generators: dict[tuple[str, float], torch.Generator],
+    columns: dict[tuple[str, float], _Column],
+    notes: list[str],
+    bar: _Progress,
+) -> None:
+    """Add a batch to the columns; selections are scored together. A pair that cannot be is taken out of all."""
+    import torch
+
+    from agents.base import budget_to_count
+    from agents.contenders import BudgetError, run_contender
+
+    chosen = [encoded.token_mask]
+    pairs: list[tuple[str, float]] = []
+    for (name, budget), generator in list(generators.items()):
+        bar.update()
+        try:
+            outcome = run_contender(contenders[name], vlm, encoded, budget_to_count(encoded, budget), generator)
+        except BudgetError as error:
+            del generators[name, budget], columns[name, budget]
+            notes.append(f"{name} at {budget:.0%} ({error})")
+            continue
+        if isinstance(outcome, torch.Tensor):
+            chosen.append(outcome)
+            pairs.append((name, budget))
+        else:
+            columns[name, budget].add(outcome.log_likelihood, outcome.correct, outcome.spent)
+    scores = vlm.score(encoded, torch.stack(chosen, 1))
+    left = torch.stack(chosen, 1).sum(-1)  # (B, G)
+    for place, pair in enumerate(pairs, start=1):
+        columns[pair].add(scores.log_likelihood[:, place], scores.correct[:, place], {"tokens": left[:, place]})
+    for (name, _), column in columns.items():
+        if name == ALL_TOKENS:
+            column.add(scores.log_likelihood[:, 0], scores.correct[:, 0], {"tokens": left[:, 0]})
