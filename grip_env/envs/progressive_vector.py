@@ -50,7 +50,8 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
         max_tokens: N.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory.
-        max_episode_steps: What ``gymnasium.make_vec`` may pass on; at least the number of stages, and without effect.
+        max_episode_steps: As for ``gymnasium.make``; at the number of stages, which is the least, all episodes are
+            truncated as well as terminated, and above nothing changes.
 
     Raises:
         NotImplementedError: As the single environment.
@@ -105,6 +106,7 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            max_episode_steps=max_episode_steps,
         )
         self.stages = StageRules(self.rules, stages, stage_budgets, attention)
         steps = len(self.stages.schedule)
@@ -146,7 +148,8 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
         checked = self.rules.check_action(actions, (self.num_envs, self.rules.max_tokens))
         rewards = np.array(rollout.step(checked, self._generators), dtype=np.float64)
         self._drawn = rollout.episodes
-        over, never = np.full(self.num_envs, rollout.ended), np.zeros(self.num_envs, dtype=bool)
+        over = np.full(self.num_envs, rollout.ended)
+        truncated = over & (self.max_episode_steps == len(self.stages.schedule))
         infos = [self.stages.step_info(staged) for staged in rollout.episodes]
         if rollout.ended:
             pairs = zip(rollout.observe(), infos, strict=True)
@@ -154,7 +157,7 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
             rollout = self._begin(self._requests([NOTHING_FIXED] * self.num_envs))
             starts = map(self.stages.start_info, rollout.episodes)
             infos = [ended | start for ended, start in zip(infos, starts, strict=True)]
-        return self._stacked(rollout), rewards, over, never, self._infos(infos)
+        return self._stacked(rollout), rewards, over, truncated, self._infos(infos)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw each instance as the last step left it (after a reset: the new episodes)."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import itertools
@@ -11,11 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import grip_env
@@ -28,6 +25,7 @@ from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.tasks.base import Example
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.staged import StagedForward
+from tests.envs.test_specs import assert_alike
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms import tiny_models
 from tests.vlms.test_families import examples
@@ -82,19 +80,6 @@ def play(env: ProgressivePruningEnv, actions: Sequence[np.ndarray], **reset: Any
 
 
 # -- the interface ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("action_mode", ["binary", "scores"])
-@pytest.mark.parametrize("budget", [{"budget": (0.05, 0.5)}, {"stage_budgets": (0.6, 0.3, 0.1), "attention": True}])
-def test_gymnasium_checker_finds_nothing(action_mode: str, budget: dict[str, Any]) -> None:
-    matplotlib.use("Agg", force=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        env = gymnasium.make(
-            "GRIP/ProgressivePruning-v0", vlm=VLM, task=FakeTask(), stages=STAGES, action_mode=action_mode, **budget
-        )
-        check_env(env.unwrapped)
-        env.close()
 
 
 def test_the_embedded_model_has_four_layers_and_three_stages_by_default() -> None:
@@ -507,18 +492,6 @@ def test_step_needs_a_running_episode_and_refused_actions_leave_it_as_it_was() -
         env.step(mask(2))
 
 
-def test_copies_taken_on_the_way_go_on_alike() -> None:
-    env = make(budget=0.5)
-    env.reset(seed=0)
-    env.step(mask(*range(30)))
-    twin = copy.deepcopy(env)
-    for action in (mask(*range(20)), mask(*range(10))):
-        one, other = env.step(action), twin.step(action)
-        assert one[1] == other[1]
-        assert one[-1] == other[-1]
-        np.testing.assert_array_equal(one[0]["tokens"], other[0]["tokens"])
-
-
 def test_it_pickles_where_the_environment_of_one_decision_does() -> None:
     # a LLaVA no longer does once it has encoded an image: transformers hangs local functions on its vision tower
     fresh = {"vlm": build("llava", LAYERS), "task": FakeTask(), "max_tokens": TOKENS}
@@ -528,26 +501,6 @@ def test_it_pickles_where_the_environment_of_one_decision_does() -> None:
 
 
 # -- many at once ----------------------------------------------------------------------------------------
-
-
-def assert_alike(found: Any, expected: Any) -> None:
-    """Compare nested results: everything is equal, floats up to rounding."""
-    assert type(found) is type(expected)
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_alike(found[key], value)
-    elif isinstance(expected, tuple | list) or (isinstance(expected, np.ndarray) and expected.dtype == object):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_alike(one, other)
-    elif isinstance(expected, np.ndarray):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=1e-4)
-    else:
-        assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -613,23 +566,6 @@ def test_options_hold_for_all_or_for_each() -> None:
         with pytest.raises(ValueError, match=message):
             envs.reset(seed=9, options=options)
     assert envs.reset()[1]["index"].tolist() == twin.reset()[1]["index"].tolist()
-
-
-@pytest.mark.parametrize("mode", [None, "vector_entry_point", "sync"])
-def test_make_vec_runs_in_every_mode_without_warnings(mode: str | None) -> None:
-    native = mode != "sync"
-    limit: dict[str, Any] = {"max_episode_steps": 3} if native else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        envs = gymnasium.make_vec(
-            "GRIP/ProgressivePruning-v0", 2, mode, vlm=VLM, task=FakeTask(), stages=STAGES, **limit
-        )
-        assert isinstance(envs.unwrapped, ProgressivePruningVectorEnv) == native
-        envs.reset(seed=0)
-        for _ in range(7):
-            observation, *_ = envs.step(envs.action_space.sample())
-        assert observation in envs.observation_space
-        envs.close()
 
 
 def test_misuse_of_many_is_refused() -> None:

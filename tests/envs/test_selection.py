@@ -4,15 +4,12 @@ import inspect
 import math
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import gymnasium
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env, data_equivalence
 
 import grip_env
 from grip_env.envs.sampling import EpisodeStream, shuffled_indices, tokens_in_budget
@@ -35,19 +32,6 @@ def binary(*chosen: int, count: int = 16) -> np.ndarray:
 
 
 # -- the interface ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("action_mode", ["binary", "scores"])
-@pytest.mark.parametrize("budget", [0.1, (0.05, 0.5), [0.25, 1.0]])
-def test_gymnasium_checker_finds_nothing(action_mode: str, budget: Any) -> None:
-    matplotlib.use("Agg", force=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        env = gymnasium.make(
-            "GRIP/TokenSelection-v0", vlm=FakeVLM(), task=FakeTask(), action_mode=action_mode, budget=budget
-        )
-        check_env(env.unwrapped)
-        env.close()
 
 
 def test_made_environment_runs_on_scenes() -> None:
@@ -373,31 +357,6 @@ def test_each_pass_visits_every_instance_once() -> None:
     passes = [indices[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(turn) == list(range(10)) for turn in passes)
     assert passes[0] != passes[1] != passes[2]
-
-
-def test_same_seed_same_episodes_whatever_the_agent_does() -> None:
-    def rollout(actions: int) -> list[Any]:
-        env = make(budget=(0.05, 0.9), task=FakeTask(100))
-        env.action_space.seed(actions)
-        found = []
-        for i in range(20):
-            found.append(env.reset(seed=1 if i == 0 else None))
-            env.step(env.action_space.sample())
-        return found
-
-    first, second = rollout(0), rollout(1)
-    assert data_equivalence(first, second, exact=True)
-    assert len({info["index"] for _, info in first}) == 20
-    other = make(budget=(0.05, 0.9), task=FakeTask(100))
-    assert [other.reset(seed=2 if i == 0 else None)[1]["index"] for i in range(20)] != [
-        info["index"] for _, info in first
-    ]
-
-
-def test_reset_with_a_seed_starts_over() -> None:
-    env = make()
-    first = [env.reset(seed=3 if i == 0 else None)[1]["index"] for i in range(4)]
-    assert [env.reset(seed=3 if i == 0 else None)[1]["index"] for i in range(4)] == first
 
 
 # -- misuse, cache, package ------------------------------------------------------------------------------

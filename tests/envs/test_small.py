@@ -3,15 +3,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import gymnasium
-import matplotlib
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import grip_env
@@ -34,17 +32,6 @@ def binary(*chosen: int, count: int = 16) -> np.ndarray:
 
 
 # -- the interface ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("action_mode", ["binary", "scores"])
-@pytest.mark.parametrize("k", [3, [1, 2]])
-def test_gymnasium_checker_finds_nothing(action_mode: str, k: Any) -> None:
-    matplotlib.use("Agg", force=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        env = gymnasium.make("GRIP/SmallSelection-v0", vlm=FakeVLM(), task=FakeTask(), action_mode=action_mode, k=k)
-        check_env(env.unwrapped)
-        env.close()
 
 
 def test_spaces_are_over_blocks() -> None:
@@ -317,16 +304,6 @@ def test_equals_single_environments_run_in_turn(action_mode: str) -> None:
     assert {"optimal_reward", "optimality_gap", "percentile", "under_budget"} <= set(found[-1]["final_info"])
     _, infos = ours.reset(options={"k": [1, 2, 3], "index": 4})
     assert infos["k"].tolist() == [1, 2, 3]
-
-
-def test_made_by_name_for_many() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        envs = gymnasium.make_vec("GRIP/SmallSelection-v0", num_envs=2, vlm=FakeVLM(), task=FakeTask(), k=2)
-    assert isinstance(envs.unwrapped, SmallSelectionVectorEnv)
-    envs.reset(seed=0)
-    *_, infos = envs.step(envs.action_space.sample())
-    assert (infos["final_info"]["optimality_gap"] >= 0).all()
 
 
 def test_environments_take_the_same_arguments() -> None:

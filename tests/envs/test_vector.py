@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pickle
-import warnings
 from typing import Any
 
 import gymnasium
@@ -146,16 +144,6 @@ def test_a_limit_of_one_step_truncates_as_gymnasium_does() -> None:
     assert not unlimited.step(actions)[3].any()
 
 
-def test_a_pickled_environment_goes_on_where_it_was() -> None:
-    envs = make(3)
-    envs.reset(seed=0)
-    envs.step(np.ones((3, 16), dtype=np.int8))
-    other = pickle.loads(pickle.dumps(envs))
-    for _ in range(5):
-        actions = envs.action_space.sample()
-        assert data_equivalence(envs.step(actions), other.step(actions), exact=True)
-
-
 def test_misuse_is_refused() -> None:
     envs = make(2, action_mode="scores")
     with pytest.raises(gymnasium.error.ResetNeeded):
@@ -173,29 +161,6 @@ def test_misuse_is_refused() -> None:
         make(2, max_episode_steps=0)
     with pytest.raises(ValueError, match="'human'"):
         make(2, render_mode="human")
-
-
-@pytest.mark.parametrize("mode", [None, "vector_entry_point", "sync"])
-def test_make_vec_runs_in_every_mode_without_warnings(mode: str | None) -> None:
-    native = mode != "sync"
-    limit: dict[str, Any] = {"max_episode_steps": 1} if native else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        envs = gymnasium.make_vec(
-            "GRIP/TokenSelection-v0",
-            num_envs=2,
-            vectorization_mode=mode,
-            vlm=FakeVLM(),
-            **DEFAULTS,
-            **limit,
-        )
-        assert isinstance(envs.unwrapped, TokenSelectionVectorEnv) == native
-        observation, _ = envs.reset(seed=0)
-        assert observation in envs.observation_space
-        for _ in range(3):
-            observation, *_ = envs.step(envs.action_space.sample())
-        assert observation in envs.observation_space
-        envs.close()
 
 
 def test_render_shows_the_decisions_of_the_last_step() -> None:
