@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from grip_env.vlms.answers import answer_columns, greedy_finds, mean_log_likelihood
 from grip_env.vlms.base import Encoded, Scores, negative_divergence
-from grip_env.vlms.huggingface import HuggingFaceVLM, _mean_log_likelihood
+from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["STAGED_DECODERS", "STAGED_FAMILIES", "StagedForward", "decoder_of"]
 
@@ -241,23 +242,19 @@ class StagedForward:
             raise ValueError("there are no answers to score: encode the examples with their answers")
         self.advance(self.layers)
         logits, targets = self._answer()
-        correct = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
         agreement = None
         if reference is not None:
             agreement = negative_divergence(reference.to(logits.device)[:, 0], logits[:, 0].log_softmax(-1))[:, None]
         return Scores(
-            log_likelihood=_mean_log_likelihood(logits, targets)[:, None],
-            correct=correct[:, None],
+            log_likelihood=mean_log_likelihood(logits, targets)[:, None],
+            correct=greedy_finds(logits, targets)[:, None],
             kept=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
             agreement=agreement,
         )
 
     def _answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the last layer predicts for the answers (B, T, V), and their ids (B, T), -100 where one ends."""
-        offset = torch.arange(int(self._answers.max()), device=self._answers.device)  # (T,)
-        real = offset < self._answers[:, None]  # (B, T)
-        begin = self._present.sum(1) - self._answers
-        at = torch.where(real, begin[:, None] + offset, 1)  # columns of the answer's ids
+        at, real = answer_columns(self._present.sum(1) - self._answers, self._answers)  # (B, T)
         before = (at - 1)[..., None].expand(-1, -1, self._hidden.shape[-1])  # an id is predicted one column earlier
         final = decoder_of(self.vlm).norm(self._hidden.gather(1, before))
         logits: torch.Tensor = self.vlm.model.get_output_embeddings()(final).float()
