@@ -10,9 +10,7 @@ import torch
 __all__ = ["answer_columns", "greedy_finds", "mean_log_likelihood"]
 
 
-def answer_columns(
-    begin: torch.Tensor, lengths: torch.Tensor, elsewhere: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_columns(begin: torch.Tensor, lengths: torch.Tensor, elsewhere: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return in which columns of their sequences the answers' ids are.
 
     Args:

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from grip_env.flops import flops_saved, prefill_flops, staged_flops
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
+from grip_env.vlms.decoders import STAGED_FAMILIES, decoder_of
 from grip_env.vlms.families import FAMILIES
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.staged import STAGED_FAMILIES, StagedForward, decoder_of
+from grip_env.vlms.staged import StagedForward
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms import tiny_models
 from tests.vlms.test_families import answer_ids, examples, process
