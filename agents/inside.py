@@ -210,8 +210,8 @@ class PyramidDrop:
         if self.budget_of == "layers" and spent > schedule.layers * kept:
             raise ValueError(
                 f"PyramidDrop with the ratios {self.ratios} before the layers {schedule.stages} of {schedule.layers} "
-                f"has {spent / schedule.layers:.4g} of {count} visual tokens present on average, more than the budget of "
-                f"{kept}: give another budget or other ratios, or none, which fits them to the budget"
+                f"has {spent / schedule.layers:.4g} of {count} visual tokens present on average, more than the budget "
+                f"of {kept}: give another budget or other ratios, or none, which fits them to the budget"
             )
         if self.budget_of == "kept" and stay[-1] > kept:
             raise ValueError(

@@ -85,6 +85,7 @@ class StagedForward:
         self._present = column < lengths[:, None]  # (B, L)
         visual = (self._ids == vlm.family.image_token_id) & self._present
         self._words = lengths - self._answers - torch.where(visual, column + 1, 0).amax(1)  # (B,)
+        self._most_words = int(self._words.max())  # W
         self._token = torch.where(visual, visual.cumsum(1) - 1, -1)  # (B, L), which visual token; -1: none
         self._tokens = encoded.token_mask.shape[1]
         self._count = encoded.token_mask.sum(1)  # (B,)
@@ -119,8 +120,8 @@ class StagedForward:
 
     @property
     def words(self) -> torch.Tensor:
-        """Which words are real, bool (B, W): rows are padded to the longest of this pass. They are never dropped."""
-        return torch.arange(int(self._words.max()), device=self._words.device) < self._words[:, None]
+        """Which words are real, bool (B, W). They are never dropped."""
+        return torch.arange(self._most_words, device=self._words.device) < self._words[:, None]
 
     def hidden(self, part: Part = "tokens", normed: bool = False) -> torch.Tensor:
         """Return what comes out of the layers that ran, in the model's precision, (B, N, D) or (B, W, D).
@@ -317,7 +318,7 @@ class StagedForward:
     def _word_columns(self) -> torch.Tensor:
         """Return in which columns the words are, long (B, W); any that exists where a row has fewer."""
         begin = self._present.sum(1) - self._answers - self._words
-        columns = begin[:, None] + torch.arange(int(self._words.max()), device=begin.device)
+        columns = begin[:, None] + torch.arange(self._most_words, device=begin.device)
         return columns.clamp_max(self._ids.shape[1] - 1)
 
     def _of(self, part: Part, values: torch.Tensor) -> torch.Tensor:
