@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,14 +51,14 @@ def best(scores: list[float], kept: int) -> set[int]:
 
 
 def slow_fastv(vlm: HuggingFaceVLM, prompt: Prompt, kept: int, layer: int = 2) -> set[int]:
-    heads = prompt.attention[layer - 1]
+    heads = prompt.attention[layer - 1].numpy()
     scores = [sum(float(head[-1, column]) for head in heads) / len(heads) for column in prompt.visual]
     return best(scores, kept)
 
 
 def slow_raters(prompt: Prompt) -> list[int]:
     """Columns of the words whose mean share of the tokens' softmax is above the average."""
-    states = prompt.hidden[0].double()
+    states = prompt.hidden[0].double().numpy()
     relevance = [0.0] * len(prompt.words)
     for column in prompt.visual:
         products = [float(states[column] @ states[word]) for word in prompt.words]
@@ -69,7 +70,7 @@ def slow_raters(prompt: Prompt) -> list[int]:
 
 
 def slow_sparsevlm(vlm: HuggingFaceVLM, prompt: Prompt, kept: int, layer: int = 2) -> set[int]:
-    raters, heads = slow_raters(prompt), prompt.attention[layer]
+    raters, heads = slow_raters(prompt), prompt.attention[layer].numpy()
     scores = []
     for column in prompt.visual:
         seen = [float(head[rater, column]) for head in heads for rater in raters]
@@ -80,10 +81,11 @@ def slow_sparsevlm(vlm: HuggingFaceVLM, prompt: Prompt, kept: int, layer: int = 
 def slow_dart(
     vlm: HuggingFaceVLM, prompt: Prompt, kept: int, layer: int = 2, token_pivots: int = 4, word_pivots: int = 4
 ) -> set[int]:
-    keys = prompt.keys[layer - 1].double()  # (heads, L, head width)
+    keys = prompt.keys[layer - 1].double().numpy()  # (heads, L, head width)
     (norm,) = [module for name, module in vlm.model.named_modules() if name.endswith("language_model.norm")]
-    states = prompt.hidden[layer].double()
-    states = states / (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
+    states = prompt.hidden[layer].double().numpy()
+    states = states / np.sqrt((states**2).mean(-1, keepdims=True) + norm.variance_epsilon)
+    states = states * norm.weight.double().numpy()
 
     def size(column: int) -> float:
         return sum(abs(float(number)) for head in keys for number in head[column])
@@ -102,7 +104,7 @@ def slow_dart(
     return {prompt.visual.index(column) for column in chosen}
 
 
-@pytest.mark.parametrize("kept", [1, 3, 4, 5, 11, 20, 32])
+@pytest.mark.parametrize("kept", [1, 4, 5, 20])
 @pytest.mark.parametrize(
     ("selector", "slow"),
     [
