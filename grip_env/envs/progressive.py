@@ -113,7 +113,7 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
 
     Args:
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`: of a kind whose layers can be run one
-            by one, see :func:`grip_env.vlms.staged.decoder_of`.
+            by one, see :func:`grip_env.vlms.decoders.decoder_of`.
         task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
         split: Which split of the task.
         stages: Decoder layers before which tokens can be dropped, strictly increasing, from 0.

@@ -16,7 +16,8 @@ from grip_env.envs.sampling import tokens_in_budget
 from grip_env.envs.schedule import PruningSchedule
 from grip_env.flops import flops_saved
 from grip_env.vlms.base import Encoded, Scores
-from grip_env.vlms.staged import StagedForward, decoder_of
+from grip_env.vlms.decoders import decoder_of
+from grip_env.vlms.staged import StagedForward
 
 __all__ = ["StageDecision", "StageRollout", "StageRules", "StagedEpisode"]
 

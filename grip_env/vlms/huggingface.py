@@ -19,6 +19,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from grip_env.tasks.base import Example
+from grip_env.vlms.answers import answer_columns, greedy_finds, mean_log_likelihood
 from grip_env.vlms.base import Encoded, Scores, negative_divergence
 from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
@@ -322,8 +323,8 @@ class HuggingFaceVLM:
             agreement = torch.empty_like(likelihood)
         with torch.no_grad():
             for rows, logits, targets in self._answers(encoded, selection, encoded.tokens):
-                likelihood[rows] = _mean_log_likelihood(logits, targets)
-                correct[rows] = ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
+                likelihood[rows] = mean_log_likelihood(logits, targets)
+                correct[rows] = greedy_finds(logits, targets)
                 if not first_token and reference is None:
                     continue
                 start = logits[:, 0].log_softmax(-1)  # what the end of the prompt predicts, (R, V)
@@ -349,7 +350,7 @@ class HuggingFaceVLM:
         with torch.set_grad_enabled(torch.is_grad_enabled() and features.requires_grad):
             for part, logits, targets in self._answers(encoded, selection, features):
                 rows.append(part)
-                values.append(_mean_log_likelihood(logits, targets))
+                values.append(mean_log_likelihood(logits, targets))
             order = torch.cat(rows).argsort()
             return torch.cat(values)[order].reshape(selection.shape[:2])
 
@@ -403,11 +404,7 @@ class HuggingFaceVLM:
                 **self._images(encoded, features, flat[rows], example[rows]),
             )
             logits = outputs.logits.float()
-            longest = int(answer.max())
-            offset = torch.arange(longest, device=self.device)
-            at = begin[:, None] + offset  # columns of the answer's ids, (R, T)
-            real = offset < answer[:, None]
-            at = torch.where(real, at, 1 + first)
+            at, real = answer_columns(begin, answer, elsewhere=1 + first)  # (R, T)
             targets = ids.gather(1, at).masked_fill(~real, -100)
             spread = (at - 1 - first)[..., None].expand(-1, -1, logits.shape[-1])
             yield rows, logits.gather(1, spread), targets
@@ -568,12 +565,6 @@ def _expand(ids: list[int], image: int, runs: Sequence[int]) -> list[int]:
     """Repeat the i-th image token of a sequence ``runs[i]`` times."""
     counts = iter(runs)
     return [token for token in ids for _ in range(next(counts) if token == image else 1)]
-
-
-def _mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    real = targets != -100
-    chosen = logits.log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
-    return torch.where(real, chosen, 0).sum(-1) / real.sum(-1)
 
 
 def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:

@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from grip_env.flops import flops_saved, prefill_flops, staged_flops
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
+from grip_env.vlms.decoders import STAGED_FAMILIES, decoder_of
 from grip_env.vlms.families import FAMILIES
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.staged import STAGED_FAMILIES, StagedForward, decoder_of
+from grip_env.vlms.staged import StagedForward
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms import tiny_models
+from tests.vlms.plain import run_prompt
 from tests.vlms.test_families import answer_ids, examples, process
 
 
@@ -260,6 +262,78 @@ def test_half_precision_agrees_with_scoring(llava: HuggingFaceVLM) -> None:
     torch.testing.assert_close(found, vlm.score(encoded, keep[:, None]).log_likelihood, atol=0.05, rtol=0.02)
 
 
+# -- what can be looked at -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_answers", [True, False])
+def test_looks_are_what_the_model_itself_has_at_each_layer(vlm: HuggingFaceVLM, with_answers: bool) -> None:
+    encoded = vlm.encode(examples())
+    references = [run_prompt(vlm, example) for example in encoded.examples]
+    run = StagedForward(vlm, encoded, with_answers=with_answers)
+    assert run.words.sum(1).tolist() == [len(reference.words) for reference in references]
+    assert len(set(run.words.sum(1).tolist())) > 1, "rows must differ, or padding is not tested"
+    raters = (torch.rand(run.words.shape, generator=torch.Generator().manual_seed(17)) < 0.4) & run.words
+    raters[:, 0] = True
+    for layer in range(3):
+        run.advance(layer)
+        seen = run.attention(raters)
+        for row, reference in enumerate(references):
+            for part, columns in (("tokens", reference.visual), ("words", reference.words)):
+                count = len(columns)
+                hidden, keys = run.hidden(part)[row], run.keys(part)[row]
+                assert_close(hidden[:count], reference.hidden[layer][columns])
+                assert_close(keys[:count], reference.keys[layer][:, columns].transpose(0, 1).flatten(1))
+                assert (hidden[count:] == 0).all()
+                assert (keys[count:] == 0).all()
+            asked = [reference.words[word] for word in raters[row].nonzero().flatten().tolist()]
+            expected = reference.attention[layer][:, asked][:, :, reference.visual].mean((0, 1))
+            assert_close(seen[row, : len(expected)], expected, 1e-5)
+            assert (seen[row, len(expected) :] == 0).all()
+    run.advance(3)
+    for row, reference in enumerate(references):  # the model returns the last states behind the norm
+        for part, columns in (("tokens", reference.visual), ("words", reference.words)):
+            normed = run.hidden(part, normed=True)[row]
+            assert_close(normed[: len(columns)], reference.hidden[3][columns])
+            assert (normed[len(columns) :] == 0).all()
+
+
+def test_looks_follow_what_is_dropped_and_words_stay(vlm: HuggingFaceVLM) -> None:
+    encoded = vlm.encode(examples())
+    keep = luck(encoded, 0.5, 18)
+    keep[1] = False  # nothing of this picture is left
+    run = staged(vlm, encoded, {1: keep})
+    before = StagedForward(vlm, encoded)
+    before.advance(1)
+    assert run.words.equal(before.words)
+    assert run.hidden("words").equal(before.hidden("words"))
+    assert_close(run.keys("words"), before.keys("words"))
+    for look, dense in ((run.keys(), before.keys()), (run.hidden(normed=True), before.hidden(normed=True))):
+        assert_close(look, dense.masked_fill(~keep[..., None], 0))
+    last = torch.zeros_like(run.words)
+    last[torch.arange(4), run.words.sum(1) - 1] = True
+    assert_close(run.attention(last), run.attention(), 1e-6)
+    first = torch.zeros_like(last)
+    first[:, 0] = True
+    assert_close(run.attention(first | last), (run.attention(first) + run.attention(last)) / 2, 1e-6)
+    assert (run.attention(first) - run.attention(last)).abs().max() > 1e-3
+    branch = run[[2, 0]]
+    assert_close(branch.attention(first[[2, 0]]), run.attention(first)[[2, 0]], 1e-6)
+
+
+def test_without_answers_nothing_depends_on_them_to_the_last_bit(vlm: HuggingFaceVLM) -> None:
+    batch = examples()
+    other = [dataclasses.replace(example, answer="three blue circles, no red") for example in batch]
+    runs = [StagedForward(vlm, vlm.encode(each), with_answers=False) for each in (batch, other)]
+    for run in runs:
+        run.advance(1)
+        run.drop(luck(vlm.encode(batch), 0.5, 19))
+        run.advance(2)
+    for look in (StagedForward.hidden, StagedForward.keys, StagedForward.attention, StagedForward.lengths):
+        assert look(runs[0]).equal(look(runs[1])), look.__name__
+    with pytest.raises(ValueError, match="no answers to score"):
+        runs[0].finish()
+
+
 # -- what may not change anything ------------------------------------------------------------------------
 
 
@@ -373,11 +447,22 @@ def test_misuse_is_refused_and_changes_nothing(llava: HuggingFaceVLM) -> None:
     for keep in (encoded.token_mask.long(), encoded.token_mask[:1], encoded.full_selection()):
         with pytest.raises(ValueError, match=r"keep must be bool of shape \(2, 36\)"):
             run.drop(keep)
+    words = run.words
+    for raters in (words.long(), words[:1], words[:, 1:]):
+        with pytest.raises(ValueError, match=rf"raters must be bool of shape \(2, {words.shape[1]}\).*; got torch"):
+            run.attention(raters)
+    silent = words.clone()
+    silent[1] = False
+    with pytest.raises(ValueError, match=r"the examples \[1\] have no raters"):
+        run.attention(silent)
+    with pytest.raises(ValueError, match="'tokens' or 'words', not 'answers'"):
+        run.hidden("answers")  # type: ignore[arg-type]
     assert run.layer == 2
     assert run.alive.all()
     run.advance(3)
-    with pytest.raises(ValueError, match="all 3 layers have run"):
-        run.attention()
+    for look in (run.attention, run.keys):
+        with pytest.raises(ValueError, match="all 3 layers have run"):
+            look()
     silent = StagedForward(llava, llava.encode(examples(2), with_answers=False))
     silent.advance(1)
     assert silent.hidden().abs().sum() > 0
