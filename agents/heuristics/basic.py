@@ -34,7 +34,7 @@ def uniform_grid(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator
         places = encoded.positions[row][real]
         key = (count, places.cpu().numpy().tobytes())
         if key not in cache:
-            cache[key] = _nearest_free(places, _lattice(count).to(places))
+            cache[key] = _nearest_free(places.cpu().double(), _lattice(count)).to(places.device)
         chosen[row, real.nonzero().flatten()[cache[key]]] = True
     return chosen
 
@@ -46,18 +46,18 @@ def _lattice(count: int) -> torch.Tensor:
     for row in range(rows):
         inside = count * (row + 1) // rows - count * row // rows
         points += [((row + 0.5) / rows, (column + 0.5) / inside) for column in range(inside)]
-    return torch.tensor(points)
+    return torch.tensor(points, dtype=torch.float64)
 
 
 def _nearest_free(places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    # differences, not cdist: its products round, and a lattice point in the middle of four tokens is common
-    distance = (targets[:, None] - places[None]).square().sum(-1).round(decimals=5)
+    # a lattice point in the middle of four tokens is common: rounding must not choose among them
+    distance = (targets[:, None] - places[None]).square().sum(-1).round(decimals=7)
     taken: list[int] = []
     for row in distance:
         row = row.clone()
         row[taken] = torch.inf
         taken.append(int(row.argmin()))
-    return torch.tensor(taken, device=places.device)
+    return torch.tensor(taken)
 
 
 def feature_norm(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -32,8 +32,9 @@ def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def max_min_diversity(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Greedily keep the token farthest, in cosine distance, from its nearest kept one.
 
-    The first pick is the token whose distance to its nearest neighbour is largest. Ties go to the lower index; without
-    ties, the choice moves with the tokens if they are permuted.
+    The first pick is the token whose distance to its nearest neighbour is largest. Ties go to the lower index: two
+    tokens that are each other's nearest often tie for the first pick. Without ties, the choice moves with the tokens if
+    they are permuted.
     Source: Alvar et al., "DivPrune: diversity-based visual token pruning for large multimodal models", CVPR 2025.
     """
     mask = encoded.token_mask
@@ -115,7 +116,7 @@ class CDPruner:
         factors = kernel.new_zeros(len(encoded), steps, mask.shape[1])  # rows of the Cholesky factor
         chosen = torch.zeros_like(mask)
         for step in range(steps):
-            score = torch.where(volume > NO_VOLUME, volume, relevance - 2)
+            score = torch.where(volume > NO_VOLUME, volume, relevance - 2).round(decimals=9)
             pick = score.masked_fill(chosen | ~mask, -torch.inf).argmax(1)  # (B,)
             going_on = step < kept
             chosen[batch[going_on], pick[going_on]] = True

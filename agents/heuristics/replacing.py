@@ -56,12 +56,12 @@ class VisionZip:
     """Keeps the tokens of highest CLS attention and merges the others into a few more.
 
     Of k tokens, c = round(k * merged) are merged ones and d = k - c dominant: the CLS token itself and the d - 1
-    patches it attends to most, in the order of their indices (ties go to the lower one). The other R patches are compared
-    by their keys, averaged over heads: those at 0, s, 2s, ... with s = max(1, R // c) are the c targets, each other one
-    goes to the target of highest cosine (the first of equals), and a merged token is its target plus the mean of
-    what went to it. All this happens to the tower's features, before the projector. The new tokens stand in the prompt
-    in this order, CLS, dominant, merged. One token is the CLS token alone, and even with all tokens this is not the model
-    without pruning.
+    patches it attends to most, in the order of their indices (ties go to the lower one). The other R patches are
+    compared by their keys, averaged over heads: those at 0, s, 2s, ... with s = max(1, R // c) are the c targets, each
+    other one goes to the target of highest cosine (the first of equals), and a merged token is its target plus the
+    mean of what went to it. All this happens to the tower's features, before the projector. The new tokens stand in
+    the prompt in this order: CLS, dominant, merged. A budget of one token is the CLS token alone, and even with all
+    tokens this is not the model without pruning.
 
     Departure: as the vlm's position policy has it, new tokens keep the positions of what they came from ("original";
     the CLS token has that of the first patch, a merged one that of its target) or are numbered anew ("reindex", as in
