@@ -29,7 +29,9 @@ class Replacement:
     encoded: Encoded
     """B examples with the new tokens, float (B, K, D)."""
     selection: torch.Tensor
-    """Which of them are there, bool (B, K): no more than were asked for in each row."""
+    """Which of them are there, bool (B, K): no more than were asked for in each row, ``selection.sum(1)`` exactly.
+
+    ``Scores.kept`` is a share of these tokens, not of those they replace."""
 
 
 @runtime_checkable
