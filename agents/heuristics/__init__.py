@@ -1,7 +1,8 @@
 """Training-free ways to choose tokens before the language model: what every learnt agent stands beside.
 
-All are batched, take any budget, keep exactly as many real tokens as they are asked for and never padding. No published
-code says how it breaks ties; here, equal scores go by the lower index.
+Selectors are batched, take any budget, keep exactly as many real tokens as they are asked for (but ``all_tokens``) and
+never padding. Replacers, which change what tokens say, use no more. No published code says how it breaks ties; here, of
+equal scores the one with the lower index wins.
 """
 
 from agents.heuristics.attention import VisPruner, cls_attention, received_attention

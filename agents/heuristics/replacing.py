@@ -126,7 +126,7 @@ def downsampled_image(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, gene
     embeddings. The prompt is as short as the tokens are few, and its positions are those of a prompt of this length.
 
     Raises:
-        NotImplementedError: If the number of tokens does not follow the size of the image.
+        NotImplementedError: If tiles or pooling decide how many tokens the model gives, or it is no HuggingFaceVLM.
         ValueError: If an image is not known, or a count is out of range.
     """
     model = _adapter(vlm, "a down-sampled image")

@@ -216,16 +216,20 @@ class Family:
         """Run the vision encoder on smaller images, that give no more than ``counts[i] >= 1`` tokens each.
 
         Raises:
-            NotImplementedError: If the number of tokens does not follow the size of the image.
+            NotImplementedError: If there is no telling how small an image must be for that.
         """
         raise NotImplementedError(
-            f"{self.model.config.model_type} gives as many visual tokens whatever the size of the image"
+            f"{self.model.config.model_type} has no down-sampled images: tiles or pooling, not the size of the image "
+            "alone, decide how many visual tokens it gives"
         )
 
     def _shrunk_square(self, tower: Any, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
         """Do as :meth:`shrunk` says with towers for images of one size, whose position embeddings are interpolated."""
         if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-            return Family.shrunk(self, images, counts)
+            raise NotImplementedError(
+                f"{self.model.config.model_type} has no down-sampled images with a {tower.config.model_type}: only the "
+                "position embeddings of CLIP and SigLIP are interpolated"
+            )
         patch = tower.config.patch_size
         values = self.pixels(images)["pixel_values"]
         whole = [side // patch for side in values.shape[-2:]]

@@ -148,7 +148,7 @@ def test_what_a_family_lacks_is_refused_by_name(kind: str) -> None:
         with pytest.raises(NotImplementedError, match=f"{kind} has no received attention"):
             vlm.attention(encoded, "received")
     if kind not in SHRINKING:
-        with pytest.raises(NotImplementedError, match=f"{kind} gives as many visual tokens whatever the size"):
+        with pytest.raises(NotImplementedError, match=f"{kind} has no down-sampled images: tiles or pooling"):
             vlm.family.shrunk([examples(1)[0].image], [4])
 
 
@@ -231,6 +231,16 @@ def test_a_square_tower_sees_the_smaller_picture_with_interpolated_positions() -
     assert error < 0.03, error  # Pillow rounds colours
     centres = [[(row + 0.5) / 3, (column + 0.5) / 4] for row in range(3) for column in range(4)]
     torch.testing.assert_close(picture.positions, torch.tensor(centres))
+
+
+def test_towers_of_other_kinds_are_refused_by_name() -> None:
+    vlm = make("llava")
+    vlm.model.model.vision_tower.config.model_type = "pixtral"
+    with pytest.raises(NotImplementedError, match="llava has no down-sampled images with a pixtral"):
+        vlm.family.shrunk([examples(1)[0].image], [4])
+    for kind, name in (("cls", "CLS"), ("received", "received")):
+        with pytest.raises(NotImplementedError, match=f"llava has no {name} attention"):
+            vlm.attention(vlm.encode(examples(1)), kind)
 
 
 @pytest.mark.parametrize("kind", QWEN)
