@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from grip_env.vlms.shrinking import grid_within, shrink
+from grip_env.vlms.tower import TowerView, attention_of_layer, clip_views, layer_index, qwen_received_attention
 
 __all__ = ["FAMILIES", "Family", "Picture", "family_of"]
 
@@ -117,11 +121,12 @@ class Family:
         """Run the vision encoder on what the image processor made of images.
 
         Args:
-            pixels: See :meth:`pixels`.
+            pixels: See :meth:`pixels`; "interpolate_pos_encoding" where they are of another size than the tower's.
             sizes: Height and width of each image; ``None`` if they are not known: places are then those in the part
                 of the image that the encoder sees.
         """
-        output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
+        more = {key: pixels[key] for key in ("interpolate_pos_encoding",) if key in pixels}
+        output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True, **more)
         if sizes and len(sizes) != len(output.pooler_output):
             raise ValueError(f"{len(output.pooler_output)} images and {len(sizes)} sizes: give one for each")
         found = []
@@ -182,35 +187,88 @@ class Family:
             tall, wide = (crop["height"] / scale, crop["width"] / scale) if scale else (tall, wide)
         return (1 - tall / height) / 2, (1 - wide / width) / 2, tall / height, wide / width
 
-    def cls_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Return, for each image, the attention its tokens get from the CLS token at the selected layer (N,).
+    # -- what pruners ask of the encoder -----------------------------------------------------------------
+
+    def views(self, images: Sequence[np.ndarray]) -> list[TowerView]:
+        """Return what the selected layer of the vision tower made of each image, CLS token and all.
 
         Raises:
-            NotImplementedError: If the model has none.
+            NotImplementedError: If the tower has no CLS token, or its patches are not the visual tokens.
         """
         raise NotImplementedError(f"{self.model.config.model_type} has no CLS attention that fits its visual tokens")
+
+    def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return, for each image, the attention its tokens get from all patches on average, (N,).
+
+        Raises:
+            NotImplementedError: If the tower's attention is not known for each visual token.
+        """
+        raise NotImplementedError(
+            f"{self.model.config.model_type} has no received attention that fits its visual tokens"
+        )
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Return what the projector makes of the tower's features (N, W): float (N, D)."""
+        projected: torch.Tensor = self.model.model.multi_modal_projector(features[None])
+        return projected[0]
+
+    def shrunk(self, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
+        """Run the vision encoder on smaller images, that give no more than ``counts[i] >= 1`` tokens each.
+
+        Raises:
+            NotImplementedError: If there is no telling how small an image must be for that.
+        """
+        raise NotImplementedError(
+            f"{self.model.config.model_type} has no down-sampled images: tiles or pooling, not the size of the image "
+            "alone, decide how many visual tokens it gives"
+        )
+
+    def _shrunk_square(self, tower: Any, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
+        """Do as :meth:`shrunk` says with towers for images of one size, whose position embeddings are interpolated."""
+        if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            raise NotImplementedError(
+                f"{self.model.config.model_type} has no down-sampled images with a {tower.config.model_type}: only the "
+                "position embeddings of CLIP and SigLIP are interpolated"
+            )
+        patch = tower.config.patch_size
+        values = self.pixels(images)["pixel_values"]
+        whole = [side // patch for side in values.shape[-2:]]
+        grids = [grid_within(count, *whole) for count in counts]
+        found: list[Picture | None] = [None] * len(images)
+        for grid in set(grids):
+            rows = [row for row, other in enumerate(grids) if other == grid]
+            pixels = {
+                "pixel_values": shrink(values[rows], grid[0] * patch, grid[1] * patch),
+                "interpolate_pos_encoding": True,
+            }
+            for row, picture in zip(rows, self.see(pixels, [images[row].shape[:2] for row in rows]), strict=True):
+                found[row] = picture
+        return [picture for picture in found if picture is not None]
 
 
 class LlavaFamily(Family):
     """LLaVA 1.5."""
 
-    def cls_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Return CLS-to-patch attention at the layer whose output is selected, averaged over heads."""
+    def views(self, images: Sequence[np.ndarray]) -> list[TowerView]:
+        """Look at the layer whose output is selected."""
         tower = self.model.model.vision_tower
-        layer = self.model.config.vision_feature_layer
         if tower.config.model_type != "clip_vision_model":
-            return super().cls_attention(images)
-        if not isinstance(layer, int):
-            raise NotImplementedError("CLS attention needs a single vision_feature_layer, this model mixes several")
-        before = tower.config._attn_implementation
-        tower.set_attn_implementation("eager")  # the fused kernels return no attention
-        try:
-            output = tower(self._pixel_values(self.pixels(images)), output_attentions=True, return_dict=True)
-        finally:
-            tower.set_attn_implementation(before)
-        # hidden state i + 1 comes out of layer i, so feature layer -2 is the output of layer index -2
-        attention = output.attentions[layer if layer < 0 else layer - 1]  # (B, heads, 1 + N, 1 + N)
-        return list(attention.mean(1)[:, 0, 1:])
+            return super().views(images)
+        return clip_views(tower, self._pixel_values(self.pixels(images)), self.model.config.vision_feature_layer)
+
+    def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return the attention at the layer whose output is selected; the CLS token, if any, is among the queries."""
+        tower = self.model.model.vision_tower
+        if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            return super().received_attention(images)
+        layer = layer_index(self.model.config.vision_feature_layer)
+        weights = attention_of_layer(tower, self._pixel_values(self.pixels(images)), layer)
+        first = int(tower.config.model_type == "clip_vision_model")
+        return list(weights.mean((1, 2))[:, first:])
+
+    def shrunk(self, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
+        """Run the vision encoder on smaller images."""
+        return self._shrunk_square(self.model.model.vision_tower, images, counts)
 
 
 class TiledLlavaFamily(Family):
@@ -311,6 +369,26 @@ class QwenFamily(Family):
             centres = _centres(rows, columns, tokens.device)
             found.append(Picture(tokens, centres, self.text(), [len(tokens)], more, grid))
         return found
+
+    def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return the attention at the last layer, pooled to tokens as its merger pools."""
+        pixels = self.pixels(images)
+        return qwen_received_attention(self.model.model, self._pixel_values(pixels), pixels["image_grid_thw"])
+
+    def shrunk(self, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
+        """Run the vision encoder on smaller images."""
+        config = self.model.config.vision_config
+        side = config.patch_size * config.spatial_merge_size
+        whole = self.pixels(images)["image_grid_thw"][:, 1:] // config.spatial_merge_size
+        small = []
+        for image, count, grid in zip(images, counts, whole.tolist(), strict=True):
+            rows, columns = grid_within(count, *grid)
+            small.append(
+                np.asarray(Image.fromarray(image).resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+            )
+        # they are of the right size already, and the processor would enlarge the smallest
+        pixels = self.processor.image_processor(images=small, do_resize=False, return_tensors="pt")
+        return self.see(dict(pixels.to(self.model.device)), [image.shape[:2] for image in images])
 
     def places(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
         """Return frame, row and column of visual tokens among the places in the text, long (L, 3)."""
@@ -473,6 +551,15 @@ class PaliGemmaFamily(Family):
         """Return 0 for what is seen whole and 1 for the rest."""
         return {"token_type_ids": answer.long()}
 
+    def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return the attention at the last layer."""
+        weights = attention_of_layer(self.model.model.vision_tower, self._pixel_values(self.pixels(images)), -1)
+        return list(weights.mean((1, 2)))
+
+    def shrunk(self, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
+        """Run the vision encoder on smaller images."""
+        return self._shrunk_square(self.model.model.vision_tower, images, counts)
+
 
 class Gemma3Family(Family):
     """Gemma 3: one square image; visual tokens see each other whole."""
@@ -492,6 +579,14 @@ class Gemma3Family(Family):
         """Return rows and columns: patches are averaged down to a fixed number of tokens."""
         side = _square(count)
         return side, side
+
+    def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return the attention at the last layer, averaged over the patches that the projector averages to a token."""
+        weights = attention_of_layer(self.model.model.vision_tower, self._pixel_values(self.pixels(images)), -1)
+        received = weights.mean((1, 2))  # (B, patches)
+        side = _square(received.shape[1])
+        pooled = self.model.model.multi_modal_projector.avg_pool(received.reshape(-1, 1, side, side))
+        return list(pooled.flatten(1))
 
     def token_types(self, ids: torch.Tensor, answer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return 1 for visual tokens."""

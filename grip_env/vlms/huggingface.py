@@ -25,6 +25,7 @@ from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
 from grip_env.vlms.families import Picture, family_of
 from grip_env.vlms.loading import read_pretrained
+from grip_env.vlms.tower import known_images
 
 __all__ = ["HuggingFaceVLM"]
 
@@ -546,17 +547,25 @@ class HuggingFaceVLM:
 
     @torch.no_grad()
     def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
-        """Return the attention each visual token gets, float (B, N).
+        """Return the attention each visual token gets in the vision tower, averaged over heads, float32 (B, N).
 
         Args:
             encoded: The examples; the vision tower runs on them once more.
-            kind: "cls": from the tower's CLS token at the layer the features come from, averaged over heads.
+            kind: "cls": from the tower's CLS token, at the layer the features come from. "received": from all its
+                patches on average, at that layer (the last of Gemma 3's, PaliGemma's and Qwen-VL's towers); where
+                several patches make a token, the mean over them.
+
+        Raises:
+            NotImplementedError: If the model has none of this kind for its visual tokens, or there is no such kind.
+            ValueError: If the images are not known.
         """
-        if any(example.image.size == 0 for example in encoded.examples):
-            raise ValueError("the vision tower has to run on the images once more, and these are not known")
-        if kind != "cls":
-            raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls'")
-        rows = self.family.cls_attention([example.image for example in encoded.examples])
+        images = known_images(encoded.examples)
+        if kind == "cls":
+            rows = [view.attention for view in self.family.views(images)]
+        elif kind == "received":
+            rows = self.family.received_attention(images)
+        else:
+            raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls' or 'received'")
         padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
         return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
 

@@ -1,0 +1,188 @@
+"""Methods that change what tokens say, not only which are kept: merged tokens and smaller images.
+
+Their result is no selection of the tokens that an environment shows, so they are reported beside the selectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch.nn.functional import normalize
+
+from grip_env.vlms.base import Encoded, FrozenVLM
+from grip_env.vlms.tower import TowerView, known_images
+
+if TYPE_CHECKING:
+    from grip_env.vlms.families import Picture
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["Replacement", "Replacer", "VisionZip", "downsampled_image"]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The same questions about fewer, other tokens: score it with ``vlm.score(it.encoded, it.selection[:, None])``."""
+
+    encoded: Encoded
+    """B examples with the new tokens, float (B, K, D)."""
+    selection: torch.Tensor
+    """Which of them are there, bool (B, K): no more than were asked for in each row, ``selection.sum(1)`` exactly.
+
+    ``Scores.kept`` is a share of these tokens, not of those they replace."""
+
+
+@runtime_checkable
+class Replacer(Protocol):
+    """Anything that puts fewer tokens in the place of those of a batch of examples."""
+
+    def __call__(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
+        """Return the examples with no more tokens than are asked for.
+
+        Args:
+            vlm: The model the examples were encoded with.
+            encoded: B examples, whose images are known.
+            kept: How many tokens to use of each at most, from 1 to all, long (B,).
+            generator: Source of any randomness, on the CPU.
+
+        Raises:
+            NotImplementedError: If the model has not what this takes.
+            ValueError: If an image is not known, or a count is out of range.
+        """
+        ...
+
+
+class VisionZip:
+    """Keeps the tokens of highest CLS attention and merges the others into a few more.
+
+    Of k tokens, c = round(k * merged) are merged ones and d = k - c dominant: the CLS token itself and the d - 1
+    patches it attends to most, in the order of their indices (ties go to the lower one). The other R patches are
+    compared by their keys, averaged over heads: those at 0, s, 2s, ... with s = max(1, R // c) are the c targets, each
+    other one goes to the target of highest cosine (the first of equals), and a merged token is its target plus the
+    mean of what went to it. All this happens to the tower's features, before the projector. The new tokens stand in
+    the prompt in this order: CLS, dominant, merged. A budget of one token is the CLS token alone, and even with all
+    tokens this is not the model without pruning.
+
+    Departure: as the vlm's position policy has it, new tokens keep the positions of what they came from ("original";
+    the CLS token has that of the first patch, a merged one that of its target) or are numbered anew ("reindex", as in
+    the paper's code). That they are placed in the image at all is for pictures only.
+
+    Args:
+        merged: Share of merged tokens, in [0, 1). The paper has 10 of 64.
+
+    Source: Yang et al., "VisionZip: longer is better but not necessary in vision language models", CVPR 2025.
+    """
+
+    def __init__(self, merged: float = 10 / 64) -> None:
+        if not 0 <= merged < 1:
+            raise ValueError(f"merged must be in [0, 1); got {merged}")
+        self.merged = merged
+
+    @torch.no_grad()
+    def __call__(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
+        """Return the examples with exactly ``kept`` tokens each; see :class:`Replacer`."""
+        model = _adapter(vlm, "VisionZip")
+        counts = _counts(encoded, kept)
+        views = model.family.views(known_images(encoded.examples))
+        pictures, origins = [], []
+        for row, (view, count) in enumerate(zip(views, counts, strict=True)):
+            features, origin = self._merge(view, count)
+            positions = encoded.positions[row, origin].clone()
+            positions[0] = 0.5  # the CLS token shows the whole image
+            pictures.append(_picture(model.family.project(features), positions))
+            origins.append(origin)
+        return _replace(model, encoded, pictures, origins)
+
+    def _merge(self, view: TowerView, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features (count, W) of the new tokens and the patches that they came from (count,)."""
+        targets = min(round(count * self.merged), count - 1)
+        order = view.attention.argsort(descending=True, stable=True)
+        split = count - targets - 1
+        dominant, rest = order[:split].sort().values, order[split:].sort().values
+        features = [view.features[:1], view.features[1 + dominant]]
+        origin = [rest[:0].new_zeros(1), dominant]
+        if targets:
+            keys = normalize(view.keys[1 + rest].double(), dim=-1)
+            place = torch.arange(targets, device=rest.device) * max(1, len(rest) // targets)
+            other = torch.ones_like(rest, dtype=torch.bool)
+            other[place] = False
+            nearest = (keys[other] @ keys[place].T).round(decimals=9).argmax(1)  # (R - c,)
+            sums = view.features.new_zeros(targets, view.features.shape[1])
+            sums = sums.index_add(0, nearest, view.features[1 + rest[other]])
+            shares = nearest.bincount(minlength=targets).clamp_min(1)
+            features.append(view.features[1 + rest[place]] + sums / shares[:, None].to(sums.dtype))
+            origin.append(rest[place])
+        return torch.cat(features), torch.cat(origin)
+
+
+@torch.no_grad()
+def downsampled_image(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
+    """Encode the image once more, made so small that it gives no more than ``kept`` tokens.
+
+    The tokens form a grid (:func:`grip_env.vlms.shrinking.grid_within`), so that often some fewer than ``kept`` are
+    used: the selection tells how many. Towers for images of one size (CLIP, SigLIP) interpolate their position
+    embeddings. The prompt is as short as the tokens are few, and its positions are those of a prompt of this length.
+
+    Raises:
+        NotImplementedError: If tiles or pooling decide how many tokens the model gives, or it is no HuggingFaceVLM.
+        ValueError: If an image is not known, or a count is out of range.
+    """
+    model = _adapter(vlm, "a down-sampled image")
+    counts = _counts(encoded, kept)
+    return _replace(model, encoded, model.family.shrunk(known_images(encoded.examples), counts))
+
+
+def _adapter(vlm: FrozenVLM, method: str) -> HuggingFaceVLM:
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+    if not isinstance(vlm, HuggingFaceVLM):
+        raise NotImplementedError(
+            f"{method} makes new tokens, which takes a HuggingFaceVLM; got a {type(vlm).__name__}: leave it out"
+        )
+    return vlm
+
+
+def _counts(encoded: Encoded, kept: torch.Tensor) -> list[int]:
+    real = encoded.token_mask.sum(1)
+    if bool((kept < 1).any()) or bool((kept > real).any()):
+        raise ValueError(
+            f"cannot make {kept.tolist()} tokens of images with {real.tolist()}: ask for 1 to all of each image's"
+        )
+    counts: list[int] = kept.tolist()
+    return counts
+
+
+def _picture(tokens: torch.Tensor, positions: torch.Tensor) -> Picture:
+    from grip_env.vlms.families import Picture
+
+    return Picture(tokens, positions, "", [len(tokens)])  # the text around it is in the prompt already
+
+
+def _replace(
+    vlm: HuggingFaceVLM, encoded: Encoded, pictures: Sequence[Picture], origins: Sequence[torch.Tensor] | None = None
+) -> Replacement:
+    """Put other pictures into prompts that show theirs in one run of tokens.
+
+    Args:
+        vlm: The model.
+        encoded: B examples.
+        pictures: One for each.
+        origins: Which token each new one has the position of, long (K,); those of a shorter prompt if not given.
+    """
+    image = vlm.family.image_token_id
+    ids, places = [], []
+    for row, picture in enumerate(pictures):
+        old = encoded.input_ids[row, : int(encoded.lengths[row])]
+        visual = (old == image).nonzero().flatten()
+        before, after = old[: visual[0]], old[visual[-1] + 1 :]
+        ids.append(torch.cat([before, old.new_full((len(picture.tokens),), image), after]))
+        if origins is not None and encoded.places is not None:
+            place = encoded.places[row, : len(old)]
+            places.append(torch.cat([place[: visual[0]], place[visual[origins[row]]], place[visual[-1] + 1 :]]))
+    questions = [words[mask] for words, mask in zip(encoded.question, encoded.question_mask, strict=True)]
+    new = vlm.assemble(encoded.examples, pictures, ids, encoded.answer_lengths.tolist(), questions)
+    if places:
+        new.places = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
+    return Replacement(new, new.token_mask.clone())

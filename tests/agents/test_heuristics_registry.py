@@ -1,0 +1,71 @@
+"""Methods by name: what reports and tables are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from agents.heuristics import BASELINES, METHODS, Replacement, method, methods_table
+from grip_env.vlms.blocks import BlockVLM
+from grip_env.vlms.huggingface import HuggingFaceVLM
+from tests.fakes import FakeTask, FakeVLM
+from tests.vlms.test_families import examples, make
+
+
+def test_names_are_short_and_titles_tell_methods_apart() -> None:
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)?", name) for name in METHODS)
+    titles = [one.title for one in METHODS.values()]
+    assert len(set(titles)) == len(titles)
+    known = {one.title: one.run for one in METHODS.values()}
+    assert all(known[title] is run for title, run in BASELINES.items())
+
+
+def test_unknown_names_are_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no method 'fastervlm': choose from random, uniform-grid, norm"):
+        method("fastervlm")
+
+
+def test_the_table_has_a_line_for_each_method() -> None:
+    lines = methods_table().splitlines()
+    assert len(lines) == len(METHODS) + 2
+    assert {line.count("|") for line in lines} == {5}
+    assert methods_table(["divprune"]).splitlines()[2].startswith("| `divprune` | max-min diversity | ")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_return_what_they_say(name: str, random_vlm: HuggingFaceVLM) -> None:
+    from grip_env.tasks.scenes import SceneTask
+
+    encoded = random_vlm.encode([SceneTask().example("validation", 0)])
+    assert METHODS[name].refusal(random_vlm, encoded) is None
+    result = METHODS[name].run(random_vlm, encoded, torch.tensor([9]), torch.Generator().manual_seed(0))
+    assert isinstance(result, Replacement) == METHODS[name].replaces
+
+
+def test_what_a_model_lacks_is_said_once_and_by_name() -> None:
+    without_cls, tiled = make("qwen2_vl"), make("internvl")
+    expected = {
+        without_cls: {"cls-attention", "visionzip", "vispruner", "oracle"},
+        tiled: {"cls-attention", "received-attention", "visionzip", "vispruner", "downsampled", "oracle"},
+    }
+    for vlm, names in expected.items():
+        encoded = vlm.encode(examples(2))
+        reasons = {name: one.refusal(vlm, encoded) for name, one in METHODS.items()}
+        assert {name for name, reason in reasons.items() if reason is not None} == names
+        for name in names:
+            reason = reasons[name]
+            assert reason is not None
+            assert reason.startswith(f"{METHODS[name].title} needs ")
+            assert len(reason.splitlines()) == 1
+
+
+def test_new_tokens_are_not_for_blocks_nor_is_a_question_that_nobody_asks(random_vlm: HuggingFaceVLM) -> None:
+    blocks = BlockVLM(random_vlm)
+    encoded = blocks.encode([FakeTask().example("train", 0)])
+    refused = {name for name, one in METHODS.items() if one.refusal(blocks, encoded) is not None}
+    assert refused == {"visionzip", "downsampled"}
+    silent = dataclasses.replace(encoded, question_mask=torch.zeros_like(encoded.question_mask))
+    assert METHODS["cdpruner"].refusal(FakeVLM(), silent) == "CDPruner needs a question, and there is none"
