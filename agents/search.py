@@ -300,7 +300,7 @@ class ExactEnumeration(Search):
             alone = trials.encoded[index]
             scores = score_subsets(trials.vlm, alone, k, reference=trials.reference(index))
             masks = subset_masks(alone.token_mask[0].nonzero().flatten().tolist(), k)
-            table = RewardTable(masks, trials.judge(scores, index)[0].cpu().numpy(), alone.token_mask.shape[1])
+            table = RewardTable(masks, trials.judge(scores, index)[0].numpy(), alone.token_mask.shape[1])
             trials.record(row, torch.from_numpy(table.optimal), table.optimal_reward, len(table))
         return torch.ones_like(trials.forced)
 

@@ -71,7 +71,8 @@ class Trials:
         self._full: Scores | None = None
         self._calls = calls
         if self._reward is not None:
-            self._full = vlm.score(encoded, encoded.full_selection(), first_token=needs_agreement(self._reward))
+            first_token = needs_agreement(self._reward)
+            self._full = vlm.score(encoded, encoded.full_selection(), first_token=first_token).cpu()
             self.used += 1
         self.forced = kept == self.mask.sum(1)  # (B,)
         if self.forced.any():
@@ -85,17 +86,18 @@ class Trials:
     def reference(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Return what :meth:`~grip_env.vlms.base.FrozenVLM.score` needs for the reward of examples, long (R,)."""
         first = None if self._full is None else self._full.first_token
-        return None if first is None else first[rows]
+        return None if first is None else first[rows.cpu()]
 
     def judge(self, scores: Scores, rows: torch.Tensor) -> torch.Tensor:
-        """Return what scores of some examples, long (R,), are worth, float32 (R, G).
+        """Return what scores of some examples, long (R,), are worth, float32 (R, G), in main memory.
 
         Raises:
             ValueError: If the reward returns another shape.
         """
+        scores = scores.cpu()
         if self._reward is None or self._full is None:
-            return scores.log_likelihood.float()
-        values = self._reward(scores, self._full[rows])
+            return scores.log_likelihood
+        values = self._reward(scores, self._full[rows.cpu()])
         if values.shape != scores.log_likelihood.shape:
             raise ValueError(
                 f"the reward has shape {tuple(values.shape)}, expected {tuple(scores.log_likelihood.shape)}, as its "
