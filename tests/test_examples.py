@@ -36,3 +36,14 @@ def test_own_policy_trains_and_is_compared(tmp_path: Path) -> None:
     for method in ("my policy", "random", "oracle", "all tokens"):
         assert re.search(rf"^\| {method} \|( -?\d+\.\d+ \|){{3}}$", out, re.MULTILINE)
     assert "96 examples of the validation split" in out
+
+
+def test_ppo_in_a_single_file_trains_and_is_compared(tmp_path: Path) -> None:
+    small = ["--iterations", "2", "--num-envs", "4", "--num-steps", "3", "--budget", "0.02", "--report-examples", "6"]
+    out = run(tmp_path, "ppo_single_file.py", *small)
+    for iteration in (0, 1):
+        line = rf"^iteration {iteration}: log-likelihood -\d+\.\d+, accuracy [01]\.\d+, entropy 4\.\d+, "
+        assert re.search(line, out, re.MULTILINE), "at first, any of 144 tokens is nearly as likely as another"
+    for method in ("PPO", "random", "oracle", "all tokens"):
+        assert len(re.findall(rf"^\| {method} \| -?\d+\.\d+ \|$", out, re.MULTILINE)) == 2
+    assert "6 examples of the validation split" in out
