@@ -22,6 +22,7 @@ from agents.learning import Learner
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.subset import KSubset
+from agents.value import ValueBaseline
 from grip_env.vlms.base import Encoded, Scores
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 
@@ -292,71 +293,69 @@ class SpiedVLM(FakeVLM):
         return scores
 
 
-def by_hand(preset: str, rewards: Tensor, log_prob: Tensor, value: Tensor, kl: Tensor) -> Tensor:
-    """What each preset's paper maximises in the first epoch, up to a constant; rewards and log_prob (B, G)."""
+def by_hand(preset: str, rewards: Tensor, log_prob: Tensor, old: Tensor, value: Tensor, kl: Tensor) -> Tensor:
+    """What each preset's paper maximises, for one action without length; rewards and log-probabilities are (B, G)."""
     group = rewards.shape[1]
     mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, unbiased=False, keepdim=True)
-    if preset == "default":
-        return ((rewards - mean) / (deviation + 0.1) * log_prob).mean()
-    if preset == "grpo":
-        return ((rewards - mean) / (deviation + 1e-4) * log_prob).mean() - 0.04 * kl.mean()
-    if preset == "dr-grpo":
-        return ((rewards - mean) * log_prob).mean()
-    if preset == "dapo":
-        kept = rewards.std(1) >= 0.01
-        assert 0 < int(kept.sum()) < len(kept)
-        return ((rewards - mean) / (deviation + 1e-4) * log_prob)[kept].mean()
-    if preset == "rloo":
-        others = (rewards.sum(1, keepdim=True) - rewards) / (group - 1)
-        return ((rewards - others) * log_prob).mean()
-    assert preset == "reinforce"
-    return ((rewards - value[:, None]) * log_prob).mean()
+    advantage = {
+        "default": (rewards - mean) / (deviation + 0.1),
+        "grpo": (rewards - mean) / (deviation + 1e-4),
+        "dr-grpo": rewards - mean,
+        "dapo": (rewards - mean) / (deviation + 1e-4),
+        "rloo": rewards - (rewards.sum(1, keepdim=True) - rewards) / (group - 1),
+        "reinforce": rewards - value[:, None],
+    }[preset]
+    ratio = (log_prob - old).exp()
+    bounded = ratio.clamp(0.8, 1.28 if preset in ("default", "dapo") else 1.2)
+    each = torch.min(ratio * advantage, bounded * advantage)
+    kept = rewards.std(1) >= 0.01 if preset == "dapo" else torch.ones(len(rewards), dtype=torch.bool)
+    assert (0 < int(kept.sum()) < len(kept)) == (preset == "dapo")
+    return each[kept].mean() - (0.04 * kl.mean() if preset == "grpo" else 0)
 
 
 @pytest.mark.parametrize("preset", ["default", "grpo", "dr-grpo", "dapo", "rloo", "reinforce"])
 def test_loop_climbs_the_gradient_its_preset_promises(preset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both epochs of the second step, when the policy has left the warm-up's."""
     vlm = SpiedVLM()
     torch.manual_seed(0)
-    options: dict[str, Any] = {"steps": 2, "warmup_steps": 0, "instances": 12, "group": 3, "pool": 16, "reuse": 1}
-    config = GRPOConfig(preset=preset, min_budget=0.06, teacher="relevance", learning_rate=0.03, **options)
+    options: dict[str, Any] = {"steps": 2, "warmup_steps": 2, "instances": 12, "group": 3, "pool": 16, "reuse": 1}
+    rates = {"learning_rate": 0.02, "warmup_learning_rate": 0.01}
+    config = GRPOConfig(preset=preset, epochs=2, min_budget=0.06, teacher="relevance", **rates, **options)
     scorer = Scorer(ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2))
     algorithm = GRPO(vlm, ExamplePool(vlm, FakeTask(40), size=16, reuse=1), scorer, config)
     found: list[Tensor] = []
+    scorers: list[Scorer] = []
     values: list[Tensor] = []
-    minimise = Learner.minimise
+    minimise, predict = Learner.minimise, ValueBaseline.predict
 
     def spy(self: Learner, loss: Tensor) -> float:
         if self.network is scorer:
             parts = torch.autograd.grad(-loss, list(scorer.parameters()), retain_graph=True, allow_unused=True)
             found.append(torch.cat([part.flatten() for part in parts if part is not None]))
+            scorers.append(copy.deepcopy(scorer))
         return minimise(self, loss)
 
+    def remember(self: ValueBaseline, encoded: Encoded, kept: Tensor) -> Tensor:
+        values.append(predict(self, encoded, kept))
+        return values[-1]
+
     monkeypatch.setattr(Learner, "minimise", spy)
-    if preset == "reinforce":
-        from agents.value import ValueBaseline
-
-        predict = ValueBaseline.predict
-
-        def remember(self: Any, encoded: Encoded, kept: Tensor) -> Tensor:
-            values.append(predict(self, encoded, kept))
-            return values[-1]
-
-        monkeypatch.setattr(ValueBaseline, "predict", remember)
-    start = copy.deepcopy(scorer)
-    steps = algorithm.train()
-    next(steps)
-    before = copy.deepcopy(scorer)  # the second step, so that the policy has left the reference
-    next(steps)
+    monkeypatch.setattr(ValueBaseline, "predict", remember)
+    assert [m.phase for m in algorithm.train()] == ["warmup", "warmup", "grpo", "grpo"]
+    assert len(found) == 2 + 2 + 2
+    warm, (first, second) = scorers[2], scorers[4:]  # each as it was before its update
     encoded, selection, likelihood = vlm.seen[1]
-    kept = selection[:, 0].sum(1)
+    kept, subsets = selection[:, 0].sum(1), selection.transpose(0, 1)
     rewards = likelihood - vlm.log_likelihood(encoded, encoded.full_selection())
-    policy = KSubset(before.score(encoded, kept), kept)
-    reference = KSubset(start.score(encoded, kept).detach(), kept)
+    reference = KSubset(warm.score(encoded, kept).detach(), kept)
+    old = KSubset(first.score(encoded, kept), kept).log_prob(subsets).T.detach()
     value = values[1] if values else torch.zeros(len(encoded))
-    kl = torch.distributions.kl_divergence(policy, reference)
-    log_prob = policy.log_prob(selection.transpose(0, 1)).T
-    objective = by_hand(preset, rewards, log_prob, value, kl)
-    parts = torch.autograd.grad(objective, list(before.parameters()), allow_unused=True)
-    expected = torch.cat([part.flatten() for part in parts if part is not None])
-    assert float(expected.norm()) > 1e-3
-    torch.testing.assert_close(found[1], expected, rtol=1e-3, atol=1e-5)
+    for current, gradient in ((first, found[4]), (second, found[5])):
+        policy = KSubset(current.score(encoded, kept), kept)
+        log_prob, kl = policy.log_prob(subsets).T, torch.distributions.kl_divergence(policy, reference)
+        objective = by_hand(preset, rewards, log_prob, old, value, kl)
+        parts = torch.autograd.grad(objective, list(current.parameters()), allow_unused=True)
+        expected = torch.cat([part.flatten() for part in parts if part is not None])
+        assert float(expected.norm()) > 1e-3
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    assert float((log_prob - old).detach().abs().max()) > 0.3  # far enough for clipping to act
