@@ -1,89 +1,87 @@
-"""Group-relative policy optimisation over subsets of visual tokens.
+"""Group-relative policy optimisation over subsets of visual tokens, and its relatives RLOO and REINFORCE.
 
 How it departs from GRPO as Shao et al. (DeepSeekMath, 2024) have it for language: an action is one subset, drawn
-from the exact k-subset distribution, so that there is one log-probability per episode and no per-token ratio; the
-reward is continuous, so that the group's standard deviation has a floor; one on-policy update per batch is the
-default, which makes the ratio 1 and the printed loss meaningless (its gradient is not: watch reward and entropy).
+from the exact k-subset distribution, so that there is one log-probability per episode and no per-token ratio, and the
+KL to the policy that the warm-up left is exact, not estimated; the reward is continuous, so that the group's standard
+deviation has a floor; one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's
+value is 0 (its gradient is not: watch reward and entropy). A single decision has no length to normalise by.
+
+What an unbiased gradient needs: no scaling, and as baseline either the mean of the *others* in the group or a learned
+one. The group's own mean shrinks the expected gradient to (G - 1) / G of the true one, in its direction; dividing by
+the group's standard deviation changes the direction as well (Liu et al., "Understanding R1-Zero-like training: a
+critical perspective", 2025).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
+from agents.imitation import Imitation
+from agents.learning import Learner, Metrics, check_batch, draw_counts
 from agents.pool import ExamplePool
+from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
 from agents.scorer import Scorer
 from agents.subset import KSubset
-from agents.warmup import TEACHERS, warmup_loss
+from agents.value import ValueBaseline
 from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
-from grip_env.envs.sampling import tokens_in_budget
-from grip_env.vlms.base import Encoded, FrozenVLM
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
-__all__ = ["GRPO", "GRPOConfig", "advantages", "surrogate"]
-
-
-@dataclass
-class GRPOConfig:
-    """Group-relative policy optimisation (GRPO)."""
-
-    steps: int = 360
-    """Policy updates with rewards."""
-    instances: int = 32
-    """Examples per step (B)."""
-    group: int = 16
-    """Subsets drawn for each example (G)."""
-    min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
-    max_budget: float = 0.5
-    """Largest share of tokens kept in training."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of AdamW; decays to 2% of it along a cosine."""
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    scale: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation in the group, in the batch, or nothing (Dr. GRPO,
-    Liu et al. 2025)."""
-    std_floor: float = 0.1
-    """Added to that standard deviation: continuous rewards make tiny ones, which would blow noise up."""
-    clip_low: float = 0.2
-    """Ratios below 1 - clip_low earn nothing more (PPO, Schulman et al. 2017)."""
-    clip_high: float = 0.28
-    """Ratios above 1 + clip_high earn nothing more (a larger bound upwards: DAPO, Yu et al. 2025)."""
-    epochs: int = 1
-    """Updates per batch of rewards; clipping matters from 2 on."""
-    kl_weight: float = 0.0
-    """Weight of KL(policy || warmed-up policy), in closed form."""
-    entropy_weight: float = 0.0
-    """Weight of an entropy bonus per kept token."""
-    warmup_steps: int = 120
-    """Supervised steps before the first reward; 0 starts from uniform sampling."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the warm-up."""
-    teacher: Literal["gradient", "attention", "relevance"] = "gradient"
-    """Whose choices the warm-up imitates."""
-    pool: int = 768
-    """Encoded training examples held in memory."""
-    reuse: int = 4
-    """About how often each is used before a new one takes its place."""
+__all__ = [
+    "GRPO",
+    "PRESETS",
+    "RLOO",
+    "GRPOConfig",
+    "Metrics",
+    "Objective",
+    "RLOOConfig",
+    "Reinforce",
+    "ReinforceConfig",
+    "advantages",
+    "policy_objective",
+    "surrogate",
+]
 
 
-def advantages(rewards: torch.Tensor, scale: str = "group", floor: float = 0.1) -> torch.Tensor:
-    """Return rewards relative to their group, (B, G).
+def advantages(
+    rewards: torch.Tensor,
+    scale: str = "group",
+    floor: float = 0.1,
+    baseline: str = "group_mean",
+    value: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return how much better each subset did than its baseline, (B, G).
 
     Args:
         rewards: float (B, G).
-        scale: Divide by the standard deviation of the "group" or of the whole "batch", or by nothing ("none").
-        floor: Added to the standard deviation.
+        scale: Divide by the root mean square of the differences in the "group" or in the whole "batch", or by nothing
+            ("none"). With the group's mean as baseline, the former is the group's standard deviation.
+        floor: Added to that root mean square.
+        baseline: "group_mean" of all G rewards; "leave_one_out", the mean of the other G - 1, which is G / (G - 1)
+            times as far away; "learned".
+        value: The learned baseline, float (B,); for the others ``None``.
+
+    Raises:
+        ValueError: If there is no such scale or baseline.
 
     >>> advantages(torch.tensor([[1.0, 3.0]]), "none")
     tensor([[-1.,  1.]])
+    >>> advantages(torch.tensor([[1.0, 3.0]]), "none", baseline="leave_one_out")
+    tensor([[-2.,  2.]])
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    if (baseline == "learned") != (value is not None):
+        raise ValueError(f"the learned baseline has a value, and no other; got baseline={baseline!r}, value={value}")
+    if value is not None:
+        centred = rewards - value[:, None]
+    else:
+        centred = rewards - rewards.mean(1, keepdim=True)
+        if baseline == "leave_one_out":
+            centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
+        elif baseline != "group_mean":
+            raise ValueError(f"unknown baseline {baseline!r}: choose group_mean, leave_one_out or learned")
     if scale == "group":
         return centred / (centred.square().mean(1, keepdim=True).sqrt() + floor)
     if scale == "batch":
@@ -96,18 +94,42 @@ def advantages(rewards: torch.Tensor, scale: str = "group", floor: float = 0.1) 
 def surrogate(
     log_prob: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
 ) -> torch.Tensor:
-    """Return the clipped surrogate objective of each subset (to be maximised), same shape as the inputs."""
+    """Return the clipped surrogate objective of each subset (to be maximised), same shape as the inputs.
+
+    Source: Schulman et al., "Proximal policy optimization algorithms", 2017; bounds apart: Yu et al. (DAPO), 2025.
+    """
     ratio = (log_prob - old).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
-@dataclass
-class Metrics:
-    """What one step did, for the progress bar, the log and TensorBoard."""
+def policy_objective(
+    policy: KSubset,
+    log_prob: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    settings: Objective,
+    counted: torch.Tensor | None = None,
+    reference: KSubset | None = None,
+) -> torch.Tensor:
+    """Return what one update maximises, a scalar: mean surrogate - KL to the reference + entropy per kept token.
 
-    phase: str
-    step: int
-    values: dict[str, float] = field(default_factory=dict)
+    Args:
+        policy: Over the subsets of B examples.
+        log_prob: The policy's log-probabilities of the subsets drawn, (G, B).
+        old: The same when they were drawn, (G, B).
+        advantage: (G, B).
+        settings: Clipping and weights.
+        counted: Which examples' groups teach anything, bool (B,); all by default. KL and entropy are over all.
+        reference: What the KL is to; needed where it has a weight.
+    """
+    each = surrogate(log_prob, old, advantage, settings.clip_low, settings.clip_high)
+    # where no group is left, 0 with a gradient of 0, so that KL and entropy still act
+    result = each.mean() if counted is None else (each * counted).sum() / (len(each) * counted.sum()).clamp_min(1)
+    if settings.kl_weight and reference is not None:
+        result = result - settings.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
+    if settings.entropy_weight:
+        result = result + settings.entropy_weight * (policy.entropy() / policy.k).mean()
+    return result
 
 
 class GRPO:
@@ -117,11 +139,22 @@ class GRPO:
         vlm: The frozen model.
         pool: Training examples.
         scorer: What is trained, in place.
-        config: Hyperparameters.
+        config: Hyperparameters; ``self.config`` has those that a preset decides filled in.
         reward: A reward, or a text that stands for one: see :func:`~grip_env.envs.rewards.resolve_reward`. All subsets
             of a group have one size, so that :class:`~grip_env.envs.rewards.KeptFraction` changes nothing but numbers.
         seed: Decides budgets and subsets.
+
+    Raises:
+        ValueError: If a setting is impossible, or settings contradict each other.
+
+    Logged at every step, beside reward, accuracy and entropy: ``group_std``, the mean over groups of their rewards'
+    standard deviation, and ``flat_groups``, the share of groups where it is below ``flat_below`` (both absent where a
+    group is one subset); ``value_loss`` with a learned baseline; ``seconds`` of the step, and ``forwards``, what the
+    language model was run for from the beginning on: see :class:`~agents.compute.Compute`.
     """
+
+    phase = "grpo"
+    """What the steps with rewards are called in :class:`~agents.learning.Metrics`; those before are "warmup"."""
 
     def __init__(
         self,
@@ -132,84 +165,51 @@ class GRPO:
         reward: str | Reward = "log_likelihood",
         seed: int = 0,
     ) -> None:
-        if not 0 < config.min_budget <= config.max_budget <= 1:
-            raise ValueError(
-                f"budgets must satisfy 0 < min_budget <= max_budget <= 1; got {config.min_budget}, {config.max_budget}"
-            )
-        for name, least in (("instances", 1), ("epochs", 1), ("steps", 0), ("warmup_steps", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
-        # a floor of 0 would divide by 0 in every group of equal rewards
-        for name in ("learning_rate", "warmup_learning_rate", "max_gradient_norm", "std_floor"):
-            if not 0 < getattr(config, name) < math.inf:
-                raise ValueError(f"{name} must be above 0; got {getattr(config, name)}")
-        for name in ("clip_low", "clip_high", "kl_weight"):
-            if not 0 <= getattr(config, name) < math.inf:
-                raise ValueError(f"{name} must not be negative; got {getattr(config, name)}")
-        if config.group < 2:
-            raise ValueError(f"a group needs at least 2 subsets to compare; got group={config.group}")
-        if config.instances > pool.size:
-            raise ValueError(
-                f"a step needs as many examples as the pool holds, at most; got instances={config.instances} and "
-                f"pool={pool.size}: choose a larger pool"
-            )
-        if config.teacher not in TEACHERS:
-            raise ValueError(f"unknown teacher {config.teacher!r}: choose one of {', '.join(TEACHERS)}")
-        self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
+        self.config, self.settings = config.resolved(), config.objective()
+        check_batch(config.instances, pool.size)
+        self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._warm_up = Imitation(vlm, pool, scorer, config.warm_up(), self.reward, seed)
+        self._generator = self._warm_up.generator
         self._reference: Scorer | None = None
 
     def train(self) -> Iterator[Metrics]:
         """Run warm-up and policy optimisation, yielding after every step; the scorer is usable at any point."""
-        yield from self._warm_up()
+        yield from self._warm_up.imitate("warmup", needs_agreement(self.reward))
+        if self.settings.kl_weight:
+            self._reference = Scorer(self.scorer.config).to(next(self.scorer.parameters()).device)
+            self._reference.load_state_dict(self.scorer.state_dict())
+            self._reference.eval().requires_grad_(False)
         yield from self._optimise()
 
     def draw_counts(self, encoded: Encoded) -> torch.Tensor:
-        """Draw a subset size for each example, long (B,): log-uniform over the budgets, spread evenly in a batch."""
-        low, high = math.log(self.config.min_budget), math.log(self.config.max_budget)
-        count = len(encoded)
-        place = torch.randperm(count, generator=self._generator) + torch.rand(count, generator=self._generator)
-        budget = (low + (high - low) * place / count).exp()
-        pairs = zip(budget.tolist(), encoded.token_mask.sum(1).tolist(), strict=True)
-        return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
-
-    def _optimizer(self, rate: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.scorer.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-
-    def _apply(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.max_gradient_norm)
-        optimizer.step()
-        return float(norm)
-
-    def _warm_up(self) -> Iterator[Metrics]:
-        config = self.config
-        optimizer = self._optimizer(config.warmup_learning_rate)
-        self.scorer.train()
-        for step in range(config.warmup_steps):
-            encoded, _ = self.pool.batch(config.instances, needs_agreement(self.reward))
-            teacher = TEACHERS[config.teacher](self.vlm, encoded)
-            loss = warmup_loss(self.scorer, encoded, teacher, self.draw_counts(encoded))
-            norm = self._apply(loss, optimizer)
-            yield Metrics("warmup", step, {"loss": float(loss.detach()), "gradient_norm": norm})
-        if config.kl_weight:
-            self._reference = Scorer(self.scorer.config)
-            self._reference.load_state_dict(self.scorer.state_dict())
-            self._reference.eval().requires_grad_(False)
+        """Draw a subset size for each example, long (B,); see :func:`~agents.learning.draw_counts`."""
+        return draw_counts(encoded, self.config.min_budget, self.config.max_budget, self._generator)
 
     def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset:
-        return KSubset(scorer.score(encoded, kept), kept, mask=encoded.token_mask, validate_args=False)
+        scores = scorer.score(encoded, kept) / self.config.temperature
+        return KSubset(scores, kept, mask=encoded.token_mask, validate_args=False)
+
+    def _rewards(self, scores: Scores, full: Scores) -> torch.Tensor:
+        reward = self.reward(scores, full)
+        if reward.shape != scores.log_likelihood.shape:  # (B, 1), for one, would teach nothing and not fail
+            raise ValueError(
+                f"the reward {self.reward!r} gave shape {tuple(reward.shape)}, expected "
+                f"{tuple(scores.log_likelihood.shape)}: one number for each selection of each example"
+            )
+        return reward
 
     def _optimise(self) -> Iterator[Metrics]:
-        config = self.config
-        optimizer = self._optimizer(config.learning_rate)
+        config, settings = self.config, self.settings
+        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
+        critic = None
+        if settings.baseline == "learned":
+            device = next(self.scorer.parameters()).device
+            options = (config.value_learning_rate, config.max_gradient_norm, config.steps, self.seed, device)
+            critic = ValueBaseline(self.scorer.config, *options)
         self.scorer.train()
         for step in range(config.steps):
-            decay = 0.51 + 0.49 * math.cos(math.pi * step / config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * decay
+            learner.begin(step)
             started = time.perf_counter()
             encoded, full = self.pool.batch(config.instances, needs_agreement(self.reward))
             kept = self.draw_counts(encoded)
@@ -218,35 +218,34 @@ class GRPO:
             scoring = time.perf_counter()
             scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
             scoring = time.perf_counter() - scoring
-            reward = self.reward(scores, full)
-            if reward.shape != scores.log_likelihood.shape:  # (B, 1), for one, would teach nothing and not fail
-                raise ValueError(
-                    f"the reward {self.reward!r} gave shape {tuple(reward.shape)}, expected "
-                    f"{tuple(scores.log_likelihood.shape)}: one number for each selection of each example"
-                )
-            advantage = advantages(reward, config.scale, config.std_floor).T  # (G, B)
+            self.pool.compute.add(subsets.shape[0] * subsets.shape[1])
+            reward = self._rewards(scores, full)
+            value = None if critic is None else critic.predict(encoded, kept)
+            advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
+            spread = reward.std(1) if config.group > 1 else None  # (B,)
+            counted = spread >= config.flat_below if settings.drop_flat and spread is not None else None
             old: torch.Tensor | None = None
-            for epoch in range(config.epochs):
+            for epoch in range(settings.epochs):
                 if epoch:
                     policy = self._policy(self.scorer, encoded, kept)
                 log_prob = policy.log_prob(subsets)  # (G, B)
                 old = log_prob.detach() if old is None else old
-                objective = surrogate(log_prob, old, advantage, config.clip_low, config.clip_high).mean()
-                if config.kl_weight and self._reference is not None:
+                reference = None
+                if self._reference is not None:
                     with torch.no_grad():
                         reference = self._policy(self._reference, encoded, kept)
-                    objective = (
-                        objective - config.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
-                    )
-                if config.entropy_weight:
-                    objective = objective + config.entropy_weight * (policy.entropy() / kept).mean()
-                norm = self._apply(-objective, optimizer)
+                objective = policy_objective(policy, log_prob, old, advantage, settings, counted, reference)
+                norm = learner.minimise(-objective)
+            value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, kept, reward, step)}
             with torch.no_grad():
                 entropy = float((policy.entropy() / kept).mean())
-            spread = reward.std(1)
+            groups = {}
+            if spread is not None:
+                flat = float((spread < config.flat_below).float().mean())
+                groups = {"group_std": float(spread.mean()), "flat_groups": flat}
             small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
             yield Metrics(
-                "grpo",
+                self.phase,
                 step,
                 {
                     "reward": float(reward.mean()),
@@ -254,12 +253,48 @@ class GRPO:
                     "log_likelihood": float(scores.log_likelihood.mean()),
                     "log_likelihood_smallest_budgets": float(scores.log_likelihood[small].mean()),
                     "accuracy": float(scores.correct.float().mean()),
-                    "group_std": float(spread.mean()),
-                    "flat_groups": float((spread < 0.01).float().mean()),
+                    **groups,
+                    **value_loss,
                     "entropy_per_token": entropy,
                     "gradient_norm": norm,
-                    "learning_rate": config.learning_rate * decay,
+                    "learning_rate": learner.learning_rate,
                     "seconds": time.perf_counter() - started,
                     "scoring_seconds": scoring,
+                    "forwards": self.pool.compute.forwards,
                 },
             )
+
+
+@dataclass
+class RLOOConfig(GRPOConfig):
+    """REINFORCE whose baseline is the mean reward of the other subsets in the group (RLOO)."""
+
+    preset: PresetName = "rloo"
+    """See GRPOConfig."""
+
+
+class RLOO(GRPO):
+    """GRPO with the preset "rloo", under a name of its own.
+
+    Sources: Kool, van Hoof & Welling, "Buy 4 REINFORCE samples, get a baseline for free!", ICLR 2019 workshop; Ahmadian
+    et al., "Back to basics: revisiting REINFORCE-style optimization for learning from human feedback", ACL 2024.
+    """
+
+    phase = "rloo"
+
+
+@dataclass
+class ReinforceConfig(GRPOConfig):
+    """REINFORCE with a learned baseline: G independent subsets of each example, of which one is enough."""
+
+    preset: PresetName = "reinforce"
+    """See GRPOConfig."""
+
+
+class Reinforce(GRPO):
+    """GRPO with the preset "reinforce", under a name of its own.
+
+    Source: Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement learning", 1992.
+    """
+
+    phase = "reinforce"

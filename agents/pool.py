@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from agents.compute import Compute
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
@@ -35,6 +36,8 @@ class ExamplePool:
         if size < 1 or reuse < 1:
             raise ValueError(f"size and reuse must be at least 1; got size={size}, reuse={reuse}")
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
+        self.compute = Compute()
+        """What all who train on this pool have spent, the pool included: 1 for each example scored with all tokens."""
         self._generator = torch.Generator().manual_seed(seed)
         self._held: Encoded | None = None
         self._calls = 0
@@ -42,6 +45,7 @@ class ExamplePool:
         self._first_token = False
 
     def _score(self, encoded: Encoded) -> Scores:
+        self.compute.add(len(encoded))
         return self.vlm.score(encoded, encoded.full_selection(), first_token=self._first_token)
 
     def _draw(self, count: int) -> tuple[Encoded, Scores]:

@@ -1,0 +1,120 @@
+"""What every algorithm that trains a scorer does alike: draws budgets, takes a gradient step, says what it did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from grip_env.envs.sampling import tokens_in_budget
+from grip_env.vlms.base import Encoded
+
+__all__ = ["Learner", "Metrics", "check_batch", "check_budgets", "check_numbers", "draw_counts"]
+
+
+@dataclass
+class Metrics:
+    """What one step did, for the progress bar, the log and TensorBoard."""
+
+    phase: str
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """AdamW on a network, with clipped gradients and a learning rate that may decay along a cosine.
+
+    Args:
+        network: What is trained, in place.
+        learning_rate: Peak learning rate.
+        max_gradient_norm: Gradients are clipped to this norm.
+        decay_over: Steps over which the learning rate falls to 2% of its peak; 0 leaves it there.
+
+    Sources: Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019, and "SGDR: stochastic gradient
+    descent with warm restarts", ICLR 2017 (the cosine).
+    """
+
+    def __init__(
+        self, network: torch.nn.Module, learning_rate: float, max_gradient_norm: float, decay_over: int = 0
+    ) -> None:
+        self.network, self.peak = network, learning_rate
+        self.max_gradient_norm, self.decay_over = max_gradient_norm, decay_over
+        self.learning_rate = learning_rate
+        """The learning rate of the next step."""
+        self._optimizer = torch.optim.AdamW(
+            network.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
+
+    def begin(self, step: int) -> None:
+        """Set the learning rate of a step, counted from 0."""
+        if self.decay_over:
+            self.learning_rate = self.peak * (0.51 + 0.49 * math.cos(math.pi * step / self.decay_over))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def minimise(self, loss: torch.Tensor) -> float:
+        """Take one step down the gradient of ``loss``, a scalar; returns the gradient's norm before clipping."""
+        self._optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
+        self._optimizer.step()
+        return float(norm)
+
+
+def draw_counts(encoded: Encoded, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw a subset size for each example: log-uniform over the budgets, spread evenly in the batch.
+
+    Args:
+        encoded: B examples.
+        low: Smallest share of the tokens, in (0, 1].
+        high: Largest share.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        long (B,), on the examples' device.
+    """
+    count = len(encoded)
+    bottom, top = math.log(low), math.log(high)
+    place = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    budget = (bottom + (top - bottom) * place / count).exp()
+    pairs = zip(budget.tolist(), encoded.token_mask.sum(1).tolist(), strict=True)
+    return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
+
+
+def check_budgets(low: float, high: float) -> None:
+    """Raise ValueError unless two numbers are a range of shares of the tokens."""
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"budgets must satisfy 0 < min_budget <= max_budget <= 1; got {low}, {high}")
+
+
+def check_numbers(
+    options: object, at_least: Mapping[str, int], above_0: Sequence[str], not_negative: Sequence[str] = ()
+) -> None:
+    """Raise ValueError, naming the option, unless all options of an algorithm that are listed are finite and in range.
+
+    Args:
+        options: Has the options as attributes.
+        at_least: The least value allowed, by name.
+        above_0: Names of those that must be above 0.
+        not_negative: Names of those that may be 0.
+    """
+    for name, least in at_least.items():
+        if not least <= getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(options, name)}")
+    for name in above_0:
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be above 0; got {getattr(options, name)}")
+    for name in not_negative:
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must not be negative; got {getattr(options, name)}")
+
+
+def check_batch(instances: int, pool: int) -> None:
+    """Raise ValueError unless a pool of this size has as many examples as a step needs."""
+    if instances > pool:
+        raise ValueError(
+            f"a step needs as many examples as the pool holds, at most; got instances={instances} and pool={pool}: "
+            "choose a larger pool"
+        )

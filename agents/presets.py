@@ -1,0 +1,197 @@
+"""Options of GRPO, and named sets of them after the papers they come from.
+
+A preset decides the options that were not given: ``GRPOConfig(preset="dapo", clip_high=0.4)`` is DAPO with a wider
+clip. Options that a preset may decide are ``None`` until :meth:`GRPOConfig.resolved` fills them in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from agents.imitation import ImitationConfig
+from agents.learning import check_budgets, check_numbers
+
+__all__ = ["PRESETS", "GRPOConfig", "Objective", "PresetName"]
+
+Baseline = Literal["group_mean", "leave_one_out", "learned"]
+Scale = Literal["group", "batch", "none"]
+PresetName = Literal["default", "grpo", "dr-grpo", "dapo", "rloo", "reinforce"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What GRPO maximises: the options that presets decide. :class:`GRPOConfig` says what each is."""
+
+    baseline: Baseline = "group_mean"
+    scale: Scale = "group"
+    std_floor: float = 0.1
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    epochs: int = 1
+    kl_weight: float = 0.0
+    entropy_weight: float = 0.0
+    drop_flat: bool = False
+
+
+PRESETS: dict[str, Objective] = {
+    "default": Objective(),
+    "grpo": Objective(std_floor=1e-4, clip_high=0.2, kl_weight=0.04),
+    "dr-grpo": Objective(scale="none", clip_high=0.2),
+    "dapo": Objective(std_floor=1e-4, drop_flat=True),
+    "rloo": Objective(baseline="leave_one_out", scale="none", clip_high=0.2),
+    "reinforce": Objective(baseline="learned", scale="none", clip_high=0.2),
+}
+"""Objectives by name. Papers leave the floor of the standard deviation open, which continuous rewards need: 1e-4 stands
+for none. How much is drawn and how long is trained is no part of a preset, so that all cost the same."""
+
+
+def _decided(name: str, kind: Any) -> Any:
+    """Describe an option that presets decide to the command line: ``None`` is its default, and never an argument."""
+    values = {preset: getattr(objective, name) for preset, objective in PRESETS.items()}
+    usual = values["default"]
+    others = {value: [preset for preset, its in values.items() if its == value] for value in values.values()}
+    exceptions = [f"; {value} with {', '.join(presets)}" for value, presets in others.items() if value != usual]
+    hint = f"(default: {usual}{''.join(exceptions)})"
+    return tyro.conf.arg(constructor_factory=lambda: kind, help_behavior_hint=hint)
+
+
+@dataclass
+class GRPOConfig:
+    """Group-relative policy optimisation (GRPO)."""
+
+    preset: PresetName = "default"
+    """Decides the options that are not given: "grpo" (Shao et al. 2024), "dr-grpo" (no scaling; Liu et al. 2025),
+    "dapo" (wider clip upwards, groups that teach nothing left out; Yu et al. 2025), "rloo" (leave-one-out baseline;
+    Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own, GRPO with a
+    high floor under the standard deviation and no KL."""
+    steps: int = 360
+    """Policy updates with rewards."""
+    instances: int = 32
+    """Examples per step (B)."""
+    group: int = 16
+    """Subsets drawn for each example (G; GRPO, Shao et al. 2024, arXiv 2402.03300); 1 needs the learned baseline."""
+    min_budget: float = 0.03
+    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
+    max_budget: float = 0.5
+    """Largest share of tokens kept in training."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
+    temperature: float = 1.0
+    """The policy trained is that of the scores divided by this: above 1 it explores more. Subsets are drawn from the
+    policy itself, so gradients stay unbiased; what a trained agent keeps, the best scores, does not depend on it."""
+    baseline: Annotated[Baseline | None, _decided("baseline", Baseline)] = None
+    """What rewards are compared with: the group's mean (GRPO, Shao et al. 2024), the mean of the others in the group
+    (RLOO; Kool et al. 2019, Ahmadian et al. 2024, arXiv 2402.14740), or a network's prediction from the example and
+    the budget (REINFORCE with a baseline, Williams 1992)."""
+    scale: Annotated[Scale | None, _decided("scale", Scale)] = None
+    """What advantages are divided by: their root mean square in the group (GRPO, Shao et al. 2024) or in the batch
+    (Andrychowicz et al., ICLR 2021, for PPO), or nothing (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783)."""
+    std_floor: Annotated[float | None, _decided("std_floor", float)] = None
+    """Added to that root mean square: continuous rewards make tiny ones, which would blow noise up (1e-4 stands for
+    none, as in GRPO, Shao et al. 2024, whose rewards are far apart). Without scaling it has no effect."""
+    clip_low: Annotated[float | None, _decided("clip_low", float)] = None
+    """Ratios below 1 - clip_low earn nothing more (PPO, Schulman et al. 2017, arXiv 1707.06347); acts from the second
+    epoch on."""
+    clip_high: Annotated[float | None, _decided("clip_high", float)] = None
+    """Ratios above 1 + clip_high earn nothing more (a larger bound upwards: DAPO, Yu et al. 2025, arXiv 2503.14476);
+    acts from the second epoch on."""
+    epochs: Annotated[int | None, _decided("epochs", int)] = None
+    """Updates per batch of rewards (PPO, Schulman et al. 2017). With one epoch, a group's
+    baseline and no KL the surrogate's value is 0 whatever is learnt, though its gradient is not: watch the reward."""
+    kl_weight: Annotated[float | None, _decided("kl_weight", float)] = None
+    """Weight of KL(policy || warmed-up policy), exact, in nats per subset (GRPO, Shao et al. 2024, who estimate it)."""
+    entropy_weight: Annotated[float | None, _decided("entropy_weight", float)] = None
+    """Weight of an entropy bonus, in nats per kept token (A3C, Mnih et al. 2016; exact here)."""
+    drop_flat: Annotated[bool | None, _decided("drop_flat", bool)] = None
+    """Leave groups out whose rewards' standard deviation is below flat_below (dynamic sampling: DAPO, Yu et al. 2025,
+    who draw others in their place; here the mean is over the rest, at no further cost)."""
+    flat_below: float = 0.01
+    """Standard deviation of rewards, in their units, below which a group counts as flat (DAPO, Yu et al. 2025: 0)."""
+    value_learning_rate: float = 1e-3
+    """Peak learning rate of the learned baseline (Williams 1992); decays as that of the scorer."""
+    warmup_steps: int = 120
+    """Supervised steps before the first reward; 0 starts from uniform sampling."""
+    warmup_learning_rate: float = 1e-3
+    """Learning rate of the warm-up."""
+    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
+    """Whose choices the warm-up imitates; see ImitationConfig."""
+    teacher_cells: int = 6
+    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
+    pool: int = 768
+    """Encoded training examples held in memory."""
+    reuse: int = 4
+    """About how often each is used before a new one takes its place."""
+
+    def objective(self) -> Objective:
+        """Return what is maximised: the options given, and those of the preset for the others.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
+        names = [field.name for field in dataclasses.fields(Objective)]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(PRESETS[self.preset], **given)
+
+    def resolved(self) -> GRPOConfig:
+        """Return the same with every option filled in; what a run was trained with.
+
+        Raises:
+            ValueError: If a setting is impossible, or settings contradict each other.
+        """
+        whole = dataclasses.replace(self, **dataclasses.asdict(self.objective()))
+        check_budgets(whole.min_budget, whole.max_budget)
+        check_numbers(
+            whole,
+            {"instances": 1, "group": 1, "epochs": 1, "steps": 0, "warmup_steps": 0},
+            # a floor of 0 would divide by 0 in every group of equal rewards
+            above_0=(
+                *("learning_rate", "warmup_learning_rate", "value_learning_rate"),
+                *("max_gradient_norm", "std_floor", "temperature"),
+            ),
+            not_negative=("clip_low", "clip_high", "kl_weight", "flat_below"),
+        )
+        for name, kind, what in (("scale", Scale, "advantage scale"), ("baseline", Baseline, "baseline")):
+            choices = get_args(kind)
+            if getattr(whole, name) not in choices:
+                listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise ValueError(f"unknown {what} {getattr(whole, name)!r}: choose {listed}")
+        if whole.group == 1:
+            lone = [
+                text
+                for wrong, text in (
+                    (whole.baseline != "learned", f"baseline={whole.baseline!r}"),
+                    (whole.scale == "group", "scale='group'"),
+                    (whole.drop_flat, "drop_flat=True"),
+                )
+                if wrong
+            ]
+            if lone:
+                raise ValueError(
+                    f"{' and '.join(lone)}: a group needs at least 2 subsets to compare; got group=1: draw more, or "
+                    "choose preset='reinforce', whose baseline is learned"
+                )
+        return whole
+
+    def warm_up(self) -> ImitationConfig:
+        """Return the warm-up as what it is: a short imitation at a constant learning rate."""
+        return ImitationConfig(
+            steps=self.warmup_steps,
+            instances=self.instances,
+            min_budget=self.min_budget,
+            max_budget=self.max_budget,
+            learning_rate=self.warmup_learning_rate,
+            schedule="constant",
+            max_gradient_norm=self.max_gradient_norm,
+            teacher=self.teacher,
+            teacher_cells=self.teacher_cells,
+            pool=self.pool,
+            reuse=self.reuse,
+        )

@@ -1,0 +1,62 @@
+"""A learned baseline: a network that predicts what the policy will earn on an example at a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from agents.learning import Learner
+from agents.scorer import Scorer, ScorerConfig
+from grip_env.vlms.base import Encoded
+
+__all__ = ["ValueBaseline"]
+
+
+class ValueBaseline:
+    """Predicts the mean reward of the subsets drawn for an example at a budget.
+
+    A scorer of one block reads the example, and the mean of its outputs over the visual tokens is the prediction
+    (Zaheer et al., "Deep sets", NeurIPS 2017).
+
+    Args:
+        config: Of the scorer that is the policy; the number of its blocks is not taken over.
+        learning_rate: Peak learning rate.
+        max_gradient_norm: Gradients are clipped to this norm.
+        decay_over: Steps over which the learning rate falls to 2% of its peak.
+        seed: Decides the weights.
+        device: Where the network lives.
+
+    A prediction made before the subsets of a step are learnt from does not depend on them, so that subtracting it
+    leaves policy gradients unbiased, however bad it is. Source: Williams, "Simple statistical gradient-following
+    algorithms for connectionist reinforcement learning", Machine Learning 8, 1992.
+    """
+
+    def __init__(
+        self,
+        config: ScorerConfig,
+        learning_rate: float,
+        max_gradient_norm: float,
+        decay_over: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are without a baseline
+            torch.manual_seed(seed)
+            self.network = Scorer(dataclasses.replace(config, blocks=1)).to(device)
+        self._learner = Learner(self.network, learning_rate, max_gradient_norm, decay_over)
+
+    def _values(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
+        return self.network.score(encoded, kept).sum(1) / encoded.token_mask.sum(1)  # padding scores 0
+
+    @torch.no_grad()
+    def predict(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
+        """Return the predicted reward, float (B,), of subsets of size ``kept``, long (B,)."""
+        return self._values(encoded, kept)
+
+    def learn(self, encoded: Encoded, kept: torch.Tensor, rewards: torch.Tensor, step: int) -> float:
+        """Take one step towards the rewards (B, G) that were earned; returns the mean squared error before it."""
+        self._learner.begin(step)
+        loss = (self._values(encoded, kept)[:, None] - rewards).square().mean()
+        self._learner.minimise(loss)
+        return float(loss.detach())
