@@ -1,14 +1,15 @@
 """Continuous relaxations: the scorer learns by back-propagation through the frozen model, and not from rewards.
 
-Which tokens to keep is a discrete choice, so that no gradient passes through it. A relaxation lets one pass through gates
-between 0 and 1, in one of three ways here: :class:`GumbelTopK`, :class:`SigmoidGates` and :class:`SoftTopK`. All act on
-the model's attention, train the same scorer as GRPO does after the same warm-up and on the same examples and budgets, and
-keep its k best tokens when they are done. They are rivals to GRPO: where they win, rewards are not worth their price.
+Which tokens to keep is a discrete choice, and no gradient passes through one. A relaxation lets it pass through gates
+between 0 and 1, in one of three ways here: :class:`GumbelTopK`, :class:`SigmoidGates` and :class:`SoftTopK`. All act
+on the model's attention, train the same scorer as GRPO does, after the same warm-up, on the same examples and budgets,
+and keep its k best tokens when they are done. They are rivals to GRPO: where they win, rewards are not worth their
+price.
 
 Gates of 0 and 1 in the forward pass with the gradient of numbers in between ("straight-through"; Bengio, Léonard &
-Courville, "Estimating or propagating gradients through stochastic neurons", 2013, arXiv 1308.3432) are what is scored in
-the end. What helps most is not in those papers: the likelihood saturates in a token's gate, so that its slope at 0 may be
-a thousand times what the whole token is worth. A gate that never closes fully (``leak``) has a slope that tells more.
+Courville, "Estimating or propagating gradients through stochastic neurons", 2013, arXiv 1308.3432) are what is scored
+in the end. What helps as much is not in those papers: the likelihood saturates in a token's gate, so that its slope at
+0 can be a thousand times what the whole token is worth. Where a gate never closes fully (``leak``), it tells more.
 """
 
 from __future__ import annotations
@@ -112,9 +113,8 @@ class SoftTopKConfig(RelaxedConfig):
 def gumbel_noise(scores: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
     """Draw standard Gumbel noise for each of the scores (B, N), ``samples`` times: float (S, B, N).
 
-    The k largest of scores + noise are a draw without replacement from the softmax of the scores, by which one token is
-    taken after the other: the Plackett-Luce law (Kool, van Hoof & Welling, "Stochastic beams and where to find them", ICML
-    2019).
+    The k largest of scores + noise are k draws without replacement from the softmax of the scores, which is the
+    Plackett-Luce law (Kool, van Hoof & Welling, "Stochastic beams and where to find them", ICML 2019).
     """
     uniform = torch.rand(samples, *scores.shape, generator=generator).to(scores.device)
     return -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
@@ -208,8 +208,8 @@ class Relaxation(ABC):
     ) -> None:
         if resolve_reward(reward) != AnswerLogLikelihood():
             raise ValueError(
-                f"{type(self).__name__} learns by gradients through the model, which reach log_likelihood only; got the "
-                f"reward {reward!r}: choose log_likelihood, or GRPO for any other"
+                f"{type(self).__name__} learns by gradients through the model, which reach log_likelihood only; got "
+                f"the reward {reward!r}: choose log_likelihood, or GRPO for any other"
             )
         if config.samples < 1:
             raise ValueError(f"samples must be at least 1; got {config.samples}")
@@ -218,7 +218,7 @@ class Relaxation(ABC):
                 raise ValueError(f"{name} must be above 0; got {getattr(config, name)}")
         if not 0 <= config.leak < 1:
             raise ValueError(f"leak must be at least 0 and below 1; got {config.leak}")
-        check_gates(vlm)
+        self._gated = check_gates(vlm)
         shared = {name: getattr(config, name) for name in vars(RelaxedConfig()) if name in vars(GRPOConfig())}
         self._grpo = GRPO(vlm, pool, scorer, GRPOConfig(**shared), reward, seed)  # for what both do alike
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
@@ -277,7 +277,7 @@ class Relaxation(ABC):
             kept = self._grpo.draw_counts(encoded)
             gates, cost = self.gates(self.scorer.score(encoded, kept), kept, encoded.token_mask, temperature)
             gates = (config.leak + (1 - config.leak) * gates).transpose(0, 1)  # (B, S, N)
-            likelihood = gated_log_likelihood(self.vlm, encoded, gates)  # (B, S)
+            likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
             self.compute.add(likelihood.numel(), backward=True)
             norm = self._grpo._apply((cost - likelihood.mean(1)).mean(), optimizer)
             gain = (likelihood.detach() - full.log_likelihood).mean(1)
@@ -328,11 +328,12 @@ class GumbelTopK(Relaxation):
 class SigmoidGates(Relaxation):
     """Opens each gate by itself, and pays for opening more or fewer of them than the budget has room for.
 
-    With ``hard`` gates these are straight-through Bernoulli draws, otherwise hard-concrete ones. Scores are shifted by the
-    log-odds of the budget and by a constant, found on the first batch, that opens as many gates as the budgets ask for.
+    With ``hard`` gates these are straight-through Bernoulli draws, otherwise hard-concrete ones. Scores are shifted by
+    the log-odds of the budget and by a constant, found on the first batch, that opens as many gates as the budgets ask
+    for.
 
-    Sources: Louizos et al., ICLR 2018; Maddison et al., ICLR 2017; the penalty on the kept share after DynamicViT (Rao et
-    al., NeurIPS 2021), here in the logarithm, so that small budgets count as much as large ones.
+    Sources: Louizos et al., ICLR 2018; Maddison et al., ICLR 2017; the penalty on the kept share after DynamicViT (Rao
+    et al., NeurIPS 2021), here in the logarithm, so that small budgets count as much as large ones.
     """
 
     phase = "sigmoid"

@@ -1,21 +1,21 @@
 """How likely a frozen model finds an answer when each visual token is let through by a gate between 0 and 1.
 
-A gate acts on attention: its logarithm is added to what every layer's queries find at the token's key, as in the masked
-attention of DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034). A token with gate 0 is then as good as dropped and
-one with gate 1 as good as kept, so that gates of 0 and 1 give what ``vlm.score`` gives, and the gradient says of dropped
-tokens, too, what a little of them would do. Multiplying features by gates gives neither: a zero vector in the sequence is
-something that no model was trained on.
+A gate acts on attention: its logarithm is added to what the queries of every layer find at the token's key, as in the
+masked attention of DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034). A token with gate 0 is then as good as
+dropped and one with gate 1 as good as kept, so that gates of 0 and 1 give what ``vlm.score`` gives, and the gradient
+tells of dropped tokens, too, what a little of them would do. Features multiplied by gates do neither: a zero vector in
+the sequence is nothing that a model was trained on, and layers that normalise undo any other factor.
 """
 
 from __future__ import annotations
 
 import torch
 
-from grip_env.vlms.base import Encoded
+from grip_env.vlms.base import Encoded, FrozenVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM, _mean_log_likelihood
 from grip_env.vlms.staged import StagedForward, decoder_of
 
-__all__ = ["gated_log_likelihood"]
+__all__ = ["check_gates", "gated_log_likelihood"]
 
 SMALLEST = 1e-8
 """Added to gates before the logarithm is taken: what is left of a token with gate 0, relative to one with gate 1."""
@@ -62,8 +62,10 @@ def gated_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, gates: torch.Ten
     flat = gates.detach().flatten(0, 1)  # (B * G, N)
     example = torch.arange(batch, device=flat.device).repeat_interleave(gates.shape[1])
     learning = gates.requires_grad and torch.is_grad_enabled()
-    values, slopes = [], []
-    for rows in torch.arange(len(flat), device=flat.device).split(max(1, vlm.token_budget // encoded.input_ids.shape[1])):
+    values: list[torch.Tensor] = []
+    slopes: list[torch.Tensor] = []
+    most = max(1, vlm.token_budget // encoded.input_ids.shape[1])
+    for rows in torch.arange(len(flat), device=flat.device).split(most):
         part = flat[rows].requires_grad_(learning)
         with torch.set_grad_enabled(learning):
             value = _likelihood(run[example[rows]], part)
@@ -77,12 +79,13 @@ def gated_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, gates: torch.Ten
     return result.reshape(gates.shape[:2])
 
 
-def check_gates(vlm: HuggingFaceVLM) -> None:
-    """Raise unless gates can act on the model's attention; see :func:`gated_log_likelihood`."""
+def check_gates(vlm: FrozenVLM) -> HuggingFaceVLM:
+    """Return the model if gates can act on its attention, or raise as :func:`gated_log_likelihood` does."""
     try:
         decoder_of(vlm)
     except NotImplementedError as error:
         raise NotImplementedError(f"gates on attention need the layers of the language model: {error}") from None
+    assert isinstance(vlm, HuggingFaceVLM)  # decoder_of knows no other
     if vlm.position_policy != "original":
         raise ValueError(
             f"gates between 0 and 1 leave every token at its place, and this model has position_policy "
