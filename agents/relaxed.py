@@ -79,7 +79,10 @@ class RelaxedConfig:
     """Use gates of 0 and 1 in the forward pass, and soft ones for the gradient only (straight-through: Bengio et al.
     2013)."""
     leak: float = 0.03
-    """What a closed gate lets through. At 0 the forward pass is that of the pruned model, but slopes are extreme."""
+    """What a closed gate lets through at first. At 0 the forward pass is that of the pruned model, but slopes are
+    extreme."""
+    final_leak: float = 0.03
+    """What it lets through in the end; in between, evenly less."""
     warmup_steps: int = 120
     """Supervised steps, the same as GRPO's, before the first gate; 0 starts from equal scores."""
     warmup_learning_rate: float = 1e-3
@@ -139,13 +142,16 @@ def relaxed_top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, 
     >>> relaxed_top_k(scores, torch.tensor([2]), torch.ones(1, 3, dtype=torch.bool), 0.1).round(decimals=2)
     tensor([[1., 0., 1.]])
     """
-    logits = (scores / temperature).masked_fill(~mask, -torch.inf)
+    left = scores.masked_fill(~mask, -1e9)  # finite, so that rows that run out of tokens give no NaN
     total = torch.zeros_like(scores)
     for taken in range(int(kept.max())):
+        logits = left / temperature
         share = logits.softmax(-1)
         total = total + share * (taken < kept)[:, None]
-        # a share of 1 would leave -inf, and NaN in the gradient
-        logits = logits + (-share).clamp_min(-1 + 1e-6).log1p()
+        # log(1 - share) loses its digits at the one token whose share may be near 1: there it is taken from the others
+        largest = torch.zeros_like(share, dtype=torch.bool).scatter(-1, logits.argmax(-1, keepdim=True), True)
+        others = logits.masked_fill(largest, -1e9 / temperature).logsumexp(-1) - logits.logsumexp(-1)
+        left = left + torch.where(largest, others[..., None], (-share.clamp_max(0.5)).log1p())
     return total
 
 
@@ -216,8 +222,9 @@ class Relaxation(ABC):
         for name in ("temperature", "final_temperature"):
             if not 0 < getattr(config, name) < math.inf:
                 raise ValueError(f"{name} must be above 0; got {getattr(config, name)}")
-        if not 0 <= config.leak < 1:
-            raise ValueError(f"leak must be at least 0 and below 1; got {config.leak}")
+        for name in ("leak", "final_leak"):
+            if not 0 <= getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(config, name)}")
         self._gated = check_gates(vlm)
         shared = {name: getattr(config, name) for name in vars(RelaxedConfig()) if name in vars(GRPOConfig())}
         self._grpo = GRPO(vlm, pool, scorer, GRPOConfig(**shared), reward, seed)  # for what both do alike
@@ -273,10 +280,11 @@ class Relaxation(ABC):
                 group["lr"] = config.learning_rate * decay
             annealed = step / max(1, config.steps - 1)
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
+            leak = config.leak * (1 - annealed) + config.final_leak * annealed
             encoded, full = self.pool.batch(config.instances)
             kept = self._grpo.draw_counts(encoded)
             gates, cost = self.gates(self.scorer.score(encoded, kept), kept, encoded.token_mask, temperature)
-            gates = (config.leak + (1 - config.leak) * gates).transpose(0, 1)  # (B, S, N)
+            gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
             likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
             self.compute.add(likelihood.numel(), backward=True)
             norm = self._grpo._apply((cost - likelihood.mean(1)).mean(), optimizer)
@@ -291,6 +299,7 @@ class Relaxation(ABC):
                 "open_gates": float(opened.mean()),
                 "cost": float(cost.detach().mean()),
                 "temperature": temperature,
+                "leak": leak,
                 "gradient_norm": norm,
                 "learning_rate": config.learning_rate * decay,
             }

@@ -91,6 +91,7 @@ def check_gates(vlm: FrozenVLM) -> HuggingFaceVLM:
             f"gates between 0 and 1 leave every token at its place, and this model has position_policy "
             f"{vlm.position_policy!r}, which renumbers what is kept: load it with position_policy='original'"
         )
+    return vlm
 
 
 def _likelihood(run: StagedForward, gates: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,7 @@ def test_hard_gates_give_what_pruning_gives(kind: str, attention: str) -> None:
     assert (gated[:, 0] - gated[:, -1]).abs().max() > 1e-3  # tokens matter, so that the above says something
 
 
-def test_hard_gates_of_the_embedded_model_give_what_pruning_gives(
-    random_vlm: HuggingFaceVLM, encoded: Encoded
-) -> None:
+def test_hard_gates_of_the_embedded_model_give_what_pruning_gives(random_vlm: HuggingFaceVLM, encoded: Encoded) -> None:
     selection = subsets(encoded, (1, 4, 14, 72))
     gated = gated_log_likelihood(random_vlm, encoded, selection.float())
     torch.testing.assert_close(gated, random_vlm.log_likelihood(encoded, selection), atol=1e-4, rtol=0)
@@ -89,8 +87,8 @@ def test_closed_gates_have_finite_slopes(random_vlm: HuggingFaceVLM, encoded: En
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
     opened = 1e-3 * (gates == 0)
-    measured = (
-        gated_log_likelihood(random_vlm, encoded, gates + opened) - gated_log_likelihood(random_vlm, encoded, gates)
+    measured = gated_log_likelihood(random_vlm, encoded, gates + opened) - gated_log_likelihood(
+        random_vlm, encoded, gates
     )
     torch.testing.assert_close((leaf.grad * opened).sum(-1), measured, atol=2e-4, rtol=0.2)
 
@@ -128,7 +126,7 @@ def test_other_families_are_refused_by_name(kind: str) -> None:
 
 
 def test_misuse_is_refused(random_vlm: HuggingFaceVLM, encoded: Encoded, scene_examples: list[Example]) -> None:
-    with pytest.raises(NotImplementedError, match="gates on attention .*'fake' is a FakeVLM"):
+    with pytest.raises(NotImplementedError, match=r"gates on attention .*'fake' is a FakeVLM"):
         check_gates(FakeVLM())
     for gates in (torch.ones(3, 144), torch.ones(3, 1, 143), torch.ones(3, 1, 144, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"floats of shape \(3, G, 144\); got .*give one number"):
