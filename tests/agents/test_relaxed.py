@@ -13,6 +13,7 @@ import torch
 import agents.relaxed as relaxed
 import grip_env
 from agents.base import budget_to_count, top_k
+from agents.gates import binary_gates, budget_penalty, gumbel_noise, relaxed_top_k
 from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool
 from agents.relaxed import (
@@ -24,10 +25,6 @@ from agents.relaxed import (
     SigmoidGatesConfig,
     SoftTopK,
     SoftTopKConfig,
-    binary_gates,
-    budget_penalty,
-    gumbel_noise,
-    relaxed_top_k,
 )
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
