@@ -25,7 +25,9 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 __all__ = ["ALGORITHMS", "Agent", "NoOptions", "ScorerAgent", "Setting", "as_selector", "find_algorithm", "register"]
 
 ALGORITHMS: dict[str, str] = {
-    "grpo": "agents.algorithms",
+    **dict.fromkeys(
+        ("grpo", "rloo", "reinforce", "imitation", "gumbel-top-k", "sigmoid-gates", "soft-top-k"), "agents.algorithms"
+    ),
 }
 """The algorithms that come with the package, and the modules that register them."""
 
@@ -79,7 +81,7 @@ class Agent(Protocol):
 
     Beside what is listed here it has ``select``, as a :class:`~agents.base.Policy` has, or is called with batches of
     encoded examples, as a :class:`~agents.base.Selector` is. A class may also have ``Options``, a dataclass of
-    hyperparameters with a docstring under each, and ``phases``, how many steps each phase of :meth:`learn` has, by name.
+    hyperparameters with a docstring under each, and ``phases``, the number of steps of each phase of :meth:`learn`.
     """
 
     def __init__(self, setting: Setting, options: Any) -> None:
@@ -175,14 +177,14 @@ def as_selector(chooser: Policy | Selector) -> Selector:
 
     A policy that is also a ``torch.nn.Module`` can be called for other reasons: ``select`` goes first.
     """
-    return PolicySelector(chooser) if hasattr(chooser, "select") else chooser
+    return PolicySelector(chooser) if isinstance(chooser, Policy) else chooser
 
 
 class ScorerAgent:
     """An agent that is one trained :class:`~agents.scorer.Scorer`, whatever algorithm trains it.
 
-    A subclass names the algorithm: a class made as ``Algorithm(vlm, pool, scorer, options, reward, seed)``, with a method
-    ``train()`` that yields metrics.
+    A subclass names the algorithm: a class made as ``Algorithm(vlm, pool, scorer, options, reward, seed)``, with a name
+    of its ``phase`` and a method ``train()`` that yields metrics.
     """
 
     Options: ClassVar[type]
@@ -193,7 +195,7 @@ class ScorerAgent:
         self.scorer = Scorer(ScorerConfig(token_width=setting.vlm.width)).to(_device(setting.vlm))
         pool = setting.pool(options.pool, options.reuse)
         self._algorithm = self.Algorithm(setting.vlm, pool, self.scorer, options, setting.reward, setting.seed)
-        self.phases = {"warmup": options.warmup_steps, "grpo": options.steps}
+        self.phases = {"warmup": getattr(options, "warmup_steps", 0), self.Algorithm.phase: options.steps}
         """How many steps each phase has."""
 
     def learn(self) -> Iterator[Any]:

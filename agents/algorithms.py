@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from agents.agent import ScorerAgent, register
-from agents.grpo import GRPO, GRPOConfig
+from agents.grpo import GRPO, RLOO, GRPOConfig, Reinforce, ReinforceConfig, RLOOConfig
+from agents.imitation import Imitation, ImitationConfig
+from agents.relaxed import (
+    GumbelTopK,
+    GumbelTopKConfig,
+    SigmoidGates,
+    SigmoidGatesConfig,
+    SoftTopK,
+    SoftTopKConfig,
+)
 
-__all__ = ["GRPOAgent"]
+__all__ = [
+    "GRPOAgent",
+    "GumbelTopKAgent",
+    "ImitationAgent",
+    "RLOOAgent",
+    "ReinforceAgent",
+    "SigmoidGatesAgent",
+    "SoftTopKAgent",
+]
 
 
 @register("grpo")
@@ -13,3 +30,45 @@ class GRPOAgent(ScorerAgent):
     """A scorer trained by :class:`~agents.grpo.GRPO`."""
 
     Options, Algorithm = GRPOConfig, GRPO
+
+
+@register("rloo")
+class RLOOAgent(ScorerAgent):
+    """A scorer trained by :class:`~agents.grpo.RLOO`."""
+
+    Options, Algorithm = RLOOConfig, RLOO
+
+
+@register("reinforce")
+class ReinforceAgent(ScorerAgent):
+    """A scorer trained by :class:`~agents.grpo.Reinforce`."""
+
+    Options, Algorithm = ReinforceConfig, Reinforce
+
+
+@register("imitation")
+class ImitationAgent(ScorerAgent):
+    """A scorer trained by :class:`~agents.imitation.Imitation`."""
+
+    Options, Algorithm = ImitationConfig, Imitation
+
+
+@register("gumbel-top-k")
+class GumbelTopKAgent(ScorerAgent):
+    """A scorer trained by :class:`~agents.relaxed.GumbelTopK`."""
+
+    Options, Algorithm = GumbelTopKConfig, GumbelTopK
+
+
+@register("sigmoid-gates")
+class SigmoidGatesAgent(ScorerAgent):
+    """A scorer trained by :class:`~agents.relaxed.SigmoidGates`."""
+
+    Options, Algorithm = SigmoidGatesConfig, SigmoidGates
+
+
+@register("soft-top-k")
+class SoftTopKAgent(ScorerAgent):
+    """A scorer trained by :class:`~agents.relaxed.SoftTopK`."""
+
+    Options, Algorithm = SoftTopKConfig, SoftTopK

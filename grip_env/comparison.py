@@ -55,9 +55,9 @@ class Comparison:
     ``cells[method][budget]`` holds "log_likelihood" and "accuracy", means over the examples, "log_likelihood_se", the
     standard error of that mean, "families", the same two means for each question family, "tokens", how many visual
     tokens are left at the end, and, of methods that drop tokens inside the language model, "layer_average", how many
-    there are on average over its layers, and "flops", its cost as a share of that without pruning. A method trained with
-    several seeds has means over them, and "log_likelihood_sd" and "accuracy_sd", standard deviations over them. A budget
-    that a method cannot keep is absent. ``log_likelihoods[method][budget]`` are those of the single examples, float32
+    there are on average over its layers, and "flops", its cost as a share of that without pruning. A method trained
+    with several seeds has means over them, and "log_likelihood_sd" and "accuracy_sd", standard deviations over them. A
+    budget that a method cannot keep is absent. ``log_likelihoods[method][budget]`` are those of the single examples, float32
     (seeds, examples).
     """
 
@@ -92,7 +92,7 @@ class Comparison:
         """
         ours, theirs = (self.log_likelihoods[name][budget] for name in (method, rival))  # (seeds, examples)
         gains = ours.mean(0) - theirs.mean(0)
-        each = (ours if len(ours) == len(theirs) else ours) - (theirs if len(ours) == len(theirs) else theirs.mean(0))
+        each = ours - (theirs if len(ours) == len(theirs) else theirs.mean(0))
         spread = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
         return Margin(float(gains.mean()), 1.96 * float(spread), float(each.mean(1).min()))
 
@@ -179,7 +179,9 @@ class Comparison:
                     shown.append("-")
             if any(text != "-" for text in shown):
                 lines.append(f"| {method} | {' | '.join(shown)} |")
-        title = "**Visual tokens** where they are not what the budget says: on average over the layers, at the end, and "
+        title = (
+            "**Visual tokens** where they are not what the budget says: on average over the layers, at the end, and "
+        )
         title += "FLOPs of the language model as a share of those without pruning; or at the end alone"
         return ["", title, "", *self._head(), *lines] if lines else []
 
@@ -273,7 +275,7 @@ def compare(
             pruners inside the language model.
         split: Which split; use "validation" while you tune.
         examples: How many examples.
-        budgets: Shares of tokens to keep. Those that a pruner inside the language model cannot keep are left out for it.
+        budgets: Shares of tokens to keep; one that a pruner inside the language model cannot keep is left out for it.
         seed: For methods that draw at random.
         progress: Show a progress bar.
     """

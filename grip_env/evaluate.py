@@ -107,7 +107,7 @@ def report(
     budgets: Sequence[float] = BUDGETS,
     progress: bool = True,
 ) -> Comparison:
-    """Compare a run's agent, print the tables, and write tables and pictures into ``out`` (the run's folder by default).
+    """Compare a run's agent, print the tables, and write tables and pictures.
 
     Args:
         run: The run's folder, whose warm-up is compared with, if there is one.
@@ -116,7 +116,7 @@ def report(
         agent: What was trained.
         split: Examples to compare on.
         examples: How many.
-        out: Where to write.
+        out: Where to write; the run's folder by default.
         policies: What to compare with, see :class:`Config`.
         budgets: Shares of the tokens.
         progress: Show a progress bar.
@@ -144,7 +144,7 @@ def named_contenders(
     Raises:
         CommandError: If there is none of a name, or one that was asked for cannot run here.
     """
-    from agents.heuristics import method
+    from agents.methods import find_method
 
     usual = ("random", "uniform-grid", "cls-attention", "divprune", "oracle")
     names = [name.strip() for name in policies.split(",") if name.strip()] or list(usual)
@@ -156,7 +156,7 @@ def named_contenders(
             found[name] = _own_policy(name)
             continue
         try:
-            one = method(name)
+            one = find_method(name)
         except ValueError as error:
             raise CommandError(f"--policies: {error}, or give package.module:Class") from None
         refusal = one.refusal(vlm, first)

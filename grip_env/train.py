@@ -33,7 +33,8 @@ class Config(ModelConfig):
     """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
 
     algo: str = "grpo"
-    """The algorithm: ALGORITHMS; or your own class, as "package.module:Class"."""
+    """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, or your own class, as
+    "package.module:Class"."""
     task: Literal["scenes"] = "scenes"
     """Where images and questions come from."""
     data: Path | None = None
@@ -163,7 +164,9 @@ def train(config: Config) -> Path:
         except NotImplementedError as error:
             raise CommandError(f"--{key.replace('_', '-')}.teacher attention: {error}: choose gradient") from None
     checksum = vlm.checksum()
-    name = config.name or f"{config.algo.replace(':', '.')}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = (
+        config.name or f"{config.algo.replace(':', '.')}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     run = RunFolder(config.runs / name)
     about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
     run.write_config(saved_config(config), **about)
@@ -243,8 +246,15 @@ def train(config: Config) -> Path:
 
 
 def saved_config(config: Config) -> dict[str, Any]:
-    """Return a configuration as it is saved: the algorithm's hyperparameters under its own name."""
-    content = dataclasses.asdict(config)
+    """Return a configuration as it is saved: the algorithm's hyperparameters under its own name, all filled in.
+
+    Raises:
+        ValueError: If a hyperparameter is impossible.
+    """
+    options = config.options
+    content = dataclasses.asdict(
+        dataclasses.replace(config, options=options.resolved() if hasattr(options, "resolved") else options)
+    )
     return content | {options_name(config.algo): content.pop("options")}
 
 

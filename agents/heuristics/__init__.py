@@ -5,17 +5,15 @@ never padding. Replacers, which change what tokens say, use no more. No publishe
 equal scores the one with the lower index wins.
 """
 
+from agents.base import Selector
 from agents.heuristics.attention import VisPruner, cls_attention, received_attention
 from agents.heuristics.basic import all_tokens, feature_norm, oracle, random_tokens, uniform_grid
 from agents.heuristics.diversity import CDPruner, max_min_diversity
-from agents.heuristics.registry import BASELINES, METHODS, Method, method, methods_table
 from agents.heuristics.replacing import Replacement, Replacer, VisionZip, downsampled_image
 
 __all__ = [
     "BASELINES",
-    "METHODS",
     "CDPruner",
-    "Method",
     "Replacement",
     "Replacer",
     "VisPruner",
@@ -25,10 +23,17 @@ __all__ = [
     "downsampled_image",
     "feature_norm",
     "max_min_diversity",
-    "method",
-    "methods_table",
     "oracle",
     "random_tokens",
     "received_attention",
     "uniform_grid",
 ]
+
+BASELINES: dict[str, Selector] = {
+    "random": random_tokens,
+    "uniform grid": uniform_grid,
+    "CLS attention": cls_attention,
+    "max-min diversity": max_min_diversity,
+    "oracle": oracle,
+}
+"""What every report compares with unless it is told otherwise, by the name in its tables."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from grip_env.vlms.base import Encoded, FrozenVLM
-from grip_env.vlms.huggingface import HuggingFaceVLM, _mean_log_likelihood
+from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.staged import StagedForward, decoder_of
 
 __all__ = ["check_gates", "gated_log_likelihood"]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from agents.base import Selector
 from agents.heuristics import (
-    METHODS,
     CDPruner,
     VisPruner,
     cls_attention,
@@ -23,13 +22,16 @@ from agents.heuristics import (
     received_attention,
     uniform_grid,
 )
+from agents.methods import METHODS
 from grip_env.vlms.base import Encoded
 from tests.agents.batches import AttentiveVLM, random_batch, random_counts
 
 VLM = AttentiveVLM()
 
 SELECTORS: dict[str, Selector] = {
-    name: method.run for name, method in METHODS.items() if not method.replaces and name != "oracle"
+    name: method.run
+    for name, method in METHODS.items()
+    if not method.replaces and not {"ground truth", "answer", "decoder layers"} & set(method.needs)
 } | {  # type: ignore[dict-item]
     "cdpruner, least relevant": CDPruner(sign=-1),
     "vispruner, 3/4": VisPruner(ratio=0.75),

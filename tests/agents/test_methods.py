@@ -8,11 +8,16 @@ import re
 import pytest
 import torch
 
-from agents.heuristics import BASELINES, METHODS, Replacement, method, methods_table
+from agents.contenders import Outcome, run_contender
+from agents.heuristics import BASELINES
+from agents.inside import InsidePruner
+from agents.methods import METHODS, find_method, methods_table
 from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms.test_families import examples, make
+
+INSIDE = {name for name, one in METHODS.items() if "decoder layers" in one.needs}
 
 
 def test_names_are_short_and_titles_tell_methods_apart() -> None:
@@ -25,14 +30,14 @@ def test_names_are_short_and_titles_tell_methods_apart() -> None:
 
 def test_unknown_names_are_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no method 'fastervlm': choose from random, uniform-grid, norm"):
-        method("fastervlm")
+        find_method("fastervlm")
 
 
 def test_the_table_has_a_line_for_each_method() -> None:
     lines = methods_table().splitlines()
     assert len(lines) == len(METHODS) + 2
     assert {line.count("|") for line in lines} == {5}
-    assert methods_table(["divprune"]).splitlines()[2].startswith("| `divprune` | max-min diversity | ")
+    assert any(line.startswith("| `divprune` | max-min diversity | ") for line in lines)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -41,14 +46,20 @@ def test_methods_return_what_they_say(name: str, random_vlm: HuggingFaceVLM) -> 
 
     encoded = random_vlm.encode([SceneTask().example("validation", 0)])
     assert METHODS[name].refusal(random_vlm, encoded) is None
-    result = METHODS[name].run(random_vlm, encoded, torch.tensor([9]), torch.Generator().manual_seed(0))
-    assert isinstance(result, Replacement) == METHODS[name].replaces
+    kept = torch.tensor([100])  # FastV cannot do with fewer on average
+    result = run_contender(METHODS[name].run, random_vlm, encoded, kept, torch.Generator().manual_seed(0))
+    assert isinstance(result, Outcome) == (METHODS[name].replaces or isinstance(METHODS[name].run, InsidePruner))
+    if isinstance(result, Outcome):
+        assert result.spent["tokens"].item() <= 100
+        assert result.log_likelihood.isfinite().all()
+    else:
+        assert result.sum().item() == 100
 
 
 def test_what_a_model_lacks_is_said_once_and_by_name() -> None:
     without_cls, tiled = make("qwen2_vl"), make("internvl")
     expected = {
-        without_cls: {"cls-attention", "visionzip", "vispruner", "oracle"},
+        without_cls: {"cls-attention", "visionzip", "vispruner", "oracle"} | INSIDE,
         tiled: {"cls-attention", "received-attention", "visionzip", "vispruner", "downsampled", "oracle"},
     }
     for vlm, names in expected.items():
@@ -66,6 +77,6 @@ def test_new_tokens_are_not_for_blocks_nor_is_a_question_that_nobody_asks(random
     blocks = BlockVLM(random_vlm)
     encoded = blocks.encode([FakeTask().example("train", 0)])
     refused = {name for name, one in METHODS.items() if one.refusal(blocks, encoded) is not None}
-    assert refused == {"visionzip", "downsampled"}
+    assert refused == {"visionzip", "downsampled"} | INSIDE
     silent = dataclasses.replace(encoded, question_mask=torch.zeros_like(encoded.question_mask))
     assert METHODS["cdpruner"].refusal(FakeVLM(), silent) == "CDPruner needs a question, and there is none"

@@ -1,23 +1,35 @@
-"""The methods by name: what ``--policies a,b,c`` can name, where each comes from and what it takes."""
+"""Every method that needs no training, by the name that ``evaluate --policies`` knows it by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from agents.base import Selector
+from agents.contenders import Contender, run_contender
 from agents.heuristics.attention import VisPruner, cls_attention, received_attention
 from agents.heuristics.basic import feature_norm, oracle, random_tokens, uniform_grid
 from agents.heuristics.diversity import CDPruner, max_min_diversity
-from agents.heuristics.replacing import Replacer, VisionZip, downsampled_image
+from agents.heuristics.replacing import VisionZip, downsampled_image
+from agents.inside import FastV, PyramidDrop
+from agents.language import DARTScore, FastVScore, SparseVLMScore
+from agents.search import CrossEntropy, GreedyBackward, GreedyForward, RandomSearch, Search, SwapSearch
 from grip_env.vlms.base import Encoded, FrozenVLM
 
-__all__ = ["BASELINES", "METHODS", "Method", "Need", "method", "methods_table"]
+__all__ = ["METHODS", "Method", "Need", "find_method", "methods_table"]
 
-Need = Literal["CLS attention", "received attention", "question", "ground truth", "new tokens", "smaller images"]
-"""What a method may take: attention of the vision tower, words of a question, labels, a model that can be given tokens
-of other features, or one whose number of tokens follows the size of the image."""
+Need = Literal[
+    "CLS attention",
+    "received attention",
+    "question",
+    "answer",
+    "ground truth",
+    "new tokens",
+    "smaller images",
+    "decoder layers",
+]
+"""What a method may take: attention of the vision tower, words of a question, its answer, labels, a model that can be
+given tokens of other features, one whose number of tokens follows the size of the image, or one whose language model
+can be run layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class Method:
 
     title: str
     """Its name in tables."""
-    run: Selector | Replacer
-    """A selector of tokens, or a replacer where the tokens themselves change."""
+    run: Contender
+    """A selector of tokens, a replacer where the tokens themselves change, or a pruner inside the language model."""
     source: str
     """Where it comes from; empty for what is common knowledge."""
     needs: tuple[Need, ...] = ()
@@ -51,13 +63,18 @@ class Method:
         first = encoded[:1]
         if "question" in self.needs and not bool(first.question_mask.any()):
             return f"{self.title} needs a question, and there is none"
+        if "answer" in self.needs and not bool(first.answer_lengths.all()):
+            return f"{self.title}, and there is no answer"
         if "ground truth" in self.needs and first.relevance() is None:
             return f"{self.title} needs the ground truth, which these examples do not have"
-        if not {"CLS attention", "received attention", "new tokens", "smaller images"} & set(self.needs):
-            return None
-        one = torch.ones(1, dtype=torch.long, device=first.token_mask.device)
         try:
-            self.run(vlm, first, one, torch.Generator().manual_seed(0))
+            if "decoder layers" in self.needs:
+                from grip_env.vlms.decoders import decoder_of
+
+                decoder_of(vlm)
+            elif {"CLS attention", "received attention", "new tokens", "smaller images"} & set(self.needs):
+                one = torch.ones(1, dtype=torch.long, device=first.token_mask.device)
+                run_contender(self.run, vlm, first, one, torch.Generator().manual_seed(0))
         except NotImplementedError as error:
             return f"{self.title} needs {' and '.join(self.needs)}: {error}"
         return None
@@ -65,6 +82,16 @@ class Method:
 
 FASTERVLM = 'Zhang et al., "[CLS] attention is all you need for training-free visual token pruning", 2024'
 VISIONZIP = 'Yang et al., "VisionZip: longer is better but not necessary in vision language models", CVPR 2025'
+FASTV = "Chen et al., ECCV 2024"
+PYRAMIDDROP = "Xing et al., CVPR 2025"
+BEFORE = "its score, applied before the language model; looks at its first layers, over all tokens"
+MEAN = "inside the language model; the budget is the mean over its layers"
+END = "inside the language model; the budget is what is left at the end, which costs more"
+
+
+def _search(search: Search, source: str = "") -> Method:
+    return Method(search.label, search, source, ("answer",), f"up to {search.calls} selections scored for each example")
+
 
 METHODS: dict[str, Method] = {
     "random": Method("random", random_tokens, ""),
@@ -119,21 +146,28 @@ METHODS: dict[str, Method] = {
         ("smaller images",),
         "encodes a smaller image: not a selection; often some tokens fewer than the budget",
     ),
+    "fastv-score": Method("FastV score", FastVScore(), FASTV, ("decoder layers",), BEFORE),
+    "sparsevlm-score": Method(
+        "SparseVLM score", SparseVLMScore(), "Zhang et al., ICML 2025", ("decoder layers", "question"), BEFORE
+    ),
+    "dart-score": Method("DART score", DARTScore(), "Wen et al., EMNLP 2025", ("decoder layers", "question"), BEFORE),
+    "fastv": Method("FastV", FastV(), FASTV, ("decoder layers",), MEAN),
+    "fastv-kept": Method("FastV (kept at the end)", FastV(budget_of="kept"), FASTV, ("decoder layers",), END),
+    "pyramiddrop": Method("PyramidDrop", PyramidDrop(), PYRAMIDDROP, ("decoder layers",), MEAN),
+    "pyramiddrop-kept": Method(
+        "PyramidDrop (kept at the end)", PyramidDrop(budget_of="kept"), PYRAMIDDROP, ("decoder layers",), END
+    ),
     "oracle": Method("oracle", oracle, "", ("ground truth",), "uses the ground truth"),
+    "random-search": _search(RandomSearch(64)),
+    "greedy-forward": _search(GreedyForward()),
+    "greedy-backward": _search(GreedyBackward()),
+    "swap-search": _search(SwapSearch()),
+    "cross-entropy": _search(CrossEntropy(), "De Boer et al., Annals of Operations Research 2005"),
 }
-"""By the name on the command line."""
-
-BASELINES: dict[str, Selector] = {
-    "random": random_tokens,
-    "uniform grid": uniform_grid,
-    "CLS attention": cls_attention,
-    "max-min diversity": max_min_diversity,
-    "oracle": oracle,
-}
-"""What every report compares with unless it is told otherwise, by the name in its tables."""
+"""By the name on the command line; what follows "oracle" uses the answer, as the oracle uses the ground truth."""
 
 
-def method(name: str) -> Method:
+def find_method(name: str) -> Method:
     """Return a method by its name on the command line.
 
     Raises:
@@ -144,11 +178,10 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
-def methods_table(names: Sequence[str] = tuple(METHODS)) -> str:
-    """Return a Markdown table of methods: name on the command line and in tables, needs, source and notes."""
+def methods_table() -> str:
+    """Return a Markdown table of all methods: name on the command line and in tables, needs, source and notes."""
     lines = ["| name | in tables | needs | source and notes |", "|---|---|---|---|"]
-    for name in names:
-        one = method(name)
+    for name, one in METHODS.items():
         notes = "; ".join(part for part in (one.source, one.note) if part)
         lines.append(f"| `{name}` | {one.title} | {', '.join(one.needs)} | {notes} |")
     return "\n".join(lines)
