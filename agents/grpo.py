@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from agents.imitation import Imitation
+from agents.imitation import Imitation, as_warm_up
 from agents.learning import Learner, Metrics, check_batch, draw_counts
 from agents.pool import ExamplePool
 from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
@@ -169,7 +169,7 @@ class GRPO:
         check_batch(config.instances, pool.size)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
-        self._warm_up = Imitation(vlm, pool, scorer, config.warm_up(), self.reward, seed)
+        self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
         self._generator = self._warm_up.generator
         self._reference: Scorer | None = None
 

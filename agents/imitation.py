@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from agents.warmup import make_teacher, warmup_loss
 from grip_env.envs.rewards import Reward, resolve_reward
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["Imitation", "ImitationConfig"]
+__all__ = ["Imitation", "ImitationConfig", "WarmUpOptions", "as_warm_up"]
 
 
 @dataclass
@@ -52,6 +52,38 @@ class ImitationConfig:
     """About how often each is used before a new one takes its place."""
 
 
+class WarmUpOptions(Protocol):
+    """Options of an algorithm that begins with a warm-up; what they mean, :class:`ImitationConfig` says."""
+
+    warmup_steps: int
+    warmup_learning_rate: float
+    instances: int
+    min_budget: float
+    max_budget: float
+    max_gradient_norm: float
+    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"]
+    teacher_cells: int
+    pool: int
+    reuse: int
+
+
+def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
+    """Return the warm-up of an algorithm as what it is: a short imitation at a constant learning rate."""
+    return ImitationConfig(
+        steps=options.warmup_steps,
+        instances=options.instances,
+        min_budget=options.min_budget,
+        max_budget=options.max_budget,
+        learning_rate=options.warmup_learning_rate,
+        schedule="constant",
+        max_gradient_norm=options.max_gradient_norm,
+        teacher=options.teacher,
+        teacher_cells=options.teacher_cells,
+        pool=options.pool,
+        reuse=options.reuse,
+    )
+
+
 class Imitation:
     """Trains a scorer to choose what a teacher would.
 
@@ -66,6 +98,9 @@ class Imitation:
     Raises:
         ValueError: If a setting is impossible.
     """
+
+    phase = "imitation"
+    """What its steps are called in :class:`~agents.learning.Metrics`."""
 
     def __init__(
         self,
@@ -89,7 +124,7 @@ class Imitation:
 
     def train(self) -> Iterator[Metrics]:
         """Imitate, yielding after every step; the scorer is usable at any point."""
-        return self.imitate("imitation")
+        return self.imitate(self.phase)
 
     def imitate(self, phase: str, first_token: bool = False) -> Iterator[Metrics]:
         """Do so under the name of ``phase``, with a pool that will be asked for first tokens or not."""

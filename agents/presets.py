@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from agents.imitation import ImitationConfig
 from agents.learning import check_budgets, check_numbers
 
 __all__ = ["PRESETS", "GRPOConfig", "Objective", "PresetName"]
@@ -179,19 +178,3 @@ class GRPOConfig:
                     "choose preset='reinforce', whose baseline is learned"
                 )
         return whole
-
-    def warm_up(self) -> ImitationConfig:
-        """Return the warm-up as what it is: a short imitation at a constant learning rate."""
-        return ImitationConfig(
-            steps=self.warmup_steps,
-            instances=self.instances,
-            min_budget=self.min_budget,
-            max_budget=self.max_budget,
-            learning_rate=self.warmup_learning_rate,
-            schedule="constant",
-            max_gradient_norm=self.max_gradient_norm,
-            teacher=self.teacher,
-            teacher_cells=self.teacher_cells,
-            pool=self.pool,
-            reuse=self.reuse,
-        )

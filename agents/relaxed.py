@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 from agents.base import top_k
-from agents.compute import Compute
 from agents.gates import (
     CLOSED_BELOW,
     binary_gates,
@@ -34,7 +33,8 @@ from agents.gates import (
     relaxed_top_k,
     straight_through,
 )
-from agents.grpo import GRPO, GRPOConfig, Metrics
+from agents.imitation import Imitation, as_warm_up
+from agents.learning import Learner, Metrics, check_batch, check_budgets, check_numbers, draw_counts
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
@@ -89,8 +89,10 @@ class RelaxedConfig:
     """Supervised steps, the same as GRPO's, before the first gate; 0 starts from equal scores."""
     warmup_learning_rate: float = 1e-3
     """Learning rate of the warm-up."""
-    teacher: Literal["gradient", "attention", "relevance"] = "gradient"
-    """Whose choices the warm-up imitates."""
+    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
+    """Whose choices the warm-up imitates; see ImitationConfig."""
+    teacher_cells: int = 6
+    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
     pool: int = 768
     """Encoded training examples held in memory."""
     reuse: int = 4
@@ -157,12 +159,12 @@ class Relaxation(ABC):
             if not 0 <= getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(config, name)}")
         self._gated = check_gates(vlm)
-        shared = {name: getattr(config, name) for name in vars(RelaxedConfig()) if name in vars(GRPOConfig())}
-        self._grpo = GRPO(vlm, pool, scorer, GRPOConfig(**shared), reward, seed)  # for what both do alike
+        check_budgets(config.min_budget, config.max_budget)
+        check_numbers(config, {"steps": 0, "warmup_steps": 0}, ("learning_rate", "max_gradient_norm"))
+        check_batch(config.instances, pool.size)
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
-        self.compute = Compute()
-        self._generator = self._grpo._generator
-        self._elapsed = 0.0
+        self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), reward, seed)
+        self._generator = self._warm_up.generator
 
     @abstractmethod
     def gates(
@@ -183,42 +185,29 @@ class Relaxation(ABC):
     def train(self) -> Iterator[Metrics]:
         """Run warm-up and back-propagation, yielding after every step; the scorer is usable at any point.
 
-        ``forwards`` counts forward-equivalents since the start, ``elapsed`` seconds spent in steps, ``seconds`` those
-        of the step.
+        ``seconds`` are those of the step, ``forwards`` what the language model was run for from the beginning on: see
+        :class:`~agents.compute.Compute`.
         """
-        started = time.perf_counter()
-        for metrics in self._grpo._warm_up():
-            if self.config.teacher == "gradient":
-                self.compute.add(self.config.instances, backward=True)
-            yield self._stamped(metrics, started)
-            started = time.perf_counter()
+        yield from self._warm_up.imitate("warmup")
         yield from self._optimise()
-
-    def _stamped(self, metrics: Metrics, started: float) -> Metrics:
-        seconds = time.perf_counter() - started
-        self._elapsed += seconds
-        metrics.values |= {"seconds": seconds, "elapsed": self._elapsed, "forwards": self.compute.forwards}
-        return metrics
 
     def _optimise(self) -> Iterator[Metrics]:
         config = self.config
-        optimizer = self._grpo._optimizer(config.learning_rate)
+        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
         self.scorer.train()
         for step in range(config.steps):
             started = time.perf_counter()
-            decay = 0.51 + 0.49 * math.cos(math.pi * step / config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * decay
+            learner.begin(step)
             annealed = step / max(1, config.steps - 1)
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
             leak = config.leak * (1 - annealed) + config.final_leak * annealed
             encoded, full = self.pool.batch(config.instances)
-            kept = self._grpo.draw_counts(encoded)
+            kept = draw_counts(encoded, config.min_budget, config.max_budget, self._generator)
             gates, cost = self.gates(self.scorer.score(encoded, kept), kept, encoded.token_mask, temperature)
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
             likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
-            self.compute.add(likelihood.numel(), backward=True)
-            norm = self._grpo._apply((cost - likelihood.mean(1)).mean(), optimizer)
+            self.pool.compute.add(likelihood.numel(), backward=True)
+            norm = learner.minimise((cost - likelihood.mean(1)).mean())
             gain = (likelihood.detach() - full.log_likelihood).mean(1)
             small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
             opened = ((gates.detach() > 0.5) & encoded.token_mask[:, None]).sum(-1) / kept[:, None]
@@ -232,9 +221,11 @@ class Relaxation(ABC):
                 "temperature": temperature,
                 "leak": leak,
                 "gradient_norm": norm,
-                "learning_rate": config.learning_rate * decay,
+                "learning_rate": learner.learning_rate,
+                "seconds": time.perf_counter() - started,
+                "forwards": self.pool.compute.forwards,
             }
-            yield self._stamped(Metrics(self.phase, step, values), started)
+            yield Metrics(self.phase, step, values)
 
 
 class GumbelTopK(Relaxation):

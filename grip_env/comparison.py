@@ -57,8 +57,8 @@ class Comparison:
     tokens are left at the end, and, of methods that drop tokens inside the language model, "layer_average", how many
     there are on average over its layers, and "flops", its cost as a share of that without pruning. A method trained
     with several seeds has means over them, and "log_likelihood_sd" and "accuracy_sd", standard deviations over them. A
-    budget that a method cannot keep is absent. ``log_likelihoods[method][budget]`` are those of the single examples, float32
-    (seeds, examples).
+    budget that a method cannot keep is absent. ``log_likelihoods[method][budget]`` are those of the single examples,
+    float32 (seeds, examples).
     """
 
     split: str

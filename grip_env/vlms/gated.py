@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from grip_env.vlms.answers import mean_log_likelihood
 from grip_env.vlms.base import Encoded, FrozenVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.staged import StagedForward, decoder_of
@@ -109,4 +110,4 @@ def _likelihood(run: StagedForward, gates: torch.Tensor) -> torch.Tensor:
     for block in decoder.layers:
         hidden = block(hidden, attention_mask=bias, position_ids=places, position_embeddings=rotary)
     run._hidden = hidden
-    return _mean_log_likelihood(*run._answer())
+    return mean_log_likelihood(*run._answer())
