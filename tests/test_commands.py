@@ -37,7 +37,7 @@ def settings(vlm: Path, runs: Path, name: str = "run", /, **changes: Any) -> Con
     grpo = GRPOConfig(steps=3, instances=6, group=2, warmup_steps=2, pool=8)
     for key in set(changes) & {field.name for field in dataclasses.fields(GRPOConfig)}:
         grpo = dataclasses.replace(grpo, **{key: changes.pop(key)})
-    options: dict[str, Any] = {"vlm": str(vlm), "name": name, "runs": runs, "progress": False, "grpo": grpo}
+    options: dict[str, Any] = {"vlm": str(vlm), "name": name, "runs": runs, "progress": False, "options": grpo}
     return Config(**(options | {"report_examples": 0} | changes))
 
 
