@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.answers import answer_columns, greedy_finds, mean_log_likelihood
@@ -25,37 +23,11 @@ from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
 from grip_env.vlms.families import Picture, family_of
 from grip_env.vlms.loading import read_pretrained
+from grip_env.vlms.prompts import prompt_ids, prompt_texts
+from grip_env.vlms.replies import GREEDY, Reply, timed_reply
 from grip_env.vlms.tower import known_images
 
 __all__ = ["HuggingFaceVLM"]
-
-GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-"""Whatever a model's own ``generation_config`` says."""
-
-
-class Reply(NamedTuple):
-    """A generated answer."""
-
-    text: str
-    log_likelihood: float
-    """Mean over its tokens, without the one that ends it; NaN if there are none."""
-    prefill: float
-    """Seconds to the first token."""
-    decode: float
-    """Seconds for the other tokens."""
-
-
-class _Clock(BaseStreamer):
-    """Notes when generation begins and when each token is there."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 class HuggingFaceVLM:
@@ -172,49 +144,6 @@ class HuggingFaceVLM:
         scope = picture_scope(self.family, self._encoder_digest)
         return self.cache.pictures(scope, images, self.family.pictures, self.device)
 
-    def _texts(self, examples: Sequence[Example], pictures: Sequence[Picture]) -> list[str]:
-        """Return the text of each prompt, with what stands for the picture in it."""
-        texts = []
-        for example, picture in zip(examples, pictures, strict=True):
-            prompt = self.family.prompt(example.question)
-            if prompt.count(self.family.marker) != 1:
-                raise ValueError(
-                    f"a prompt must hold exactly one image placeholder {self.family.marker!r}, and the one of the "
-                    f"question {example.question!r} holds {prompt.count(self.family.marker)}: ask about one image, "
-                    "without placeholders in the question"
-                )
-            texts.append(prompt.replace(self.family.marker, picture.text))
-        return texts
-
-    def _ids(
-        self, prompts: list[str], answers: list[str] | None, pictures: Sequence[Picture]
-    ) -> tuple[list[list[int]], list[int]]:
-        """Tokenize prompts and answers; image tokens are repeated once per visual token. Also: the answers' lengths."""
-        tokenizer, image = self.family.tokenizer, self.family.image_token_id
-        special = self.family.adds_special_tokens(prompts[0])
-        starts = tokenizer(prompts, add_special_tokens=special)["input_ids"]
-        if answers is None:
-            return [_expand(row, image, picture.runs) for row, picture in zip(starts, pictures, strict=True)], [
-                0 for _ in starts
-            ]
-        texts = [
-            prompt + ("" if prompt[-1:].isspace() else " ") + answer
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        wholes = tokenizer(texts, add_special_tokens=special)["input_ids"]
-        rows, lengths = [], []
-        for start, whole, answer, picture in zip(starts, wholes, answers, pictures, strict=True):
-            shared = 0
-            while shared < min(len(start), len(whole)) and start[shared] == whole[shared]:
-                shared += 1
-            if shared == len(whole) or not answer.strip():
-                raise ValueError(f"the answer {answer!r} has no tokens: give a non-empty answer")
-            if whole.count(image) != len(picture.runs):
-                raise ValueError(f"the answer {answer!r} holds an image placeholder: give an answer in words")
-            rows.append(_expand(whole, image, picture.runs))
-            lengths.append(len(whole) - shared)
-        return rows, lengths
-
     def _check_window(self, longest: int) -> None:
         """Raise ValueError if dropped tokens would move the window through which some layers look back."""
         text = self.model.config.get_text_config()
@@ -241,7 +170,7 @@ class HuggingFaceVLM:
             raise ValueError("encode needs at least one example")
         pictures = self._pictures([example.image for example in examples])
         expected = [example.answer for example in examples] if with_answers else None
-        rows, answers = self._ids(self._texts(examples, pictures), expected, pictures)
+        rows, answers = prompt_ids(self.family, prompt_texts(self.family, examples, pictures), expected, pictures)
         questions = self.family.tokenizer([example.question for example in examples], add_special_tokens=False)
         embed = self.model.get_input_embeddings()
         return self.assemble(
@@ -519,31 +448,12 @@ class HuggingFaceVLM:
             encoded: One example.
             selection: bool (1, 1, N).
             max_new_tokens: Most tokens of the answer, its end included.
+
+        Raises:
+            ValueError: If there is more than one example or selection.
         """
         self._check(encoded, selection)
-        if selection.shape[:2] != (1, 1):
-            raise ValueError(f"expected one selection of one example, got {selection.shape[1]} of {len(encoded)}")
-        clock = _Clock()
-        output = self.generate_ids(
-            encoded,
-            selection[0],
-            max_new_tokens=max_new_tokens,
-            **GREEDY,
-            streamer=clock,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        new = output.sequences[0]
-        logits = torch.stack(output.logits)[:, 0].float()  # (T, V)
-        chosen = logits.log_softmax(-1).gather(1, new[:, None])[:, 0]
-        special = torch.tensor([int(token) in self.family.tokenizer.all_special_ids for token in new])
-        words = chosen[~special.to(chosen.device)]
-        return Reply(
-            text=self.family.tokenizer.decode(new, skip_special_tokens=True).strip(),
-            log_likelihood=float(words.mean()) if len(words) else float("nan"),
-            prefill=clock.times[1] - clock.times[0],
-            decode=clock.times[-1] - clock.times[1],
-        )
+        return timed_reply(self, encoded, selection, max_new_tokens)
 
     @torch.no_grad()
     def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
@@ -568,12 +478,6 @@ class HuggingFaceVLM:
             raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls' or 'received'")
         padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
         return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
-
-
-def _expand(ids: list[int], image: int, runs: Sequence[int]) -> list[int]:
-    """Repeat the i-th image token of a sequence ``runs[i]`` times."""
-    counts = iter(runs)
-    return [token for token in ids for _ in range(next(counts) if token == image else 1)]
 
 
 def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
