@@ -90,7 +90,8 @@ class LeaveOneOut:
         ValueError: If there is a single cell, without which nothing would be left.
 
     It costs as many forward passes per example as there are cells with tokens in them, or tokens: for the 12 x 12
-    tokens of the embedded model 144 by token and 36 with the default of 6, where the gradient costs 3.
+    tokens of the embedded model 144 by token and 36 with the default of 6, where the gradient costs 3. All of them read
+    nearly the whole image, so that they take longer than the small selections of GRPO that count the same.
     Source: Zeiler & Fergus, "Visualizing and understanding convolutional networks", ECCV 2014 (occlusion).
     """
 
