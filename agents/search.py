@@ -6,6 +6,12 @@ selection can be, and at what price. Every name in a table says so ("uses the an
 The price is counted in *calls*: selections scored, for each example. A search never makes more than its budget
 ``calls``, and tells how many it made and why it stopped. All examples of a batch advance together: a round scores the
 candidates of all of them in one call of the model. Of equally good tokens, the one with the lower index is kept.
+
+```python
+generator = torch.Generator().manual_seed(0)
+found = GreedyForward(calls=500).search(vlm, encoded, budget_to_count(encoded, 0.05), generator)
+print(found.value, found.calls, found.stopped)  # of each example
+```
 """
 
 from __future__ import annotations

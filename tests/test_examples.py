@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+import grip_env
+from tests.fakes import FakeTask, FakeVLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -47,3 +52,22 @@ def test_ppo_in_a_single_file_trains_and_is_compared(tmp_path: Path) -> None:
     for method in ("PPO", "random", "oracle", "all tokens"):
         assert len(re.findall(rf"^\| {method} \| -?\d+\.\d+ \|$", out, re.MULTILINE)) == 2
     assert "6 examples of the validation split" in out
+
+
+def test_ppo_in_a_single_file_learns_where_a_step_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(grip_env, "load_vlm", lambda name: FakeVLM())
+    monkeypatch.setattr(grip_env, "SceneTask", FakeTask)
+
+    def train(budget: float) -> dict[str, float]:
+        options = {"budget": budget, "num-envs": 32, "num-steps": 4, "iterations": 9, "report-examples": 10}
+        monkeypatch.setattr(sys, "argv", ["ppo", *(f"--{name}={value}" for name, value in options.items())])
+        runpy.run_path(str(EXAMPLES / "ppo_single_file.py"))
+        found = re.findall(r"^\| ([\w ]+) \| (-?\d+\.\d+) \|$", capsys.readouterr().out, re.MULTILINE)
+        return {name: float(value) for name, value in found[:4]}  # log-likelihoods
+
+    one = train(1 / 16)
+    assert one["PPO"] == pytest.approx(one["oracle"], abs=0.02), "the coloured cell, in each of ten pictures"
+    two = train(2 / 16)
+    assert two["PPO"] > two["random"] + 0.35
