@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 
 from grip_env.envs.episodes import ActionMode, Observation, SelectionRules
-from grip_env.envs.rendering import Panel, draw_selection, gallery
+from grip_env.envs.rendering import Panel, captioned, draw_selection, gallery
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
 from grip_env.envs.schedule import total_budget
@@ -22,6 +22,7 @@ from grip_env.vlms.base import FrozenVLM
 __all__ = ["ProgressivePruningEnv", "draw_stages"]
 
 _ACROSS = 4  # pictures side by side
+_PANEL = 288  # pixels along a side of each
 
 
 class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
@@ -258,21 +259,28 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
 def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
     """Return the picture of an episode, uint8 (height, width, 3): the image, then one picture for each stage.
 
-    Stages that are not decided yet are dim; at the end, a dot marks cells known to matter. All pictures of an episode
-    have one size.
+    Stages that are not decided yet are dim; at the end, a dot marks cells known to matter. All pictures of an
+    environment have one size.
     """
     instance = staged.episode.instance
     assert instance.full is not None
     example, real = instance.example, instance.real
     cells = None if instance.cells is None else instance.cells[real]
     places, marked, caption = instance.positions[real], None, f"{staged.count} tokens"
+    full, reached, status = float(instance.full.log_likelihood.exp()), None, ["", ""]
     if staged.ending is not None:
-        likely = np.exp([staged.ending["log_likelihood"], float(instance.full.log_likelihood)])
-        verdict = "right" if staged.ending["correct"] else "wrong"
-        caption = f"{verdict}: p = {likely[0]:.2f}, in full {likely[1]:.2f}"
+        end = staged.ending
+        reached = float(np.exp(end["log_likelihood"]))
+        verdict = "correctly" if end["correct"] else "wrongly"
+        status = [
+            f"{end['layer_average_tokens']:.1f} tokens a layer, {end['flops_saved']:.0%} of the FLOPs saved, answered "
+            f"{verdict}",
+            f'p = {reached:.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"',
+        ]
         relevant = instance.relevant()
         marked = None if relevant is None else np.isin(np.arange(len(real)), relevant)[real]
-    panels: list[Panel | np.ndarray | None] = [Panel(draw_selection(example.image, places, cells=cells), caption)]
+    plain = draw_selection(example.image, places, size=_PANEL, cells=cells, square=True)
+    panels: list[Panel | np.ndarray | None] = [Panel(plain, caption)]
     for stage, layer in enumerate(rules.schedule.stages):
         survivors, caption = np.zeros_like(real), f"layer {layer}"
         if stage < len(staged.decisions):
@@ -280,7 +288,8 @@ def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
             caption = f"layer {layer}: {survivors.sum()} kept of at most {staged.decisions[stage].k}"
         elif stage == len(staged.decisions):
             caption = f"layer {layer}: at most {rules.allowance(staged)}"
-        picture = draw_selection(example.image, places, survivors[real], relevant=marked, cells=cells)
+        shown = survivors[real]
+        picture = draw_selection(example.image, places, shown, (), marked, _PANEL, cells, square=True)
         panels.append(Panel(picture, caption))
     rows = [panels[start : start + _ACROSS] for start in range(0, len(panels), _ACROSS)]
-    return gallery(rows, note=example.question)
+    return captioned(gallery(rows, size=_PANEL), [example.question], status, likelihood=(reached, full))

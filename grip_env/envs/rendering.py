@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-__all__ = ["Panel", "draw_selection", "gallery"]
+__all__ = ["Panel", "captioned", "draw_selection", "gallery"]
 
 _PAPER = (250, 250, 248)
 _INK = (28, 30, 34)
 _GREY = (112, 116, 124)
 _HAIRLINE = (214, 214, 210)
+_MOUNT = (228, 228, 224)
+_BAR = (42, 111, 187)
 _OUTLINE = np.array([255, 255, 255], dtype=np.float32)
 _RELEVANT = (255, 190, 60)
 _DIM = 0.40  # brightness left to dropped cells
 _FADE = 0.70  # how far their colours move to grey
+_ROWS = 3  # of text in a frame of a video
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -41,6 +45,8 @@ def draw_selection(
     size: int = 480,
     cells: np.ndarray | None = None,
     status: Sequence[str] = (),
+    square: bool = False,
+    likelihood: tuple[float | None, float] | None = None,
 ) -> np.ndarray:
     """Draw which visual tokens are kept: their cells stay bright inside a light outline, the others fade.
 
@@ -51,12 +57,14 @@ def draw_selection(
         selection: bool (N,), True for kept tokens; ``None`` shows the plain image.
         lines: Text under the image, wrapped; the first line is set larger.
         relevant: bool (N,); these cells get a small dot.
-        size: About how many pixels the longer side of the image takes (a small image grows by a whole
-            factor).
+        size: How many pixels the longer side of the image takes; up to a fifth less for a small image, which grows by
+            a whole factor.
         cells: (N, 2) height and width of what each token shows, as shares of the image, for models that look at
             the whole image and at its tiles: what any kept token shows stays bright.
-        status: Text below ``lines``, one row for each entry; what is too long for a row is cut, so that pictures
-            that differ in nothing but what these rows say have one size, as the frames of a video must.
+        status: Text below ``lines``, one row for each entry, as :func:`captioned` sets it. It makes the picture the
+            frame of a video: ``square``, and of one size for all images and all texts.
+        square: Centre the image on a square, so that pictures of all images have one size.
+        likelihood: See :func:`captioned`; also makes the picture a frame.
 
     Returns:
         uint8 (height, width, 3), with a strip for the text below the image if there is any.
@@ -79,7 +87,68 @@ def draw_selection(
         drawn = _faded(drawn, boxes[np.asarray(selection, dtype=bool)])
     if relevant is not None:
         drawn = _dotted(drawn, boxes[np.asarray(relevant, dtype=bool)])
-    return np.concatenate([drawn, _strip(lines, status, drawn.shape[1])]) if lines or status else drawn
+    frame = bool(status) or likelihood is not None
+    if square or frame:
+        drawn = _mounted(drawn, size)
+    return captioned(drawn, lines, status, size, likelihood) if lines or frame else drawn
+
+
+def captioned(
+    picture: np.ndarray,
+    lines: Sequence[str] = (),
+    status: Sequence[str] = (),
+    size: int = 480,
+    likelihood: tuple[float | None, float] | None = None,
+) -> np.ndarray:
+    """Put a strip of paper with text under a picture.
+
+    With ``status`` or ``likelihood`` it becomes the frame of a video: its size then depends on those of the picture
+    and on the number of status rows, never on what they say, and is even both ways, which is what video codecs ask
+    for and what wrappers that record or tile several episodes rely on.
+
+    Args:
+        picture: uint8 (H, W, 3).
+        lines: Text, wrapped; the first line is set larger. In a frame it has three rows, and what is too long for
+            these ends in dots.
+        status: One row for each entry; what is too long ends in dots.
+        size: The type is set for pictures of this width, in pixels.
+        likelihood: Probabilities of an answer token, in [0, 1], with the tokens kept (``None`` if not known yet) and
+            with all: a bar as long as the first, with a mark at the second.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    frame = bool(status) or likelihood is not None
+    width = max(picture.shape[1], size // 2)  # room for words under the narrowest picture
+    margin = max(8, size // 32)
+    styles = (_font(size / 24), _INK, round(max(8, size / 24) * 1.45)), (_font(size / 30), _GREY, _row(size))
+    rows: list[tuple[str, _Font, tuple[int, int, int], int]] = []
+    for number, text in enumerate(lines):
+        font, colour, height = styles[min(number, 1)]
+        parts = _wrapped(text, font, width - 2 * margin, _ROWS - len(rows) if frame else None)
+        rows += [(part, font, colour, height) for part in parts]
+    font, colour, height = styles[1]
+    rows += [(_shortened(text, font, width - 2 * margin), font, colour, height) for text in status]
+    high = sum(row[3] for row in rows) + 2 * margin
+    if frame:
+        bar = _row(size) if likelihood is not None else 0
+        high = _ROWS * styles[0][2] + len(status) * height + bar + 2 * margin
+        high += (picture.shape[0] + high) % 2
+        width += width % 2
+    sheet = Image.new("RGB", (width, picture.shape[0] + high), _PAPER)
+    sheet.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
+    pen = ImageDraw.Draw(sheet)
+    y = picture.shape[0]
+    pen.line((0, y, width, y), _HAIRLINE)
+    y += margin
+    for text, font, colour, height in rows:
+        pen.text((margin, y), text, colour, font)
+        y += height
+    if likelihood is not None:
+        _draw_bar(
+            pen, (margin, y + _row(size) // 3, width - margin, y + _row(size) // 3 + max(6, size // 60)), likelihood
+        )
+    return np.asarray(sheet).copy()
 
 
 def gallery(
@@ -98,7 +167,7 @@ def gallery(
         columns: A label for each column, such as the budgets.
         title: A heading.
         note: A remark at the foot, wrapped.
-        size: Width of a picture, in pixels; its height follows.
+        size: Longer side of a picture, in pixels; the shorter follows.
 
     Returns:
         uint8 (height, width, 3).
@@ -140,7 +209,7 @@ def gallery(
             if panel is None or image is None:
                 continue
             x = left + column * (size + gap)
-            sheet.paste(image, (x, y))
+            sheet.paste(image, (x + (size - image.width) // 2, y))
             text = _shortened(panel.caption, caption, size)
             pen.text((x + size / 2, y + image.height + gap // 3), text, _GREY, caption, anchor="ma")
         y += cell_heights[row]
@@ -156,11 +225,18 @@ def gallery(
 def _resized(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     longest = max(height, width)
-    if longest <= size:
-        factor = max(1, round(size / longest))
+    factor = size // longest
+    if factor * longest >= 0.8 * size:  # whole pixels, where they nearly fill it
         return np.repeat(np.repeat(image, factor, 0), factor, 1)
     shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
     return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS)).copy()
+
+
+def _mounted(image: np.ndarray, size: int) -> np.ndarray:
+    """Centre an image on a square."""
+    sheet = Image.new("RGB", (size, size), _MOUNT)
+    sheet.paste(Image.fromarray(image), ((size - image.shape[1]) // 2, (size - image.shape[0]) // 2))
+    return np.asarray(sheet)
 
 
 def _boxes(positions: np.ndarray, height: int, width: int, cells: np.ndarray | None) -> np.ndarray:
@@ -188,8 +264,11 @@ def _faded(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     dim = (image * (1 - _FADE) + grey[..., None] * _FADE) * _DIM
     drawn = np.where(inside[..., None], image, dim).astype(np.float32)
     if len(kept) and not inside.all():
-        # the rim lies just outside the kept cells, so that it hides nothing of them
-        thickness = max(1, round(min(image.shape[:2]) / 240))
+        # the rim lies just outside the kept cells, so that it hides nothing of them, and is thin beside a cell, so that
+        # it does not fill what is dropped between them
+        sides = (kept[:, 2:] - kept[:, :2]).min(1)
+        cell = sides[sides > 0].min(initial=max(image.shape[:2]))
+        thickness = max(1, min(round(min(image.shape[:2]) / 240), int(cell) // 6))
         mask = Image.fromarray(inside.astype(np.uint8))
         grown = np.asarray(mask.filter(ImageFilter.MaxFilter(2 * thickness + 1))) > 0
         rim = grown & ~inside
@@ -202,19 +281,20 @@ def _dotted(image: np.ndarray, marked: np.ndarray) -> np.ndarray:
     pen = ImageDraw.Draw(sheet)
     for top, left, bottom, right in marked.tolist():
         row, column = (top + bottom) / 2, (left + right) / 2
-        radius = max(1.5, min(bottom - top, right - left) / 12)
+        side = min(bottom - top, right - left)
+        radius = max(1.0, min(2.5, side / 2), side / 12)  # to be seen in small cells, and to leave large ones alone
         box = (column - radius, row - radius, column + radius, row + radius)
         pen.ellipse(box, fill=_RELEVANT, outline=_INK)
     return np.asarray(sheet).copy()
 
 
-def _framed(image: np.ndarray, width: int) -> Image.Image:
+def _framed(image: np.ndarray, size: int) -> Image.Image:
     if image.dtype != np.uint8 or image.ndim != 3:
         raise ValueError(f"a picture must be uint8 of shape (H, W, 3); got {image.dtype} of shape {image.shape}")
-    picture = Image.fromarray(image)
-    height = max(1, round(image.shape[0] * width / image.shape[1]))
-    enlarging = width >= image.shape[1]
-    return picture.resize((width, height), Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
+    longest = max(image.shape[:2])
+    shape = max(1, round(image.shape[1] * size / longest)), max(1, round(image.shape[0] * size / longest))
+    method = Image.Resampling.NEAREST if size >= longest else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize(shape, method)
 
 
 # -- the text ----------------------------------------------------------------------------------------
@@ -224,45 +304,55 @@ def _font(size: float) -> _Font:
     return ImageFont.load_default(size=max(8.0, size))
 
 
-def _strip(lines: Sequence[str], status: Sequence[str], width: int) -> np.ndarray:
-    """Set text on a strip of paper, the first line large and what ``status`` has in one row each.
+def _row(size: int) -> int:
+    """Return the height of a row of small type, in pixels."""
+    return round(max(8, size / 30) * 1.45)
 
-    Returns:
-        uint8 (height, width, 3).
+
+def _draw_bar(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], likelihood: tuple[float | None, float]) -> None:
+    """Draw a bar as long as a probability, with a mark at another."""
+    left, top, right, bottom = box
+    reached, full = likelihood
+    pen.rectangle(box, fill=_HAIRLINE)
+    if reached is not None:
+        pen.rectangle((left, top, left + round((right - left) * min(max(reached, 0.0), 1.0)), bottom), fill=_BAR)
+    mark = left + round((right - left) * min(max(full, 0.0), 1.0))
+    pen.rectangle((mark - 1, top - 3, mark + 1, bottom + 3), fill=_INK)
+
+
+def _wrapped(text: str, font: _Font, width: float, most: int | None = None) -> list[str]:
+    """Break text into lines of at most ``width`` pixels; what does not fit in ``most`` lines ends in dots.
+
+    Words too long for a line, as in languages that set none apart, are broken as well.
     """
-    margin = max(8, width // 32)
-    large, small = width / 24, width / 30
-    rows: list[tuple[str, _Font, tuple[int, int, int], int]] = []
-    for number, text in enumerate([*lines, *status]):
-        size, colour = (large, _INK) if number == 0 else (small, _GREY)
-        font, room = _font(size), width - 2 * margin
-        parts = _wrapped(text, font, room) if number < len(lines) else [_shortened(text, font, room)]
-        rows += [(part, font, colour, round(max(8, size) * 1.45)) for part in parts]
-    sheet = Image.new("RGB", (width, sum(row[3] for row in rows) + 2 * margin), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.line((0, 0, width, 0), _HAIRLINE)
-    y = margin
-    for text, font, colour, height in rows:
-        pen.text((margin, y), text, colour, font)
-        y += height
-    return np.asarray(sheet)
-
-
-def _wrapped(text: str, font: _Font, width: float) -> list[str]:
-    lines = [""]
-    for word in text.split():
+    lines, words = [""], text.split()
+    for number, word in enumerate(words):
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return [_shortened(line, font, width) for line in lines]
+        while (fits := _fitting(lines[-1], font, width)) < len(lines[-1]):
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+            if most is not None and len(lines) > most:
+                break
+        if most is not None and len(lines) > most:
+            rest = " ".join([*lines[most - 1 :], *words[number + 1 :]]) if most else ""
+            return [*lines[: most - 1], _shortened(rest, font, width)] if most else []
+    return lines
+
+
+def _fitting(text: str, font: _Font, width: float) -> int:
+    """Return how many characters of ``text`` fit into ``width`` pixels, at least one where there are any."""
+    reach = 16
+    while reach < len(text) and font.getlength(text[:reach]) <= width:  # never measures much more than fits
+        reach *= 2
+    return max(1, bisect_right(range(min(reach, len(text)) + 1), width, key=lambda n: font.getlength(text[:n])) - 1)
 
 
 def _shortened(text: str, font: _Font, width: float) -> str:
-    """Cut ``text`` to ``width`` pixels, with dots where something is missing."""
-    if font.getlength(text) <= width:
+    """Set ``text`` on one line of ``width`` pixels, with dots where something is missing."""
+    text = " ".join(text.split())
+    if _fitting(text, font, width) >= len(text):
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    return text[: _fitting(text, font, width - font.getlength("..."))].rstrip() + "..."

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from grip_env.envs.rendering import Panel, draw_selection, gallery
+from grip_env.envs.rendering import Panel, captioned, draw_selection, gallery
 from grip_env.envs.selection import TokenSelectionEnv
 from tests.fakes import FakeTask, FakeVLM
 
@@ -102,6 +102,89 @@ def test_status_rows_are_cut_so_that_the_size_depends_on_their_number_alone() ->
     assert draw_selection(IMAGE, grid(12, 12), status=["alone"]).shape[0] > 480
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (12, 12), (101, 100), (480, 640), (1600, 40), (30, 700), (1, 1)])
+def test_frames_have_one_size_whatever_the_image_and_the_texts(shape: tuple[int, int]) -> None:
+    """As recorders of several episodes and of several environments need; odd sizes play in few video players."""
+    expected = draw_selection(IMAGE, grid(12, 12), lines=["why?"], status=["", "red"], likelihood=(0.2, 0.5))
+    assert expected.shape[1] == 480
+    image, texts = np.full((*shape, 3), 90, dtype=np.uint8), ("?", "so very many words " * 90, "unbroken" * 200, "")
+    for question in texts:
+        for answer in texts:
+            frame = draw_selection(image, grid(24, 24), lines=[question], status=["", answer], likelihood=(None, 0.5))
+            assert frame.shape == expected.shape
+    square = draw_selection(image, grid(24, 24), size=200, square=True)
+    assert square.shape == (200, 200, 3)
+    rows, columns = np.nonzero((square == 90).all(-1))
+    middle = [rows.min() + rows.max(), columns.min() + columns.max()]
+    assert middle == pytest.approx([199, 199], abs=1)  # centred
+    inside = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+    assert 160 <= max(inside) <= 200
+    assert inside == pytest.approx(np.array(shape) * max(inside) / max(shape), abs=1)  # not distorted
+
+
+def test_odd_frames_become_even() -> None:
+    for size in (479, 480):
+        frame = captioned(IMAGE[:95, :95], ["why?"], ["yes"], size)
+        assert [side % 2 for side in frame.shape[:2]] == [0, 0]
+
+
+def test_a_question_too_long_for_a_frame_ends_in_dots_and_fills_its_rows() -> None:
+    def rows_of_ink(question: str) -> int:
+        strip = draw_selection(IMAGE, grid(12, 12), lines=[question], status=[""])[482:]
+        ink = (strip.min(-1) < 128).any(1)
+        return int((np.diff(ink.astype(int)) == 1).sum())
+
+    assert [rows_of_ink("xo " * count) for count in (1, 20, 45, 300)] == [1, 2, 3, 3]
+    assert rows_of_ink("xo" * 300) == 3  # words too long for a row are broken
+    whole, cut = (draw_selection(IMAGE, grid(12, 12), lines=["xo " * n], status=[""]) for n in (300, 301))
+    assert (whole == cut).all()
+
+
+@pytest.mark.parametrize("text", ["red\nor\tblue", "\n", "  red  ", "红色的圆" * 40, "x" * 5000])
+def test_any_text_can_be_set(text: str) -> None:
+    frame = draw_selection(IMAGE, grid(12, 12), lines=[text], status=[text, text])
+    assert frame.shape == draw_selection(IMAGE, grid(12, 12), lines=[""], status=["", ""]).shape
+    assert gallery([[Panel(IMAGE, text)]], note=text, size=100).shape[1] == 120
+    spaced = draw_selection(IMAGE, grid(12, 12), lines=[" ".join(text.split())], status=[text])
+    assert (draw_selection(IMAGE, grid(12, 12), lines=[text], status=[text]) == spaced).all()
+
+
+def test_the_bar_is_as_long_as_the_probability_and_marks_the_one_with_all_tokens() -> None:
+    def bar(*likelihood: Any) -> tuple[int, int]:
+        """Return the pixels of the bar and the column of the mark."""
+        frame = draw_selection(IMAGE, grid(12, 12), status=["x"], likelihood=likelihood).astype(int)[482:]
+        blue = (frame[..., 2] - frame[..., 0] > 100).any(0)
+        mark = np.flatnonzero((frame < 40).all(-1).any(0))
+        return int(blue.sum()), int(mark.mean())
+
+    track = 480 - 2 * 15
+    assert bar(None, 0.5) == (0, 15 + track // 2)
+    (quarter, first), (half, second), (whole, last) = bar(0.25, 0.9), bar(0.5, 0.75), bar(1.0, 0.0)
+    assert [quarter, half, whole] == pytest.approx([track / 4, track / 2, track], abs=4)
+    assert [first, second, last] == pytest.approx([15 + 0.9 * track, 15 + 0.75 * track, 15], abs=2)
+
+
+def test_dropped_cells_between_kept_ones_stay_visible_where_cells_are_small() -> None:
+    for height, width in ((480, 480), (480, 160), (160, 480)):
+        image = np.full((height, width, 3), 120, dtype=np.uint8)
+        checkered = (np.arange(576) + np.arange(576) // 24) % 2 == 0
+        drawn = draw_selection(image, grid(24, 24), checkered)
+        assert (drawn == 120).all(-1).mean() == pytest.approx(0.5, abs=0.01)
+        assert (drawn.max(-1) < 60).mean() > 0.15
+
+
+def test_dots_are_seen_in_small_cells_and_do_not_leave_them() -> None:
+    relevant = np.zeros(576, dtype=bool)
+    relevant[300] = True
+    for height, width, least in ((480, 480, 9), (480, 240, 9), (480, 80, 2)):
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        drawn = draw_selection(image, grid(24, 24), relevant=relevant)
+        rows, columns = np.nonzero(drawn.max(-1) > 200)
+        assert len(rows) >= least
+        assert set(rows // (height // 24)) == {300 // 24}
+        assert set((columns * 24) // width) == {300 % 24}
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         draw_selection(IMAGE / 255, grid(12, 12))
@@ -120,6 +203,16 @@ def test_gallery_places_pictures_in_a_grid() -> None:
     red_row, red_column = np.argwhere(is_red).min(0)
     assert is_blue[red_row, red_column + 100 :].sum() == 100  # to the right of red
     assert is_blue[red_row + 100 :, red_column].sum() == 100  # and below it
+
+
+def test_gallery_fits_tall_and_wide_pictures_into_a_square() -> None:
+    tall, wide = np.zeros((1600, 40, 3), np.uint8), np.zeros((20, 600, 3), np.uint8)
+    sheet = gallery([[tall, wide]], size=100)
+    assert sheet.shape == gallery([[IMAGE, IMAGE]], size=100).shape
+    black = (sheet == 0).all(-1)
+    rows, columns = np.nonzero(black[:, :115])
+    assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (100, 2)
+    assert columns.mean() == pytest.approx(10 + 50, abs=1)
 
 
 def test_gallery_labels_make_room_for_themselves() -> None:
