@@ -130,9 +130,10 @@ def report(
         except (OSError, ValueError) as error:
             raise CommandError(str(error)) from None
     contenders[AGENT] = agent
+    out = make_folder(out or run)
     comparison = compare(vlm, task, contenders, split, examples, budgets, progress=progress)
     comparison.notes[:0] = notes
-    print_and_draw(comparison, make_folder(out or run), vlm, task, agent, AGENT if policies else None)
+    print_and_draw(comparison, out, vlm, task, agent, AGENT if policies else None)
     return comparison
 
 
@@ -328,13 +329,14 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
     contenders, notes = named_contenders(config.policies, vlm, task, config.split)
     agents: dict[str, Contender] = {str(run.path): _load_agent(run, vlm) for run in runs}
     groups = group_runs(runs)
+    out = make_folder(out)
     comparison = compare(
         vlm, task, contenders | agents, config.split, config.examples, config.budgets, progress=config.progress
     )
     comparison = comparison.merged(groups)
     comparison.notes[:0] = notes
     shown: Any = agents[str(runs[0].path)] if runs else None
-    print_and_draw(comparison, make_folder(out), vlm, task, shown, next(iter(groups), None))
+    print_and_draw(comparison, out, vlm, task, shown, next(iter(groups), None))
     return comparison
 
 

@@ -221,7 +221,7 @@ def train(config: Config) -> Path:
             checkpoint(last.step + 1)
         if vlm.checksum() != checksum:
             raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
-        last = Metrics("the report", last.step)
+        last = Metrics("the report", last.step + 1)
         if config.report_examples:
             from grip_env.evaluate import report
 

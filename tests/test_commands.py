@@ -105,7 +105,7 @@ def test_run_folder_holds_all_there_is_to_know(run: Path, vlm_folder: Path) -> N
     assert "not installed" not in config["versions"].values()
     assert config["command"][1:] == sys.argv
     assert len(config["vlm"]["checksum"]) == 64
-    assert config["scorer"]["token_width"] == 128
+    assert json.loads((run / "agent" / "scorer.json").read_text())["token_width"] == 128
 
 
 def test_metrics_are_complete(run: Path) -> None:
@@ -543,7 +543,7 @@ def test_another_package_called_agents_is_named_with_the_remedy(tmp_path: Path, 
                 "--report-examples",
             ],
         ),
-        (evaluate, ["Folder of the run", "--split", "--examples", "--data", "--out"]),
+        (evaluate, ["Folders of runs", "--policies", "--budgets", "--split", "--examples", "--data", "--out"]),
     ],
 )
 def test_help_lists_every_option(
