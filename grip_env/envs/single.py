@@ -106,21 +106,22 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
 def draw_episode(episode: Episode) -> np.ndarray:
     """Draw the image and the question; from the first step on also what is kept, and what came of it once it is known.
 
-    A dot marks cells known to matter. All frames of an episode have the same size.
+    A dot marks cells known to matter. All frames have the same size.
 
     Returns:
         uint8 (height, width, 3).
     """
     instance, outcome = episode.instance, episode.outcome
     example, real = instance.example, instance.real
+    assert instance.full is not None
+    full, reached = float(instance.full.log_likelihood.exp()), None
     count, answer = f"{episode.k} of {real.sum()} tokens may be kept", ""
     if episode.steps:
         count = f"{episode.selection.sum()} of {real.sum()} tokens kept (budget {episode.k})"
     if outcome is not None:
-        assert instance.full is not None
         count += ", answered correctly" if outcome.correct else ", answered wrongly"
-        full = float(instance.full.log_likelihood.exp())
-        answer = f'p = {np.exp(outcome.log_likelihood):.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"'
+        reached = float(np.exp(outcome.log_likelihood))
+        answer = f'p = {reached:.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"'
     selection = marked = None
     if episode.steps:
         selection, relevant = episode.selection[real], instance.relevant()
@@ -133,4 +134,5 @@ def draw_episode(episode: Episode) -> np.ndarray:
         marked,
         status=[count, answer],
         cells=None if instance.cells is None else instance.cells[real],
+        likelihood=(reached, full),
     )
