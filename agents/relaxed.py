@@ -57,9 +57,9 @@ __all__ = [
 class RelaxedConfig:
     """What all relaxations have in common."""
 
-    steps: int = 700
+    steps: int = 600
     """Updates by back-propagation; the default takes about as long as GRPO's, with the embedded model on a CPU. As many
-    forward-equivalents as GRPO's would be 1920."""
+    forward-equivalents as GRPO's would be 1,800."""
     instances: int = 32
     """Examples per step (B)."""
     samples: int = 1
