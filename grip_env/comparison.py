@@ -290,7 +290,7 @@ def compare(
         for name in contenders
     }
     columns = {pair: _Column() for pair in [*generators, *((ALL_TOKENS, budget) for budget in budgets)]}
-    notes: list[str] = []
+    refused: dict[str, dict[float, str]] = {}
     kinds: list[str] = []
     tokens = 0
     starts = range(0, examples, _BATCH)
@@ -306,13 +306,17 @@ def compare(
             encoded = vlm.encode(batch)
             kinds += [example.family for example in batch]
             tokens += int(encoded.token_mask.sum())
-            _run_batch(vlm, encoded, contenders, generators, columns, notes, bar)
+            _run_batch(vlm, encoded, contenders, generators, columns, refused, bar)
     cells: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in [*contenders, ALL_TOKENS]}
     single: dict[str, dict[float, np.ndarray]] = {name: {} for name in cells}
     for (name, budget), column in columns.items():
         cells[name][budget] = column.cell(np.array(kinds))
         single[name][budget] = np.concatenate(column.likelihood)[None]
     known = {name: row for name, row in cells.items() if row}
+    notes = [
+        f"{name} at {', '.join(f'{budget:.0%}' for budget in row)} ({next(iter(row.values()))})"
+        for name, row in refused.items()
+    ]
     return Comparison(split, examples, tokens / examples, known, {name: single[name] for name in known}, notes)
 
 
@@ -322,7 +326,7 @@ def _run_batch(
     contenders: Mapping[str, Contender],
     generators: dict[tuple[str, float], torch.Generator],
     columns: dict[tuple[str, float], _Column],
-    notes: list[str],
+    refused: dict[str, dict[float, str]],
     bar: _Progress,
 ) -> None:
     """Add a batch to the columns; selections are scored together. A pair that cannot be is taken out of all."""
@@ -339,7 +343,7 @@ def _run_batch(
             outcome = run_contender(contenders[name], vlm, encoded, budget_to_count(encoded, budget), generator)
         except BudgetError as error:
             del generators[name, budget], columns[name, budget]
-            notes.append(f"{name} at {budget:.0%} ({error})")
+            refused.setdefault(name, {})[budget] = str(error)
             continue
         if isinstance(outcome, torch.Tensor):
             chosen.append(outcome)

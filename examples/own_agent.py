@@ -1,0 +1,74 @@
+"""An agent of your own that the project's commands train, save, draw and compare like any other:
+
+cd examples && python -m grip_env.train --algo own_agent:Matcher --agent.steps 150
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from agents.agent import Setting
+from agents.base import keep_best
+from agents.learning import Metrics
+from agents.subset import KSubset
+from grip_env.vlms.base import FrozenVLM
+
+
+@dataclass
+class MatcherOptions:
+    """REINFORCE on a score for how well a token matches the question's words."""
+
+    steps: int = 150
+    """Updates."""
+    num_envs: int = 64
+    """Episodes per update."""
+    learning_rate: float = 3e-3
+    """Of Adam."""
+
+
+class Matcher(torch.nn.Module):
+    """Scores a token by how well it matches the best-matching word of the question."""
+
+    Options = MatcherOptions
+
+    def __init__(self, setting: Setting, options: MatcherOptions) -> None:
+        super().__init__()
+        self.setting, self.options = setting, options
+        self.phases = {"reinforce": options.steps}  # for the progress bar
+        width = setting.vlm.width
+        self.token, self.word = torch.nn.Linear(width, 32), torch.nn.Linear(width, 32)
+
+    def forward(self, seen: dict[str, np.ndarray]) -> torch.Tensor:
+        match = self.token(torch.as_tensor(seen["tokens"])) @ self.word(torch.as_tensor(seen["question"])).mT
+        return match.masked_fill(torch.as_tensor(seen["question_mask"])[..., None, :] == 0, -30).logsumexp(-1)
+
+    def select(self, seen: dict[str, np.ndarray]) -> np.ndarray:
+        return keep_best(self(seen).detach().numpy(), seen)
+
+    def learn(self) -> Iterator[Metrics]:
+        envs = self.setting.make_vec(num_envs=self.options.num_envs, budget=(0.03, 0.5))
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
+        seen, _ = envs.reset(seed=self.setting.seed)
+        for step in range(self.options.steps):
+            kept = torch.as_tensor(seen["budget"][:, 0] * seen["token_mask"].sum(1)).round().long()
+            subsets = KSubset(self(seen), kept, mask=torch.as_tensor(seen["token_mask"]))
+            action = subsets.sample()
+            seen, reward, *_ = envs.step(action.numpy().astype(np.int8))
+            loss = -(torch.as_tensor(reward - reward.mean()).float() * subsets.log_prob(action)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield Metrics("reinforce", step, {"reward": float(reward.mean())})
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), folder / "matcher.pt")
+
+    @classmethod
+    def load(cls, folder: Path, vlm: FrozenVLM) -> "Matcher":
+        agent = cls(Setting(vlm, None, None), MatcherOptions())  # type: ignore[arg-type] # neither is needed to choose
+        agent.load_state_dict(torch.load(folder / "matcher.pt", weights_only=True))
+        return agent
