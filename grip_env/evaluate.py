@@ -43,8 +43,11 @@ class Config:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of runs, as train printed them; none compares the --policies alone."""
     policies: str = ""
-    """What to compare with, separated by commas, instead of the usual baselines: POLICIES; or your own policy as
-    "package.module:Class"."""
+    """What to compare with, separated by commas, instead of the usual baselines. Pruners: random, uniform-grid, norm,
+    cls-attention, received-attention, vispruner, divprune, cdpruner, fastv-score, sparsevlm-score, dart-score. Other
+    tokens: visionzip, downsampled. Inside the language model: fastv, fastv-kept, pyramiddrop, pyramiddrop-kept. With
+    the answer: oracle, random-search, greedy-forward, greedy-backward, swap-search, cross-entropy. Or a policy of your
+    own, as package.module:Class."""
     split: Literal["test", "validation", "train"] = "test"
     """Examples to compare on; use validation while you tune."""
     examples: int = 480
@@ -165,7 +168,7 @@ def named_contenders(
             found[one.title] = one.run
         elif policies:
             raise CommandError(f"--policies {name}: {refusal}; leave it out")
-        else:
+        elif "ground truth" not in one.needs:  # that nobody knows the truth about one's own images needs no words
             notes.append(refusal)
     return found, notes
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from agents.agent import ALGORITHMS
 from agents.contenders import Outcome, run_contender
 from agents.heuristics import BASELINES
 from agents.inside import InsidePruner
 from agents.methods import METHODS, find_method, methods_table
+from grip_env import evaluate, train
 from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.fakes import FakeTask, FakeVLM
@@ -80,3 +84,14 @@ def test_new_tokens_are_not_for_blocks_nor_is_a_question_that_nobody_asks(random
     assert refused == {"visionzip", "downsampled"} | INSIDE
     silent = dataclasses.replace(encoded, question_mask=torch.zeros_like(encoded.question_mask))
     assert METHODS["cdpruner"].refusal(FakeVLM(), silent) == "CDPruner needs a question, and there is none"
+
+
+def test_the_command_and_the_readme_name_every_method_and_algorithm() -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    said = inspect.getsource(evaluate)
+    for name in METHODS:
+        assert re.search(rf"\b{name}\b", said), f"--policies does not tell of {name}"
+        assert f"`{name}`" in readme
+    for name in ALGORITHMS:
+        assert re.search(rf"\b{name}\b", inspect.getsource(train)), f"--algo does not tell of {name}"
+        assert f"`{name}`" in readme
