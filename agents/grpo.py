@@ -27,8 +27,8 @@ from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.value import ValueBaseline
-from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
-from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
+from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = [
     "GRPO",
@@ -190,15 +190,6 @@ class GRPO:
         scores = scorer.score(encoded, kept) / self.config.temperature
         return KSubset(scores, kept, mask=encoded.token_mask, validate_args=False)
 
-    def _rewards(self, scores: Scores, full: Scores) -> torch.Tensor:
-        reward = self.reward(scores, full)
-        if reward.shape != scores.log_likelihood.shape:  # (B, 1), for one, would teach nothing and not fail
-            raise ValueError(
-                f"the reward {self.reward!r} gave shape {tuple(reward.shape)}, expected "
-                f"{tuple(scores.log_likelihood.shape)}: one number for each selection of each example"
-            )
-        return reward
-
     def _optimise(self) -> Iterator[Metrics]:
         config, settings = self.config, self.settings
         learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
@@ -219,7 +210,7 @@ class GRPO:
             scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
             scoring = time.perf_counter() - scoring
             self.pool.compute.add(subsets.shape[0] * subsets.shape[1])
-            reward = self._rewards(scores, full)
+            reward = judge(self.reward, scores, full)
             value = None if critic is None else critic.predict(encoded, kept)
             advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
             spread = reward.std(1) if config.group > 1 else None  # (B,)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
+from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = ["Search", "SearchResult", "Trials", "check_batch", "leading"]
@@ -97,13 +97,7 @@ class Trials:
         scores = scores.cpu()
         if self._reward is None or self._full is None:
             return scores.log_likelihood
-        values = self._reward(scores, self._full[rows.cpu()])
-        if values.shape != scores.log_likelihood.shape:
-            raise ValueError(
-                f"the reward has shape {tuple(values.shape)}, expected {tuple(scores.log_likelihood.shape)}, as its "
-                "scores"
-            )
-        return values.float()
+        return judge(self._reward, scores, self._full[rows.cpu()]).float()
 
     def score(self, candidates: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Score candidates of all examples in one call of the model.

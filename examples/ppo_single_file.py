@@ -19,7 +19,7 @@ from torch import nn
 import grip_env
 from agents.base import PolicySelector
 from agents.heuristics import BASELINES
-from grip_env.report import compare
+from grip_env.comparison import compare
 
 
 @dataclass

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from grip_env.envs.rewards import Reward, needs_agreement, resolve_reward
+from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
 from grip_env.envs.table_cache import TableCache
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
@@ -172,16 +172,14 @@ class RewardTable:
         The default instance (4 of 16 blocks of the embedded model: 1,820 selections) takes about four seconds of one
         CPU core, 8 of 16 (12,870) about a minute; reading it back takes a millisecond.
         """
-        judge = resolve_reward(reward)
-        agreement = needs_agreement(judge)
+        own = resolve_reward(reward)
+        agreement = needs_agreement(own)
         if full is None or (agreement and full.first_token is None):
             with torch.no_grad():
                 full = vlm.score(encoded, encoded.full_selection(), first_token=agreement)
         scores = score_subsets(vlm, encoded, k, cache, full.first_token if agreement else None)
-        rewards = judge(scores, full.cpu())
+        rewards = judge(own, scores, full.cpu())
         masks = subset_masks(encoded.token_mask[0].nonzero().flatten().tolist(), k)
-        if rewards.shape != (1, len(masks)):
-            raise ValueError(f"the reward has shape {tuple(rewards.shape)}, expected (1, {len(masks)}), as its scores")
         return cls(masks, rewards[0].double().numpy(), encoded.token_mask.shape[1])
 
     def __len__(self) -> int:

@@ -26,10 +26,10 @@ from agents.search import (
     removal_plan,
 )
 from agents.trials import Search
+from grip_env.comparison import compare
 from grip_env.envs.enumeration import MAX_SUBSETS, RewardTable
 from grip_env.envs.rewards import AnswerProbability, KeptFraction
 from grip_env.envs.ruggedness import best_swaps, greedy
-from grip_env.report import compare
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
 from grip_env.vlms.blocks import BlockVLM
@@ -579,7 +579,7 @@ def test_rewards_that_are_not_finite_or_of_another_shape_are_refused(kind: type[
 
     with pytest.raises(ValueError, match="not finite: check the reward"):
         run(lambda scores, full: scores.log_likelihood / 0)
-    with pytest.raises(ValueError, match=r"the reward has shape \(\d+,\), expected \(\d+, \d+\), as its scores"):
+    with pytest.raises(ValueError, match=r"gave shape \(\d+,\), expected \(\d+, \d+\)"):
         run(lambda scores, full: scores.log_likelihood.mean(1))
 
 
