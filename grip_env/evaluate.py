@@ -212,7 +212,7 @@ def print_and_draw(
     print("\n" + tables + "\n")
     comparison.save(out)
     (out / "report.md").write_text(tables + "\n")
-    draw_curve(comparison, out / "pareto.png")
+    draw_curve(comparison, out / "pareto.png", main or AGENT)
     written = ["report.md", "pareto.png"]
     if shown is not None:
         split = comparison.split

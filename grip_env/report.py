@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["draw_curve", "draw_gallery"]
 
 
-def draw_curve(comparison: Comparison, path: Path) -> None:
-    """Draw log-likelihood and accuracy over the budget, one line per method, and write the picture to ``path``."""
+def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
+    """Draw log-likelihood and accuracy over the budget, one line per method, and write the picture to ``path``.
+
+    Args:
+        comparison: The numbers.
+        path: Of a PNG.
+        main: The method that stands out.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    colours = {AGENT: "#d1495b", WARMUP: "#e8a0a9", "oracle": "#2e7d5b", ALL_TOKENS: "#555555"}
+    many = len(comparison.cells) > 9  # too many for a legend among the curves
+    figure = Figure(figsize=(13.5 if many else 11, 4.6), layout="constrained")
+    colours = {main: "#d1495b", WARMUP: "#e8a0a9", "oracle": "#2e7d5b", ALL_TOKENS: "#555555"}
     others = cycle(("#b8bec7", "#8d99ae", "#5c80bc", "#c79a3b", "#8e6c8a", "#4f9d9d", "#7a9e5f", "#b0785a", "#3f5d7d"))
     for axes, key, label in zip(
         figure.subplots(1, 2),
@@ -40,17 +47,17 @@ def draw_curve(comparison: Comparison, path: Path) -> None:
             if method == ALL_TOKENS:
                 axes.axhline(values[0], color=colour, linestyle=":", linewidth=1.3, label=method)
                 continue
-            main = method == AGENT
+            first = method == main
             axes.plot(
                 budgets,
                 values,
                 color=colour,
                 marker="o",
-                markersize=5 if main else 3.5,
-                linewidth=2.6 if main else 1.5,
+                markersize=5 if first else 3.5,
+                linewidth=2.6 if first else 1.5,
                 linestyle="--" if method in ("oracle", WARMUP) else "-",
                 label="oracle (ground truth)" if method == "oracle" else method,
-                zorder=3 if main else 2,
+                zorder=3 if first else 2,
             )
         axes.set_xscale("log")
         axes.set_xticks(comparison.budgets, [f"{budget:.0%}" for budget in comparison.budgets])
@@ -59,7 +66,10 @@ def draw_curve(comparison: Comparison, path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    if many:
+        figure.legend(*figure.axes[1].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right upper")
+    else:
+        figure.axes[1].legend(frameon=False, fontsize=9, loc="lower right")
     figure.suptitle(f"{comparison.examples} held-out examples ({comparison.split} split)", fontsize=11)
     figure.savefig(path, dpi=130)
 
