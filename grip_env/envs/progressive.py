@@ -8,7 +8,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
-from grip_env.envs.episodes import ActionMode, Observation, SelectionRules
+from grip_env.envs.episodes import ActionMode, ObsDtype, Observation, SelectionRules
 from grip_env.envs.rendering import Panel, captioned, draw_selection, gallery
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream
@@ -66,10 +66,11 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
     | stage | MultiBinary | int8 (T,) | one-hot: the stage to decide; all 0 at the end |
     | attention | Box [0, 1] | float32 (N,) | only with ``attention=True``; see below |
 
-    At layer 0 ``tokens`` are the visual tokens themselves. ``remaining`` counts places, one for each token in each
-    layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention`` is
-    what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models are
-    causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
+    At layer 0 ``tokens`` are the visual tokens themselves. ``feature_dim`` and ``obs_dtype`` make ``tokens`` and
+    ``question`` smaller, as in :class:`~grip_env.TokenSelectionEnv`. ``remaining`` counts places, one for each token in
+    each layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention``
+    is what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models
+    are causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
     LLaVA; attention depends on the question. ``question_aware=False`` leaves out ``question``, ``question_mask``.
 
     ## Starting State
@@ -131,6 +132,9 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         max_tokens: N. By default the number of visual tokens of the split's first example.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
+        feature_dim: F, the width that features have in observations, hidden states among them, through a fixed random
+            projection; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
 
     Raises:
         NotImplementedError: If the model is of another kind.
@@ -176,6 +180,8 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         max_tokens: int | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
@@ -191,6 +197,8 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
         )
         self.rules = StageRules(rules, stages, stage_budgets, attention)
         self.render_mode = render_mode

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector.utils import batch_space
 
-from grip_env.envs.episodes import NOTHING_FIXED, ActionMode, Fixed, Observation, SelectionRules
+from grip_env.envs.episodes import NOTHING_FIXED, ActionMode, Fixed, ObsDtype, Observation, SelectionRules
 from grip_env.envs.progressive import draw_stages
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget
@@ -50,6 +50,8 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
         max_tokens: N.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory.
+        feature_dim: F, the width that features have in observations; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16".
         max_episode_steps: As for ``gymnasium.make``; at the number of stages, which is the least, all episodes are
             truncated as well as terminated, and above nothing changes.
 
@@ -90,6 +92,8 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
         max_tokens: int | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
         max_episode_steps: int | None = None,
     ) -> None:
         super().__init__(
@@ -106,6 +110,8 @@ class ProgressivePruningVectorEnv(TokenSelectionVectorEnv):
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
             max_episode_steps=max_episode_steps,
         )
         self.stages = StageRules(self.rules, stages, stage_budgets, attention)

@@ -197,7 +197,7 @@ class StageRollout:
 
     def _look(self) -> None:
         assert self._run is not None
-        self._tokens = to_array(self._run.hidden())  # (B, N, D)
+        self._tokens = self.rules.rules.features(to_array(self._run.hidden()))  # (B, N, F)
         if self.rules.attention:
             self._attention = to_array(self._run.attention())  # (B, N)
 
