@@ -115,8 +115,9 @@ def test_the_vector_environment_compresses_likewise(name: str) -> None:
                 own = [env.reset()[0] for env in singles]
 
 
-def test_a_compressed_environment_pickles() -> None:
-    env = make(IDS[0], **SMALL)
+@pytest.mark.parametrize("name", IDS)
+def test_a_compressed_environment_pickles(name: str) -> None:
+    env = make(name, **SMALL)
     seen, _ = env.reset(seed=0)
     np.testing.assert_equal(pickle.loads(pickle.dumps(env)).reset(seed=0)[0], seen)
 

@@ -46,8 +46,7 @@ def varying(example: Any) -> int:
 
 
 COMMON: dict[str, Any] = {"vlm": FakeVLM(count=varying), "task": FakeTask(1000)}
-# of the families whose layers run one by one, the one that transformers lets pickle after it has encoded an image
-STAGED: dict[str, Any] = {"vlm": build("idefics3"), "stages": (0, 1, 2)}
+STAGED: dict[str, Any] = {"vlm": build("llava"), "stages": (0, 1, 2)}  # FakeVLM has no layers
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "GRIP/TokenSelection-v0": {
         "binary": {"max_tokens": 16, "budget": (0.05, 0.6), "over_budget_penalty": 0.1},
