@@ -117,7 +117,8 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
         split: Which split of the task.
         stages: Decoder layers before which tokens can be dropped, strictly increasing, from 0.
         budget: Share of the tokens, mean over all layers, in (0, 1]: a number; a tuple (low, high), drawn log-uniformly
-            for each episode; or a list, drawn uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
+            for each episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn
+            uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
         stage_budgets: Instead, a share for each stage, not increasing.
         action_mode: "binary" or "scores".
         reward: "log_likelihood", "probability" or "exact_match", or an object called as ``reward(scores, full)``.

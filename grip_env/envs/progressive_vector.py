@@ -36,7 +36,8 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
         task: Where instances come from.
         split: Which split of the task.
         stages: Decoder layers before which tokens can be dropped.
-        budget: Share of the tokens, mean over all layers; ranges and lists are drawn from separately for each instance.
+        budget: Share of the tokens, mean over all layers; ranges, as tuples or mappings, and lists are drawn
+            from separately for each instance.
         stage_budgets: Instead, a share for each stage.
         action_mode: "binary" or "scores"; actions have shape (num_envs, N).
         reward: A name or an object.

@@ -205,7 +205,8 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         vlm: See the single environment, also for the arguments that follow.
         task: Where instances come from.
         split: Which split of the task.
-        budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
+        budget: Share of the tokens; ranges, as tuples or mappings, and lists are drawn
+            from separately for each instance.
         action_mode: "binary" or "scores"; actions have shape (num_envs, N).
         reward: A name or an object.
         over_budget_penalty: Charged for each token over budget.
