@@ -30,6 +30,7 @@ __all__ = [
     "Outcome",
     "SelectionRules",
     "check_penalty",
+    "joined_full",
 ]
 
 ActionMode: TypeAlias = Literal["binary", "scores"]
@@ -209,7 +210,7 @@ class EpisodeRules(ABC):
         asked = [decision for decision in decisions if decision.scored]
         jobs = [(decision.episode.instance, decision.selection) for decision in asked]
         whole = [(instance, instance.real) for instance in unscored]
-        full = _joined_full(decision.episode for decision in asked)
+        full = joined_full(decision.episode for decision in asked)
         scores: Scores | None = None
         wholes: Scores | None = None
         if full is not None and full.first_token is not None:
@@ -369,7 +370,7 @@ def check_penalty(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
 
 
-def _joined_full(episodes: Iterable[Episode]) -> Scores | None:
+def joined_full(episodes: Iterable[Episode]) -> Scores | None:
     """Return the scores with every token kept, fields of shape (R, 1); ``None`` where there are no episodes."""
     rows = [episode.instance.full for episode in episodes]
     known = [scores for scores in rows if scores is not None]

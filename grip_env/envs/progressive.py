@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import gymnasium
 import numpy as np
 
-from grip_env.envs.episodes import ActionMode, Observation, SelectionRules
+from grip_env.envs.episodes import ActionMode, Episode, ObsDtype
 from grip_env.envs.rendering import Panel, captioned, draw_selection, gallery
 from grip_env.envs.rewards import Reward
-from grip_env.envs.sampling import Budget, EpisodeStream
-from grip_env.envs.schedule import total_budget
-from grip_env.envs.selection import RenderMode
-from grip_env.envs.stages import StagedEpisode, StageRollout, StageRules
-from grip_env.envs.window import Window
+from grip_env.envs.sampling import Budget
+from grip_env.envs.single import EpisodeEnv, RenderMode
+from grip_env.envs.stages import StagedEpisode, StageRules
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 
@@ -25,7 +22,7 @@ _ACROSS = 4  # pictures side by side
 _PANEL = 288  # pixels along a side of each
 
 
-class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
+class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     """Drop visual tokens in stages, between the layers of a frozen language model, before it answers a question.
 
     ## Description
@@ -66,10 +63,11 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
     | stage | MultiBinary | int8 (T,) | one-hot: the stage to decide; all 0 at the end |
     | attention | Box [0, 1] | float32 (N,) | only with ``attention=True``; see below |
 
-    At layer 0 ``tokens`` are the visual tokens themselves. ``remaining`` counts places, one for each token in each
-    layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention`` is
-    what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models are
-    causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
+    At layer 0 ``tokens`` are the visual tokens themselves. ``feature_dim`` and ``obs_dtype`` make ``tokens`` and
+    ``question`` smaller, as in :class:`~grip_env.TokenSelectionEnv`. ``remaining`` counts places, one for each token in
+    each layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention``
+    is what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models
+    are causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
     LLaVA; attention depends on the question. ``question_aware=False`` leaves out ``question``, ``question_mask``.
 
     ## Starting State
@@ -119,7 +117,8 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         split: Which split of the task.
         stages: Decoder layers before which tokens can be dropped, strictly increasing, from 0.
         budget: Share of the tokens, mean over all layers, in (0, 1]: a number; a tuple (low, high), drawn log-uniformly
-            for each episode; or a list, drawn uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
+            for each episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn
+            uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
         stage_budgets: Instead, a share for each stage, not increasing.
         action_mode: "binary" or "scores".
         reward: "log_likelihood", "probability" or "exact_match", or an object called as ``reward(scores, full)``.
@@ -131,6 +130,9 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         max_tokens: N. By default the number of visual tokens of the split's first example.
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
+        feature_dim: F, the width that features have in observations, hidden states among them, through a fixed random
+            projection; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
 
     Raises:
         NotImplementedError: If the model is of another kind.
@@ -154,10 +156,7 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
     ```
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
-        "render_modes": ["human", "rgb_array"],
-        "render_fps": 2,
-    }
+    rules: StageRules
 
     def __init__(
         self,
@@ -176,102 +175,53 @@ class ProgressivePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         max_tokens: int | None = None,
         max_question_tokens: int = 24,
         cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
     ) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
-        rules = SelectionRules(
+        super().__init__(
+            render_mode,
             vlm=vlm,
             task=task,
             split=split,
-            budget=total_budget(budget, stage_budgets),
+            stages=stages,
+            budget=budget,
+            stage_budgets=stage_budgets,
             action_mode=action_mode,
             reward=reward,
             over_budget_penalty=over_budget_penalty,
             question_aware=question_aware,
+            attention=attention,
             max_tokens=max_tokens,
             max_question_tokens=max_question_tokens,
             cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
         )
-        self.rules = StageRules(rules, stages, stage_budgets, attention)
-        self.render_mode = render_mode
-        self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
-        self.action_space = rules.action_space
-        self._stream: EpisodeStream | None = None
-        self._rollout: StageRollout | None = None
-        self._window = Window("GRIP progressive pruning")
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Begin the next episode.
+    def _make_rules(self, **arguments: Any) -> StageRules:
+        return StageRules(**arguments)
 
-        Args:
-            seed: Starts the sequence of episodes over; the same seed gives the same sequence.
-            options: "index" and "budget" fix this episode's instance and share of the tokens.
-        """
-        base = self.rules.rules
-        fixed = self.rules.check_fixed(base.check_options(options))
-        super().reset(seed=seed)
-        if seed is not None or self._stream is None:
-            self._stream = base.stream(self.np_random)
-        self._rollout = None
-        self._rollout = self.rules.begin([base.request(self._stream, fixed)])
-        if self.render_mode == "human":
-            self.render()
-        (observation,) = self._rollout.observe()
-        return observation, self.rules.start_info(self._rollout.episodes[0])
-
-    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Drop all but the chosen tokens and run the model to the next stage, or to its answer.
-
-        Args:
-            action: (N,), see Action Space.
-        """
-        rollout = self._rollout
-        if rollout is None or rollout.ended:
-            state = "not begun" if rollout is None else f"ended: it has {len(self.rules.schedule)} steps"
-            raise gymnasium.error.ResetNeeded(f"the episode has {state}; call reset() before step()")
-        checked = self.rules.rules.check_action(action, (self.rules.rules.max_tokens,))
-        (reward,) = rollout.step(checked[None], [self.np_random])
-        if self.render_mode == "human":
-            self.render()
-        (observation,) = rollout.observe()
-        return observation, reward, rollout.ended, False, self.rules.step_info(rollout.episodes[0])
-
-    def render(self) -> np.ndarray | None:
-        """Draw the image and what survived each stage so far; at the end also what came of it."""
-        if self._rollout is None:
-            raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
-        if self.render_mode is None:
-            gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
-            return None
-        picture = draw_stages(self.rules, self._rollout.episodes[0])
-        if self.render_mode == "rgb_array":
-            return picture
-        self._window.show(picture)
-        return None
-
-    def close(self) -> None:
-        """Close the window, if there is one."""
-        self._window.close()
+    def _draw(self, episode: Episode) -> np.ndarray:
+        return draw_stages(self.rules, episode)
 
 
-def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
+def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
     """Return the picture of an episode, uint8 (height, width, 3): the image, then one picture for each stage.
 
     Stages that are not decided yet are dim; at the end, a dot marks cells known to matter. All pictures of an
     environment have one size.
     """
-    instance = staged.episode.instance
+    assert isinstance(episode, StagedEpisode)
+    instance = episode.instance
     assert instance.full is not None
     example, real = instance.example, instance.real
     cells = None if instance.cells is None else instance.cells[real]
-    places, marked, caption = instance.positions[real], None, f"{staged.count} tokens"
+    places, marked, caption = instance.positions[real], None, f"{instance.count} tokens"
     full, reached, status = float(instance.full.log_likelihood.exp()), None, ["", ""]
-    if staged.ending is not None:
-        end = staged.ending
-        reached = float(np.exp(end["log_likelihood"]))
-        verdict = "correctly" if end["correct"] else "wrongly"
+    if episode.outcome is not None:
+        end = rules.savings(episode)
+        reached = float(np.exp(episode.outcome.log_likelihood))
+        verdict = "correctly" if episode.outcome.correct else "wrongly"
         status = [
             f"{end['layer_average_tokens']:.1f} tokens a layer, {end['flops_saved']:.0%} of the FLOPs saved, answered "
             f"{verdict}",
@@ -283,11 +233,11 @@ def draw_stages(rules: StageRules, staged: StagedEpisode) -> np.ndarray:
     panels: list[Panel | np.ndarray | None] = [Panel(plain, caption)]
     for stage, layer in enumerate(rules.schedule.stages):
         survivors, caption = np.zeros_like(real), f"layer {layer}"
-        if stage < len(staged.decisions):
-            survivors = staged.decisions[stage].selection
-            caption = f"layer {layer}: {survivors.sum()} kept of at most {staged.decisions[stage].k}"
-        elif stage == len(staged.decisions):
-            caption = f"layer {layer}: at most {rules.allowance(staged)}"
+        if stage < len(episode.stages):
+            survivors = episode.stages[stage].selection
+            caption = f"layer {layer}: {survivors.sum()} kept of at most {episode.stages[stage].k}"
+        elif stage == len(episode.stages):
+            caption = f"layer {layer}: at most {rules.allowance(episode)}"
         shown = survivors[real]
         picture = draw_selection(example.image, places, shown, (), marked, _PANEL, cells, square=True)
         panels.append(Panel(picture, caption))

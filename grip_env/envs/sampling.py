@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-__all__ = ["Budget", "EpisodeStream", "check_budget", "shuffled_indices", "tokens_in_budget"]
+__all__ = ["Budget", "EpisodeStream", "Shares", "check_budget", "shuffled_indices", "tokens_in_budget"]
 
-Budget: TypeAlias = "float | tuple[float, float] | list[float]"
-"""A share of the tokens, a (low, high) range to draw from log-uniformly, or a list to draw from uniformly."""
+Budget: TypeAlias = "float | tuple[float, float] | list[float] | dict[str, float]"
+"""A share of the tokens, a (low, high) range to draw from log-uniformly, or a list to draw from uniformly.
+
+``{"low": low, "high": high}`` is another spelling of the range: JSON, as of an environment's spec, makes tuples lists.
+"""
+
+Shares: TypeAlias = "float | tuple[float, float] | list[float]"
+"""A checked budget."""
 
 _ROUNDS = 6
 _BLOCK = 64
 """Indices that a stream draws at a time: one by one they would cost a hundred times as much each."""
 
 
-def check_budget(budget: Budget) -> Budget:
-    """Return ``budget`` with plain floats in it.
+def check_budget(budget: Budget) -> Shares:
+    """Return ``budget`` with plain floats in it, a range as a tuple.
 
     Raises:
-        ValueError: If a share is outside (0, 1], a list is empty, it is a text, or a tuple is not a (low, high) range.
+        ValueError: If a share is outside (0, 1], a list is empty, it is a text, or a range is not from low to high.
+
+    >>> check_budget({"low": 0.03, "high": 0.5})
+    (0.03, 0.5)
     """
+    if isinstance(budget, Mapping):
+        if set(budget) != {"low", "high"}:
+            raise ValueError(f'a mapping as budget is a range {{"low": 0.03, "high": 0.5}}; got {dict(budget)!r}')
+        budget = budget["low"], budget["high"]
     if isinstance(budget, str):
         raise ValueError(f"a budget is a number, a (low, high) range or a list; got the text {budget!r}")
     shares = [float(share) for share in budget] if isinstance(budget, Sequence) else [float(budget)]
@@ -97,7 +110,7 @@ class EpisodeStream:
         budget: As :func:`check_budget` returns it.
     """
 
-    def __init__(self, generator: np.random.Generator, size: int, budget: Budget) -> None:
+    def __init__(self, generator: np.random.Generator, size: int, budget: Shares) -> None:
         self._key = int(generator.integers(2**63))
         self._budgets = np.random.default_rng(self._key)
         self._size = size

@@ -119,16 +119,9 @@ class _VectorEnvAsVecEnv(VecEnv):
         self.envs.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Return a frame of each instance, uint8 (height, width, 3), the smaller ones filled up with white."""
+        """Return a frame of each instance, uint8 (height, width, 3), all of one size."""
         frames: Any = self.envs.render()
-        if frames is None:
-            return [None] * self.num_envs
-        height, width = np.max([frame.shape[:2] for frame in frames], 0)
-        room = [(height - frame.shape[0], width - frame.shape[1]) for frame in frames]
-        return [
-            np.pad(frame, ((0, down), (0, right), (0, 0)), constant_values=255)
-            for frame, (down, right) in zip(frames, room, strict=True)
-        ]
+        return [None] * self.num_envs if frames is None else list(frames)
 
     def has_attr(self, attr_name: str) -> bool:
         """Tell whether the vector environment has such an attribute."""

@@ -92,7 +92,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
         split: Which split of the task.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
-            episode; or a list, drawn uniformly.
+            episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.
         action_mode: "binary" or "scores".
         reward: "log_likelihood", "probability", "exact_match", "agreement" or "kept_fraction"; a sum of these such
             as "log_likelihood - 0.1 * kept_fraction"; "package.module:object" to import; or an object called as

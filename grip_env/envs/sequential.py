@@ -147,7 +147,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
         split: Which split of the task.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
-            episode; or a list, drawn uniformly.
+            episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.
         reward: "log_likelihood", "probability" or "exact_match", or an object called as
             ``reward(scores, full)``.
         question_aware: Whether the agent sees the question.
@@ -243,7 +243,8 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         vlm: See the single environment, also for the arguments that follow.
         task: Where instances come from.
         split: Which split of the task.
-        budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
+        budget: Share of the tokens; ranges, as tuples or mappings, and lists are drawn
+            from separately for each instance.
         reward: A name or an object.
         question_aware: Whether the agent sees the question.
         render_mode: ``None`` or "rgb_array".

@@ -44,7 +44,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         self.action_space = self.rules.action_space
         self._stream: EpisodeStream | None = None
         self._episode: Episode | None = None
-        self._window = Window("GRIP token selection")
+        self._window = Window("GRIP visual tokens")
 
     @abstractmethod
     def _make_rules(self, **arguments: Any) -> EpisodeRules:
@@ -92,11 +92,15 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         if self.render_mode is None:
             gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
             return None
-        picture = draw_episode(self._episode)
+        picture = self._draw(self._episode)
         if self.render_mode == "rgb_array":
             return picture
         self._window.show(picture)
         return None
+
+    def _draw(self, episode: Episode) -> np.ndarray:
+        """Return the picture of an episode, uint8 (height, width, 3)."""
+        return draw_episode(episode)
 
     def close(self) -> None:
         """Close the window, if there is one."""

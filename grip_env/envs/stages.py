@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -10,16 +11,16 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from grip_env.envs.episodes import Episode, Fixed, Observation, SelectionRules
+from grip_env.envs.episodes import Decision, Episode, Fixed, Observation, Outcome, SelectionRules, joined_full
 from grip_env.envs.instances import fit, to_array
-from grip_env.envs.sampling import tokens_in_budget
-from grip_env.envs.schedule import PruningSchedule
+from grip_env.envs.sampling import Budget, tokens_in_budget
+from grip_env.envs.schedule import PruningSchedule, total_budget
 from grip_env.flops import flops_saved
-from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.base import Encoded
 from grip_env.vlms.decoders import decoder_of
 from grip_env.vlms.staged import StagedForward
 
-__all__ = ["StageDecision", "StageRollout", "StageRules", "StagedEpisode"]
+__all__ = ["StageDecision", "StageRules", "StagedEpisode"]
 
 
 class StageDecision(NamedTuple):
@@ -32,39 +33,53 @@ class StageDecision(NamedTuple):
     over_budget: int
 
 
+class Boundary(NamedTuple):
+    """Where B episodes in lock-step stand: before the layer of a stage, or of the last one once that is decided.
+
+    They share one pass through the language model, and nothing here is ever written to.
+    """
+
+    run: StagedForward | None
+    """``None`` once the model has answered."""
+    tokens: np.ndarray
+    """Hidden states as an observation has them, (B, N, F)."""
+    attention: np.ndarray | None
+    """float32 (B, N); ``None`` where the agent does not see it."""
+
+
 @dataclass
-class StagedEpisode:
-    """One instance under one budget, and what was decided at each stage so far."""
+class StagedEpisode(Episode):
+    """One instance under one budget, and what was decided at each stage so far.
 
-    episode: Episode
-    decisions: list[StageDecision] = field(default_factory=list)
-    ending: dict[str, Any] | None = None
-    """What is known once the model has answered."""
+    ``selection`` are the tokens that survived so far, all real ones at first.
+    """
 
-    @property
-    def count(self) -> int:
-        """How many tokens there are before the first stage."""
-        return int(self.episode.instance.real.sum())
+    stages: list[StageDecision] = field(default_factory=list)
+    """What was decided at each stage so far."""
+    boundary: Boundary | None = None
+    row: int = 0
+    """Which of the episodes at the boundary this is."""
 
-    @property
-    def alive(self) -> np.ndarray:
-        """Which tokens survived so far, bool (N,)."""
-        return self.decisions[-1].selection if self.decisions else self.episode.instance.real
+    def __post_init__(self) -> None:
+        self.selection = self.instance.real
 
     @property
     def kept(self) -> list[int]:
         """How many tokens survived each stage so far."""
-        return [int(decision.selection.sum()) for decision in self.decisions]
+        return [int(stage.selection.sum()) for stage in self.stages]
 
 
-class StageRules:
-    """The decision process without its clock.
+class StageRules(SelectionRules):
+    """One decision for each stage.
+
+    Episodes that begin together go through the model together, so they are to be decided together, in their order.
 
     Args:
-        rules: What it shares with the process of a single decision: instances, actions, rewards.
         stages: Decoder layers before which tokens can be dropped.
+        budget: Share of the tokens, mean over all layers; 0.1 if neither this nor ``stage_budgets`` is given.
         stage_budgets: Share of the tokens that may survive each stage; ``None`` where the budget is for all layers.
         attention: Whether the agent sees how the prompt attends to the tokens.
+        common: The other arguments of :class:`~grip_env.envs.progressive.ProgressivePruningEnv`.
 
     Raises:
         NotImplementedError: If the model's layers cannot be run one by one.
@@ -72,32 +87,39 @@ class StageRules:
     """
 
     def __init__(
-        self, rules: SelectionRules, stages: Sequence[int], stage_budgets: Sequence[float] | None, attention: bool
+        self,
+        *,
+        stages: Sequence[int],
+        budget: Budget | None,
+        stage_budgets: Sequence[float] | None,
+        attention: bool,
+        **common: Any,
     ) -> None:
-        self.rules = rules
-        self.vlm: Any = rules.vlm
+        super().__init__(budget=total_budget(budget, stage_budgets), **common)
         self.attention = attention
-        self.schedule = PruningSchedule(stages, len(decoder_of(self.vlm).layers), stage_budgets)
-        lowest = min(rules.budget) if isinstance(rules.budget, tuple | list) else rules.budget
+        self.model: Any = self.vlm  # decoder_of() tells which models have layers to run
+        self.schedule = PruningSchedule(stages, len(decoder_of(self.model).layers), stage_budgets)
+        lowest = min(self.budget) if isinstance(self.budget, tuple | list) else self.budget
         self._check_share(lowest)
         fields: dict[str, spaces.Space[Any]] = {
-            **rules.observation_space.spaces,
+            **self.observation_space.spaces,
             "remaining": spaces.Box(0.0, 1.0, (1,), np.float32),
             "stage": spaces.MultiBinary(len(self.schedule)),
         }
         if attention:
-            fields["attention"] = spaces.Box(0.0, 1.0, (rules.max_tokens,), np.float32)
+            fields["attention"] = spaces.Box(0.0, 1.0, (self.max_tokens,), np.float32)
         self.observation_space = spaces.Dict(fields)
 
     def _check_share(self, share: float) -> None:
-        self.schedule.check_total(tokens_in_budget(share, self.rules.max_tokens), self.rules.max_tokens)
+        self.schedule.check_total(tokens_in_budget(share, self.max_tokens), self.max_tokens)
 
-    def check_fixed(self, fixed: Fixed) -> Fixed:
+    def check_options(self, options: dict[str, Any] | None) -> Fixed:
         """Return what the options of a reset fix.
 
         Raises:
-            ValueError: If that is a budget which the stages make impossible or say themselves.
+            ValueError: Also for a budget which the stages make impossible or say themselves.
         """
+        fixed = super().check_options(options)
         if fixed.budget is not None:
             if self.schedule.shares is not None:
                 raise ValueError(
@@ -107,164 +129,147 @@ class StageRules:
             self._check_share(fixed.budget)
         return fixed
 
-    def begin(self, requests: Sequence[tuple[int, float]]) -> StageRollout:
-        """Begin an episode for each (index, budget): one call of the encoder, one of the language model, then stage 0.
+    def allowance(self, episode: StagedEpisode) -> int:
+        """Return how many tokens may survive the next stage."""
+        return self.schedule.allowance(episode.instance.count, episode.k, episode.kept)
+
+    def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
+        """Turn a checked action (N,) into a selection of surviving tokens; the episode stays as it is.
+
+        Only an action over budget draws from ``generator``.
+        """
+        assert isinstance(episode, StagedEpisode)
+        candidates = episode.selection
+        if self.action_mode == "scores" and self.schedule.shares is None:
+            candidates = candidates & (action > 0)
+        # to the rules of a single decision, a stage is an episode whose only real tokens are these
+        stage = Episode(replace(episode.instance, real=candidates), self.allowance(episode))
+        decision = super().decide(stage, action, generator)
+        last = len(episode.stages) + 1 == len(self.schedule)
+        return decision._replace(episode=episode, scored=last, ends=last)
+
+    # -- the pass through the model --------------------------------------------------------------------------
+
+    def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
+        """Carry out decisions, up to the next stage or the answer, and begin episodes, up to their first stage.
+
+        Args:
+            decisions: One for each of the episodes that began together, in their order; or none.
+            requests: (index, budget) of each episode that begins.
 
         Raises:
             ValueError: If an instance has more tokens than there is room for, or so few that its budget is impossible.
         """
-        episodes = [StagedEpisode(episode) for episode in self.rules.advance(requests=requests)]
-        for staged in episodes:
-            self.schedule.check_total(staged.episode.k, staged.count)
-        return StageRollout(self, episodes)
+        begun = [StagedEpisode(episode.instance, episode.k) for episode in super().advance(requests=requests)]
+        for episode in begun:
+            self.schedule.check_total(episode.k, episode.instance.count)
+        # all of it before anything changes: what raises leaves every episode as it was
+        boundary, outcomes = self._go_on(decisions) if decisions else (None, [])
+        start = self._begin(begun) if begun else None
+        for decision, outcome in zip(decisions, outcomes, strict=True):
+            episode = _staged(decision.episode)
+            stage = StageDecision(decision.selection, self.allowance(episode), decision.violations)
+            self._carry_out(decision, outcome)
+            episode.stages.append(stage)
+            episode.boundary = boundary
+        for row, episode in enumerate(begun):
+            episode.boundary, episode.row = start, row
+        return list(begun)
 
-    def allowance(self, staged: StagedEpisode) -> int:
-        """Return how many tokens may survive the next stage."""
-        return self.schedule.allowance(staged.count, staged.episode.k, staged.kept)
+    def _begin(self, episodes: Sequence[StagedEpisode]) -> Boundary:
+        run = StagedForward(self.model, Encoded.concatenate([episode.instance.encoded for episode in episodes]))
+        run.advance(self.schedule.stages[0])
+        return self._seen(run)
 
-    def decide(self, staged: StagedEpisode, action: np.ndarray, generator: np.random.Generator) -> StageDecision:
-        """Turn a checked action (N,) into a selection of surviving tokens; only an action over budget draws."""
-        k, candidates = self.allowance(staged), staged.alive
-        if self.rules.action_mode == "scores" and self.schedule.shares is None:
-            candidates = candidates & (action > 0)
-        # to the rules of a single decision, a stage is an episode whose only real tokens are these
-        stage = Episode(replace(staged.episode.instance, real=candidates), k)
-        decision = self.rules.decide(stage, action, generator)
-        return StageDecision(decision.selection, k, decision.violations)
+    def _go_on(self, decisions: Sequence[Decision]) -> tuple[Boundary, list[Outcome | None]]:
+        """Run the model on what survives; return where it stops, and what came of each episode if that is the end."""
+        episodes = [_staged(decision.episode) for decision in decisions]
+        boundary, stage = episodes[0].boundary, len(episodes[0].stages) + 1
+        assert boundary is not None
+        assert boundary.run is not None
+        assert [(id(episode.boundary), episode.row) for episode in episodes] == [
+            (id(boundary), row) for row in range(len(boundary.tokens))
+        ]
+        run = copy.copy(boundary.run)  # a pass never writes to its tensors: the one before stays as it is
+        keep = np.stack([fit(decision.selection, run.alive.shape[1]) for decision in decisions])  # (B, N)
+        run.drop(torch.from_numpy(keep))
+        if stage < len(self.schedule):
+            run.advance(self.schedule.stages[stage])
+            return self._seen(run), [None] * len(decisions)
+        end, full = self._seen(run)._replace(run=None), joined_full(episodes)
+        assert full is not None
+        return end, list(self._judge(run.finish(full.first_token).cpu(), full))
 
-    def end(self, staged: StagedEpisode, scores: Scores) -> float:
-        """Fill in how an episode ended; return its reward.
+    def _seen(self, run: StagedForward) -> Boundary:
+        def padded(values: np.ndarray) -> np.ndarray:
+            return (
+                values
+                if values.shape[1] == self.max_tokens
+                else np.stack([fit(row, self.max_tokens) for row in values])
+            )
 
-        Args:
-            staged: All stages are decided.
-            scores: Of its answer, fields of shape (1, 1).
-        """
-        instance, kept = staged.episode.instance, staged.kept
-        assert instance.full is not None
-        encoded = instance.encoded
-        words = int(encoded.lengths[0] - encoded.answer_lengths[0]) - staged.count
-        lengths = self.schedule.lengths(words, staged.count, kept)
-        staged.ending = {
-            "log_likelihood": float(scores.log_likelihood),
-            "correct": bool(scores.correct),
-            "flops_saved": flops_saved(self.vlm.model.config, words + staged.count, lengths),
-            "layer_average_tokens": self.schedule.spent(staged.count, kept) / self.schedule.layers,
-        }
-        return float(self.rules.reward(scores, instance.full))
+        tokens = self.features(to_array(run.hidden()))
+        attention = padded(to_array(run.attention())) if self.attention else None
+        return Boundary(run, padded(tokens), attention)
 
     # -- what the agent is told --------------------------------------------------------------------------
 
-    def start_info(self, staged: StagedEpisode) -> dict[str, Any]:
+    def view(self, episode: Episode) -> Observation:
+        """Return an observation of an episode that shares memory with others."""
+        assert isinstance(episode, StagedEpisode)
+        assert episode.boundary is not None
+        instance, alive, number = episode.instance, episode.selection, len(episode.stages)
+        stage, budget = np.zeros(len(self.schedule), dtype=np.int8), 0.0
+        if number < len(self.schedule):
+            stage[number] = 1
+            budget = self.allowance(episode) / max(1, int(alive.sum()))
+        remaining = self.schedule.remaining(instance.count, episode.k, episode.kept)
+        observation = super().view(episode) | {
+            "tokens": episode.boundary.tokens[episode.row],
+            "token_mask": alive.astype(np.int8),
+            "positions": instance.positions * alive[:, None],
+            "budget": np.array([budget], dtype=np.float32),
+            "remaining": np.array([remaining], dtype=np.float32),
+            "stage": stage,
+        }
+        if episode.boundary.attention is not None:
+            observation["attention"] = episode.boundary.attention[episode.row]
+        return observation
+
+    def start_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset."""
-        places = self.schedule.places(staged.count, staged.episode.k)
-        return {
-            **self.rules.start_info(staged.episode),
-            "k": self.allowance(staged),
+        assert isinstance(episode, StagedEpisode)
+        places = self.schedule.places(episode.instance.count, episode.k)
+        return super().start_info(episode) | {
+            "k": self.allowance(episode),
             "stage": 0,
             "layer": self.schedule.stages[0],
             "layer_average_budget": places / self.schedule.layers,
         }
 
-    def step_info(self, staged: StagedEpisode) -> dict[str, Any]:
+    def step_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a step, which tells of the stage that was decided last."""
-        stage, decision = len(staged.decisions) - 1, staged.decisions[-1]
-        instance = staged.episode.instance
-        assert instance.full is not None
-        info: dict[str, Any] = {
-            "stage": stage,
-            "layer": self.schedule.stages[stage],
-            "k": decision.k,
-            # a list, because Gymnasium's vector environments stack arrays, and these differ in length
-            "kept": [int(token) for token in np.flatnonzero(decision.selection)],
-            "over_budget": decision.over_budget,
-            "full_log_likelihood": float(instance.full.log_likelihood),
-            **(staged.ending or {}),
+        assert isinstance(episode, StagedEpisode)
+        number, stage = len(episode.stages) - 1, episode.stages[-1]
+        info = super().step_info(episode) | {
+            "stage": number,
+            "layer": self.schedule.stages[number],
+            "k": stage.k,
+            "over_budget": stage.over_budget,
         }
-        relevant = instance.relevant()
-        return info if relevant is None else info | {"relevant": relevant}
+        return info | self.savings(episode) if episode.over else info
 
-
-class StageRollout:
-    """Episodes in lock-step: they come to each stage together and share one pass through the language model."""
-
-    def __init__(self, rules: StageRules, episodes: list[StagedEpisode]) -> None:
-        self.rules = rules
-        self.episodes = episodes
-        encoded = Encoded.concatenate([staged.episode.instance.encoded for staged in episodes])
-        self._run: StagedForward | None = StagedForward(rules.vlm, encoded)
-        self._run.advance(rules.schedule.stages[0])
-        self._look()
-
-    def _look(self) -> None:
-        assert self._run is not None
-        self._tokens = to_array(self._run.hidden())  # (B, N, D)
-        if self.rules.attention:
-            self._attention = to_array(self._run.attention())  # (B, N)
-
-    @property
-    def stage(self) -> int:
-        """Which stage is to be decided; the number of stages after the last."""
-        return len(self.episodes[0].decisions)
-
-    @property
-    def ended(self) -> bool:
-        """Whether every stage is decided."""
-        return self._run is None
-
-    def step(self, actions: np.ndarray, generators: Sequence[np.random.Generator]) -> list[float]:
-        """Decide the current stage everywhere and run the model up to the next, or to its answer.
-
-        Args:
-            actions: Checked, (B, N).
-            generators: One for each episode; only an action over budget draws from it.
-
-        Returns:
-            The rewards.
-        """
-        run, schedule, base = self._run, self.rules.schedule, self.rules.rules
-        assert run is not None
-        decisions = [
-            self.rules.decide(staged, action, generator)
-            for staged, action, generator in zip(self.episodes, actions, generators, strict=True)
-        ]
-        for staged, decision in zip(self.episodes, decisions, strict=True):
-            staged.decisions.append(decision)
-        tokens = self._tokens.shape[1]
-        run.drop(torch.from_numpy(np.stack([fit(decision.selection, tokens) for decision in decisions])))
-        rewards = [0.0 - base.penalty * decision.over_budget for decision in decisions]
-        if self.stage < len(schedule):
-            run.advance(schedule.stages[self.stage])
-            self._look()
-            return rewards
-        self._look()
-        full = [staged.episode.instance.full for staged in self.episodes]
-        reference = Scores.concatenate([scores for scores in full if scores is not None]).first_token
-        scores = run.finish(reference).cpu()
-        self._run = None
-        return [
-            reward + self.rules.end(staged, scores[row : row + 1])
-            for row, (staged, reward) in enumerate(zip(self.episodes, rewards, strict=True))
-        ]
-
-    def observe(self) -> list[Observation]:
-        """Return a fresh observation of each episode."""
-        return [self._observe(row, staged) for row, staged in enumerate(self.episodes)]
-
-    def _observe(self, row: int, staged: StagedEpisode) -> Observation:
-        rules, schedule, alive = self.rules.rules, self.rules.schedule, staged.alive
-        stage, budget = np.zeros(len(schedule), dtype=np.int8), 0.0
-        if self.stage < len(schedule):
-            stage[self.stage] = 1
-            budget = self.rules.allowance(staged) / max(1, int(alive.sum()))
-        remaining = schedule.remaining(staged.count, staged.episode.k, staged.kept)
-        observation = rules.observe(staged.episode) | {
-            "tokens": fit(self._tokens[row], rules.max_tokens),
-            "token_mask": alive.astype(np.int8),
-            "positions": staged.episode.instance.positions * alive[:, None],
-            "budget": np.array([budget], dtype=np.float32),
-            "remaining": np.array([remaining], dtype=np.float32),
-            "stage": stage,
+    def savings(self, episode: StagedEpisode) -> dict[str, float]:
+        """Return ``layer_average_tokens`` and ``flops_saved`` of an episode that is over."""
+        encoded, count, kept = episode.instance.encoded, episode.instance.count, episode.kept
+        words = int(encoded.lengths[0] - encoded.answer_lengths[0]) - count
+        lengths = self.schedule.lengths(words, count, kept)
+        return {
+            "layer_average_tokens": self.schedule.spent(count, kept) / self.schedule.layers,
+            "flops_saved": flops_saved(self.model.model.config, words + count, lengths),
         }
-        if self.rules.attention:
-            observation["attention"] = fit(self._attention[row], rules.max_tokens)
-        return observation
+
+
+def _staged(episode: Episode) -> StagedEpisode:
+    assert isinstance(episode, StagedEpisode)
+    return episode

@@ -112,15 +112,6 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
             options: "index" and "budget" as in the single environment: one value for all, or a list with one
                 for each.
         """
-        requests = self._start_over(seed, options)
-        self._episodes = self._shown = []
-        self._episodes = self._shown = self.rules.advance(requests=requests)
-        return self._observe(), joined_infos([self.rules.start_info(episode) for episode in self._episodes])
-
-    def _start_over(
-        self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
-    ) -> list[tuple[int, float]]:
-        """Seed the instances and draw the (index, budget) that each begins with."""
         seeds = [None] * self.num_envs if seed is None else seed
         seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
         if len(seeds) != self.num_envs:
@@ -131,7 +122,10 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
                 (self._generators[i],), (self._seeds[i],) = self._seeded([own])
             if own is not None or self._streams[i] is None:
                 self._streams[i] = self.rules.stream(self._generators[i])
-        return self._requests(fixed)
+        requests = [self._request(i, own) for i, own in enumerate(fixed)]
+        self._episodes = self._shown = []
+        self._episodes = self._shown = self.rules.advance(requests=requests)
+        return self._observe(), joined_infos([self.rules.start_info(episode) for episode in self._episodes])
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Act in every episode, and begin the next one where that ends it.
@@ -167,7 +161,11 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
             return None
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes to draw; call reset() before render()")
-        return tuple(draw_episode(episode) for episode in self._shown)
+        return tuple(self._draw(episode) for episode in self._shown)
+
+    def _draw(self, episode: Episode) -> np.ndarray:
+        """Return the picture of an episode, uint8 (height, width, 3)."""
+        return draw_episode(episode)
 
     def _fixed(self, options: dict[str, Any] | None) -> list[Fixed]:
         shared = dict(options or {})
@@ -182,9 +180,6 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
             self.rules.check_options(shared | {key: values[i] for key, values in lists.items()})
             for i in range(self.num_envs)
         ]
-
-    def _requests(self, fixed: Sequence[Fixed]) -> list[tuple[int, float]]:
-        return [self._request(i, own) for i, own in enumerate(fixed)]
 
     def _request(self, i: int, fixed: Fixed = NOTHING_FIXED) -> tuple[int, float]:
         stream = self._streams[i]
@@ -210,7 +205,8 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         vlm: See the single environment, also for the arguments that follow.
         task: Where instances come from.
         split: Which split of the task.
-        budget: Share of the tokens; ranges and lists are drawn from separately for each instance.
+        budget: Share of the tokens; ranges, as tuples or mappings, and lists are drawn
+            from separately for each instance.
         action_mode: "binary" or "scores"; actions have shape (num_envs, N).
         reward: A name or an object.
         over_budget_penalty: Charged for each token over budget.

@@ -6,6 +6,7 @@ Pruning needs neither a fork nor a patch: the encoder's output is indexed, the p
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from grip_env.vlms.replies import GREEDY, Reply, timed_reply
 from grip_env.vlms.tower import known_images
 
 __all__ = ["HuggingFaceVLM"]
+
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 class HuggingFaceVLM:
@@ -94,6 +97,32 @@ class HuggingFaceVLM:
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all of it but hooks that transformers put on modules and that do not pickle.
+
+        transformers installs them when attention or hidden states are first asked for, and does so again in the copy.
+        """
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        # a twin of the tree of modules alone: what is in the memo is shared, and the model itself goes on as it is
+        memo: dict[int, Any] = {id(kept): kept for kept in (self.processor, self.processor.tokenizer, *weights)}
+        model, family = copy.deepcopy((self.model, self.family), memo)
+        for module in model.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", "") == _CAPTURING:
+                    del module._forward_hooks[key]
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
+        return self.__dict__ | {"model": model, "family": family}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle, possibly in a process that never built such a model."""
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+        self.__dict__.update(state)
+        # classes enter the list of what can be captured when they are built, and without it nothing is, silently
+        for module in self.model.modules():
+            if hasattr(module, "_can_record_outputs"):
+                dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
 
     @property
     def width(self) -> int:

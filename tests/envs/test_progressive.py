@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import grip_env
@@ -488,16 +489,21 @@ def test_step_needs_a_running_episode_and_refused_actions_leave_it_as_it_was() -
             env.step(action)
     assert env.step(mask(2))[-1]["stage"] == 1
     env.step(mask(2))
-    with pytest.raises(gymnasium.error.ResetNeeded, match="it has 3 steps"):
+    with pytest.raises(gymnasium.error.ResetNeeded, match="ended at step 3"):
         env.step(mask(2))
 
 
-def test_it_pickles_where_the_environment_of_one_decision_does() -> None:
-    # a LLaVA no longer does once it has encoded an image: transformers hangs local functions on its vision tower
-    fresh = {"vlm": build("llava", LAYERS), "task": FakeTask(), "max_tokens": TOKENS}
-    pickle.loads(pickle.dumps(TokenSelectionEnv(**fresh)))
-    env = pickle.loads(pickle.dumps(ProgressivePruningEnv(stages=STAGES, **fresh)))
-    assert play(env, [mask(1, 2)] * 3, seed=0) == play(make(), [mask(1, 2)] * 3, seed=0)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_it_pickles_at_any_time(steps: int) -> None:
+    env = make(attention=True)
+    env.reset(seed=0)
+    for step in range(steps):
+        env.step(mask(*range(9 - step)))
+    twin = pickle.loads(pickle.dumps(env))
+    for step in range(steps, 3):
+        found, expected = twin.step(mask(*range(9 - step))), env.step(mask(*range(9 - step)))
+        assert data_equivalence(found, expected, exact=True)
+    assert data_equivalence(play(twin, [mask(1, 2)] * 3, seed=4), play(env, [mask(1, 2)] * 3, seed=4), exact=True)
 
 
 # -- many at once ----------------------------------------------------------------------------------------
@@ -568,6 +574,52 @@ def test_options_hold_for_all_or_for_each() -> None:
     assert envs.reset()[1]["index"].tolist() == twin.reset()[1]["index"].tolist()
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_a_limit_truncates_as_gymnasiums_wrapper_does(limit: int) -> None:
+    settings: dict[str, Any] = {"vlm": VLM, "task": FakeTask(), "stages": STAGES, "budget": (0.1, 0.5)}
+    ours, theirs = (
+        gymnasium.make_vec(
+            "GRIP/ProgressivePruning-v0",
+            3,
+            mode,
+            vector_kwargs={} if mode is None else {"autoreset_mode": AutoresetMode.SAME_STEP},
+            max_episode_steps=limit,
+            **settings,
+        )
+        for mode in (None, "sync")
+    )
+    assert_alike(ours.reset(seed=2), theirs.reset(seed=2))
+    theirs.action_space.seed(0)
+    for _ in range(7):
+        actions = theirs.action_space.sample()
+        assert_alike(ours.step(actions), theirs.step(actions))
+
+
+def test_what_raises_leaves_every_episode_as_it_was() -> None:
+    broken: list[str] = []
+
+    def reward(scores: Any, full: Any) -> torch.Tensor:
+        if broken:
+            raise RuntimeError(broken.pop())
+        return scores.log_likelihood
+
+    settings: dict[str, Any] = {"vlm": VLM, "task": FakeTask(), "stages": STAGES, "budget": 0.5, "reward": reward}
+    envs, twin = (ProgressivePruningVectorEnv(2, **settings) for _ in "ab")
+    for one in (envs, twin):
+        one.reset(seed=1)
+        one.step(np.tile(mask(*range(15)), (2, 1)))
+        one.step(np.tile(mask(*range(9)), (2, 1)))
+    actions = np.tile(mask(1, 2), (2, 1))
+    broken.append("the reward is out of order")
+    with pytest.raises(RuntimeError, match="out of order"):
+        envs.step(actions)
+    found, expected = envs.step(actions), twin.step(actions)
+    np.testing.assert_array_equal(found[1], expected[1])
+    for row in range(2):
+        assert_alike(found[4]["final_obs"][row], expected[4]["final_obs"][row])
+    assert_alike(found[4]["final_info"], expected[4]["final_info"])
+
+
 def test_misuse_of_many_is_refused() -> None:
     envs = ProgressivePruningVectorEnv(2, vlm=VLM, task=FakeTask())
     with pytest.raises(gymnasium.error.ResetNeeded):
@@ -575,8 +627,8 @@ def test_misuse_of_many_is_refused() -> None:
     envs.reset(seed=0)
     with pytest.raises(ValueError, match=r"\(36,\), expected \(2, 36\)"):
         envs.step(np.zeros(TOKENS))
-    with pytest.raises(ValueError, match="max_episode_steps must be at least 3"):
-        ProgressivePruningVectorEnv(2, vlm=VLM, task=FakeTask(), max_episode_steps=2)
+    with pytest.raises(ValueError, match="max_episode_steps must be at least 1"):
+        ProgressivePruningVectorEnv(2, vlm=VLM, task=FakeTask(), max_episode_steps=0)
     with pytest.raises(NotImplementedError, match="FakeVLM"):
         ProgressivePruningVectorEnv(2, vlm=FakeVLM(), task=FakeTask())
 

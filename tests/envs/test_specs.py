@@ -46,8 +46,7 @@ def varying(example: Any) -> int:
 
 
 COMMON: dict[str, Any] = {"vlm": FakeVLM(count=varying), "task": FakeTask(1000)}
-# of the families whose layers run one by one, the one that transformers lets pickle after it has encoded an image
-STAGED: dict[str, Any] = {"vlm": build("idefics3"), "stages": (0, 1, 2)}
+STAGED: dict[str, Any] = {"vlm": build("llava"), "stages": (0, 1, 2)}  # FakeVLM has no layers
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "GRIP/TokenSelection-v0": {
         "binary": {"max_tokens": 16, "budget": (0.05, 0.6), "over_budget_penalty": 0.1},
@@ -324,6 +323,19 @@ def test_a_spec_survives_json_and_makes_the_same_environment(name: str, vector: 
     assert {key: again.spec.kwargs[key] for key in arguments} == arguments
     assert type(again.unwrapped) is type(env.unwrapped)
     assert data_equivalence(play(seeded(again), 2, seed=0), play(seeded(env), 2, seed=0), exact=True)
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTERED if "Small" not in name])
+@pytest.mark.parametrize("vector", [False, True], ids=["single", "vector"])
+def test_a_range_of_budgets_survives_json(name: str, vector: bool) -> None:
+    """A tuple does not: JSON makes it a list, which is a choice between two budgets."""
+    make_one: Any = gymnasium.make_vec if vector else gymnasium.make
+    env = make_one(name, vlm="tiny", split="validation", budget={"low": 0.05, "high": 0.5})
+    again = make_one(EnvSpec.from_json(env.spec.to_json()))
+    plain = make_one(name, vlm="tiny", split="validation", budget=(0.05, 0.5))
+    assert again.unwrapped.rules.budget == plain.unwrapped.rules.budget == (0.05, 0.5)
+    for seed in range(3):
+        assert data_equivalence(again.reset(seed=seed), plain.reset(seed=seed), exact=True)
 
 
 # -- standard wrappers -----------------------------------------------------------------------------------

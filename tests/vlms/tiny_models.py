@@ -54,6 +54,9 @@ class NoVideos(VideoProcessorMixin):
     def from_pretrained(cls, *args: Any, **options: Any) -> NoVideos:
         return cls()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _video_processor, (type(self).__name__,)  # the class that it makes has no name in any module
+
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
