@@ -149,6 +149,8 @@ class _LibraryAgent(ABC):
                 **self._library_options(),
             )
         self.model.set_logger(Logger(None, []))
+        warm_up = as_warm_up(options)
+        self._warm_up = Imitation(setting.vlm, self._pool, self.scorer, warm_up, setting.reward, setting.seed)
         self._warm, self.updates = False, 0
         self._episodes = Episodes()
 
@@ -187,10 +189,9 @@ class _LibraryAgent(ABC):
         the library's ``value_loss``, ``entropy`` (nats per action) and, of PPO, ``approx_kl`` and ``clip_fraction``;
         ``forwards`` and ``seconds`` as by every algorithm. Updates before the first episode's end yield nothing.
         """
-        options, setting = self.options, self._setting
+        options = self.options
         if not self._warm:
-            warm_up = Imitation(setting.vlm, self._pool, self.scorer, as_warm_up(options), setting.reward, setting.seed)
-            yield from warm_up.imitate("warmup", needs_agreement(setting.reward))
+            yield from self._warm_up.imitate("warmup", needs_agreement(self._setting.reward))
             self._warm = True
         while self.updates < options.steps:
             started = time.perf_counter()
@@ -280,7 +281,8 @@ class A2CAgent(_LibraryAgent):
         return A2C, SetPolicy
 
     def _library_options(self) -> dict[str, Any]:
-        return super()._library_options() | {"use_rms_prop": False}
+        normalize = self.options.normalize_advantage
+        return super()._library_options() | {"use_rms_prop": False, "normalize_advantage": normalize}
 
 
 @register("ppo")
@@ -331,6 +333,8 @@ class MaskablePPOAgent(_LibraryAgent):
         """Read what :meth:`save` wrote as a selector; see :class:`~agents.agent.Agent`."""
         state = TrainingState.read(folder / STATE)
         try:
+            if state.about["algorithm"] != cls.phase:
+                raise KeyError(state.about["algorithm"])
             network = SetNetwork(ScorerConfig(**state.about["scorer"]))
             # strict: neither heads nor critic are needed to choose, and all the rest is
             network.load_state_dict(

@@ -130,6 +130,17 @@ class A2COptions(_OneShot):
 
     steps: int = 500
     """Updates: each follows n_steps steps of all environments."""
+    normalize_advantage: bool = True
+    """Bring the advantages of an update to mean 0 and standard deviation 1, as PPO does (Andrychowicz et al., ICLR
+    2021); until the value is learnt, all are of one sign otherwise."""
+
+    def check(self) -> None:
+        """Raise ValueError, naming the option, if a setting is impossible."""
+        super().check()
+        if self.normalize_advantage and self.num_envs * self.n_steps < 2:
+            raise ValueError(
+                "normalize_advantage needs at least 2 steps per update; got num_envs * n_steps = 1: gather more"
+            )
 
 
 @dataclass

@@ -138,10 +138,11 @@ def expecting(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> t
         Logits, float (B, N); those of padding are -10,000. Where all tokens are to be kept, half a token is missing
         on average, as coins that are sure have infinite logits.
 
-    >>> logits = expecting(torch.tensor([[0.0, 1.0, 5.0, 9.0]]), torch.tensor([2]), torch.tensor([[True, True, True, False]]))
+    >>> mask = torch.tensor([[True, True, True, False]])
+    >>> logits = expecting(torch.tensor([[0.0, 1.0, 5.0, 9.0]]), torch.tensor([2]), mask)
     >>> [round(float(coin), 3) for coin in logits.sigmoid()[0]]
-    [0.299, 0.537, 1.0, 0.0]
-    """  # noqa: E501
+    [0.383, 0.628, 0.989, 0.0]
+    """
     target = torch.minimum(kept.to(scores.dtype), mask.sum(1) - 0.5)[:, None]  # (B, 1)
     fixed = scores.detach()
     low = -fixed.masked_fill(~mask, -torch.inf).amax(1, keepdim=True) - 20
