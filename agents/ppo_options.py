@@ -15,11 +15,11 @@ __all__ = ["A2COptions", "MaskablePPOOptions", "PPOOptions"]
 class _Common:
     """What all have."""
 
-    steps: int = 400
+    steps: int = 170
     """Updates: each follows n_steps steps of all environments."""
     num_envs: int = 64
     """Environments that step together, with one call of the language model."""
-    n_steps: int = 4
+    n_steps: int = 2
     """Steps of each environment between updates; one step is one image where all is chosen at once."""
     learning_rate: float = 3e-4
     """Learning rate of Adam (Kingma & Ba, ICLR 2015) at the first update."""
@@ -100,7 +100,7 @@ class _OneShot(_Common):
 class _Clipped(_Common):
     """What PPO has beyond A2C."""
 
-    batch_size: int = 128
+    batch_size: int = 64
     """Observations per gradient step; divides num_envs * n_steps."""
     n_epochs: int = 2
     """How often an update goes through what was gathered (PPO, Schulman et al. 2017)."""
@@ -130,6 +130,10 @@ class A2COptions(_OneShot):
 
     steps: int = 500
     """Updates: each follows n_steps steps of all environments."""
+    n_steps: int = 1
+    """Steps of each environment between updates; one step is one image."""
+    learning_rate: float = 7e-4
+    """Learning rate of Adam (Kingma & Ba, ICLR 2015) at the first update."""
     normalize_advantage: bool = True
     """Bring the advantages of an update to mean 0 and standard deviation 1, as PPO does (Andrychowicz et al., ICLR
     2021); until the value is learnt, all are of one sign otherwise."""
@@ -152,11 +156,11 @@ class PPOOptions(_Clipped, _OneShot):
 class MaskablePPOOptions(_Clipped):
     """PPO token by token, with illegal actions masked (Huang & Ontanon, FLAIRS 2022, arXiv 2006.14171)."""
 
-    steps: int = 190
+    steps: int = 80
     """Updates: each follows n_steps steps of all environments."""
     num_envs: int = 32
     """Environments that step together, with one call of the language model."""
-    n_steps: int = 16
+    n_steps: int = 8
     """Steps of each environment between updates; one step is one token."""
     gae_lambda: float = 0.95
     """Generalised advantage estimation (Schulman et al., ICLR 2016)."""

@@ -116,11 +116,19 @@ class SetExtractor(BaseFeaturesExtractor):
         tokens = observations["tokens"]
         question = observations.get("question", tokens[:, :0])  # hidden where the environment is made that way
         words = observations.get("question_mask", question[..., 0]).bool()
+        # room that no question of the batch takes costs as much as words do
+        question, words = (part[:, : _length(words)] for part in (question, words))
         mask = observations["token_mask"].bool()
         selected = observations["selected"].bool() if "selected" in observations else torch.zeros_like(mask)
         budget = observations["budget"][:, 0]
         features: SetFeatures = self.network(tokens, observations["positions"], mask, question, words, budget, selected)
         return features
+
+
+def _length(mask: torch.Tensor) -> int:
+    """Return how many columns of a mask, bool (B, Q), there are up to the last that has anything in it."""
+    used = mask.any(0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0
 
 
 def expecting(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

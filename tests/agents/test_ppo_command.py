@@ -34,6 +34,8 @@ def test_train_and_evaluate_know_them_by_name(name: str, vlm_folder: Path, tmp_p
     assert saved[name.replace("-", "_")]["num_envs"] == 4
     files = {path.name for path in (run / "agent").iterdir()}
     assert files == {"scorer.json", "scorer.safetensors", "training.safetensors"}
+    if name == "a2c":
+        return  # which has nothing that ppo has not
     comparison = evaluate.evaluate(evaluate.Config((run,), examples=6, budgets=(0.05,), device="cpu", progress=False))
     assert {"this agent", "its warm-up", "random"} <= set(comparison.cells)
     assert (run / "test-6" / "report.json").is_file()

@@ -229,6 +229,17 @@ def test_a_hidden_question_is_no_obstacle(mode: str) -> None:
     assert len(actions) == 4
 
 
+def test_room_that_no_question_takes_changes_nothing() -> None:
+    tight, loose = (make("binary", max_question_tokens=count) for count in (6, 40))
+    policies = [make_policy(envs) for envs in (tight, loose)]
+    with torch.no_grad():
+        one, two = (
+            policy.get_distribution(observe(envs)).distribution.logits
+            for policy, envs in zip(policies, (tight, loose), strict=True)
+        )
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_576_tokens_fit_in_a_small_rollout_buffer(mode: str) -> None:
     envs = make(mode, 4, 24, feature_dim=4, obs_dtype="float16")
