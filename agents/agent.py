@@ -28,6 +28,7 @@ ALGORITHMS: dict[str, str] = {
     **dict.fromkeys(
         ("grpo", "rloo", "reinforce", "imitation", "gumbel-top-k", "sigmoid-gates", "soft-top-k"), "agents.algorithms"
     ),
+    **dict.fromkeys(("ppo", "a2c", "maskable-ppo"), "agents.ppo"),
 }
 """The algorithms that come with the package, and the modules that register them."""
 

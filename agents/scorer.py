@@ -108,6 +108,28 @@ class Scorer(nn.Module):
         Raises:
             ValueError: If the tokens are not as wide as those the scorer was made for.
         """
+        features = self.features(tokens, positions, token_mask, question, question_mask, budget)
+        return self.rate(features, token_mask)
+
+    def rate(self, features: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """Return the scores, float (B, N), of tokens with these features, (B, N, W); padding gets 0."""
+        return self.out(features)[..., 0].masked_fill(~token_mask, 0.0)
+
+    def features(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        token_mask: torch.Tensor,
+        question: torch.Tensor,
+        question_mask: torch.Tensor,
+        budget: torch.Tensor,
+        more: torch.Tensor | float = 0.0,
+    ) -> torch.Tensor:
+        """Return what the scorer makes of each token, float (B, N, W), W its own width; padding has any value.
+
+        The arguments are those of :meth:`forward`, and ``more``, what else is known of each token, (B, N, W), which is
+        added to its embedding.
+        """
         if tokens.shape[-1] != self.config.token_width:
             raise ValueError(
                 f"this scorer was made for visual tokens of width {self.config.token_width}, and these have "
@@ -119,7 +141,7 @@ class Scorer(nn.Module):
         real = token_mask[..., None].to(tokens.dtype)
         # what all tokens of an image share says nothing about which to keep, and in some models outweighs the rest
         tokens = tokens - (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
-        x = self.embed_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None]
+        x = self.embed_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None] + more
         question, question_mask = question[:, :64], question_mask[:, :64]
         if not self.config.use_question:
             question_mask = torch.zeros_like(question_mask)
@@ -131,7 +153,7 @@ class Scorer(nn.Module):
         padding = None if bool(token_mask.all()) else ~token_mask
         for block in self.blocks:
             x = block(x, memory, tgt_key_padding_mask=padding, memory_key_padding_mask=hidden)
-        return self.out(x)[..., 0].masked_fill(~token_mask, 0.0)
+        return x
 
     def score(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
         """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
