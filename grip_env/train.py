@@ -33,8 +33,8 @@ class Config(ModelConfig):
     """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
 
     algo: str = "grpo"
-    """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, or your own class, as
-    "package.module:Class"."""
+    """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, ppo, a2c,
+    maskable-ppo, or your own class, as "package.module:Class"."""
     task: Literal["scenes"] = "scenes"
     """Where images and questions come from."""
     data: Path | None = None
