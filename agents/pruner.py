@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from agents.agent import as_selector, find_algorithm
 from agents.base import Selector, budget_to_count
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
@@ -197,7 +199,7 @@ class Pruner:
         return time.perf_counter()
 
 
-def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) -> ScorerSelector:
+def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) -> Selector:
     """Load a trained agent for a model.
 
     Args:
@@ -215,6 +217,12 @@ def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) 
             f"no trained agent for {name!r} comes with the package: train one with "
             f"`python -m grip_env.train --vlm {name}` and give its run"
         )
+    if (folder / "config.json").is_file():
+        try:
+            algorithm = find_algorithm(json.loads((folder / "config.json").read_text())["config"]["algo"])
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError(f"{folder / 'config.json'} is not as grip_env.train wrote it: train again") from None
+        return as_selector(algorithm.load(folder / "agent", vlm))
     scorer = Scorer.load(folder / "agent" if (folder / "agent").is_dir() else folder)
     scorer.check_width(vlm.width, folder, name)
     return ScorerSelector(scorer.to(vlm.device))

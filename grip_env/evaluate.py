@@ -124,14 +124,9 @@ def report(
         budgets: Shares of the tokens.
         progress: Show a progress bar.
     """
-    from agents.agent import ScorerAgent
-
     contenders, notes = named_contenders(policies, vlm, task, split)
     if (run / "warmup").is_dir():
-        try:
-            contenders[WARMUP] = ScorerAgent.load(run / "warmup", vlm)
-        except (OSError, ValueError) as error:
-            raise CommandError(str(error)) from None
+        contenders[WARMUP] = _load_agent(_load(run), vlm, "warmup")
     contenders[AGENT] = agent
     out = make_folder(out or run)
     comparison = compare(vlm, task, contenders, split, examples, budgets, progress=progress)
@@ -236,8 +231,8 @@ def _load(path: Path) -> Run:
     return Run(path, saved)
 
 
-def _load_agent(run: Run, vlm: HuggingFaceVLM) -> Selector:
-    """Return the agent of a run, or stop and say what is wrong."""
+def _load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent") -> Selector:
+    """Return the agent of a run, or its warm-up, or stop and say what is wrong."""
     from agents.agent import as_selector
     from grip_env.train import find_algorithm
 
@@ -248,7 +243,7 @@ def _load_agent(run: Run, vlm: HuggingFaceVLM) -> Selector:
         )
     algorithm = find_algorithm(run.config["algo"])
     try:
-        return as_selector(algorithm.load(run.path / "agent", vlm))
+        return as_selector(algorithm.load(run.path / part, vlm))
     except FileNotFoundError as error:
         raise CommandError(f"{run.path} has no trained agent yet: {error}") from None
     except ValueError as error:

@@ -16,10 +16,12 @@ from agents.agent import ALGORITHMS, Agent, Setting, as_selector, find_algorithm
 from agents.base import PolicySelector
 from agents.heuristics import random_tokens
 from agents.learning import Metrics
+from agents.pruner import Pruner
 from grip_env import evaluate, train
 from grip_env.commands import CommandError
 from grip_env.comparison import Comparison, compare
 from grip_env.envs.rewards import AnswerLogLikelihood
+from grip_env.tasks.scenes import SceneTask
 from tests.fakes import FakeTask, FakeVLM
 
 TINY = "--steps=2 --instances=6 --pool=8"
@@ -145,6 +147,10 @@ def test_an_agent_of_ones_own_goes_through_the_commands(
     comparison = evaluate.evaluate(evaluate.Config((run,), examples=4, policies="random", progress=False))
     assert "this agent" in comparison.cells
     assert trained["token.weight"].shape == (32, 128)
+    pruner = Pruner.load(vlm_folder, run)
+    scenes = [SceneTask().example("test", index) for index in range(2)]
+    kept = pruner.select(pruner.encode([one.image for one in scenes], [one.question for one in scenes]), budget=0.1)
+    assert kept.sum(1).tolist() == [14, 14]
     assert "wrote" in capsys.readouterr().out
 
 
