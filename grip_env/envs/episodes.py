@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -171,7 +172,7 @@ class EpisodeRules(ABC):
         """Return what the options of a reset fix. Nothing is drawn, so that an error leaves everything as it was.
 
         Raises:
-            ValueError: If an option is unknown or not a valid budget.
+            ValueError: If an option is unknown, or of another kind or range.
             IndexError: If the split has no such index.
         """
         options = options or {}
@@ -180,9 +181,13 @@ class EpisodeRules(ABC):
             raise ValueError(f"unknown reset options {unknown}: the options are {', '.join(_OPTIONS)}")
         index, budget = options.get("index"), options.get("budget")
         if budget is not None:
+            if not isinstance(budget, Real):
+                raise ValueError(f"the reset option 'budget' is a share of the tokens, one number; got {budget!r}")
             budget = float(budget)
             check_budget(budget)
         if index is not None:
+            if not isinstance(index, Integral) or isinstance(index, bool):
+                raise ValueError(f"the reset option 'index' is a whole number; got {index!r}")
             index = int(index)
             check_index(self.task, self.split, index)
         return Fixed(index, budget)

@@ -121,7 +121,8 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
             uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
         stage_budgets: Instead, a share for each stage, not increasing.
         action_mode: "binary" or "scores".
-        reward: "log_likelihood", "probability" or "exact_match", or an object called as ``reward(scores, full)``.
+        reward: A name, a sum of names such as "agreement - 0.1 * kept_fraction", "package.module:object" to import, or
+            an object called as ``reward(scores, full)``: see :mod:`grip_env.envs.rewards`.
         over_budget_penalty: Charged for each token by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
         attention: Whether the agent sees ``attention``.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -66,18 +66,38 @@ def needs_agreement(reward: Reward) -> bool:
 
 
 def judge(reward: Reward, scores: Scores, full: Scores) -> torch.Tensor:
-    """Return the reward of each selection, (B, G).
+    """Return the reward of each selection, (B, G), after checking that it is one.
+
+    The reward gets copies (but of ``first_token``, which is large): one that works in place spoils nothing.
 
     Raises:
-        ValueError: If it is of another shape: (B, 1), for one, would teach nothing and not fail.
+        ValueError: If it is no numbers, or not finite, or of another shape: (B, 1), for one, would teach nothing and
+            not fail.
     """
-    worth = reward(scores, full)
+    import torch
+
+    given = reward(_own(scores), _own(full))
+    try:
+        worth = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"the reward {reward!r} gave {given!r}, expected a tensor of numbers") from None
     if worth.shape != scores.log_likelihood.shape:
         raise ValueError(
             f"the reward {reward!r} gave shape {tuple(worth.shape)}, expected {tuple(scores.log_likelihood.shape)}: "
             "one number for each selection of each example"
         )
+    if not bool(torch.isfinite(worth).all()):
+        bad = int((~torch.isfinite(worth)).sum())
+        raise ValueError(f"the reward {reward!r} is not finite for {bad} of {worth.numel()} selections: check it")
     return worth
+
+
+def _own(scores: Scores) -> Scores:
+    """Return the same scores with fields of their own, but for the first tokens' distributions."""
+    fields = {
+        name: value.clone() for name, value in vars(scores).items() if value is not None and name != "first_token"
+    }
+    return replace(scores, **fields)
 
 
 class ComposableReward(ABC):

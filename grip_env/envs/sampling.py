@@ -36,9 +36,14 @@ def check_budget(budget: Budget) -> Shares:
         if set(budget) != {"low", "high"}:
             raise ValueError(f'a mapping as budget is a range {{"low": 0.03, "high": 0.5}}; got {dict(budget)!r}')
         budget = budget["low"], budget["high"]
+        if not budget[0] <= budget[1]:
+            raise ValueError(f"a range of budgets goes from low to high; got low={budget[0]}, high={budget[1]}")
     if isinstance(budget, str):
         raise ValueError(f"a budget is a number, a (low, high) range or a list; got the text {budget!r}")
-    shares = [float(share) for share in budget] if isinstance(budget, Sequence) else [float(budget)]
+    try:
+        shares = [float(share) for share in budget] if isinstance(budget, Sequence) else [float(budget)]
+    except (TypeError, ValueError):
+        raise ValueError(f"a budget is a number, a (low, high) range or a list of numbers; got {budget!r}") from None
     if not shares:
         raise ValueError("the list of budgets is empty: give at least one share of the tokens, such as [0.05, 0.1]")
     for share in shares:
@@ -47,7 +52,9 @@ def check_budget(budget: Budget) -> Shares:
     if not isinstance(budget, tuple):
         return shares if isinstance(budget, Sequence) else shares[0]
     if len(shares) != 2 or shares[0] > shares[1]:
-        raise ValueError(f"a tuple of budgets is a range (low, high); got {budget!r}: pass a list for several budgets")
+        raise ValueError(
+            f"a tuple of budgets is a range (low, high), low first; got {budget!r}: pass a list for several budgets"
+        )
     return shares[0], shares[1]
 
 

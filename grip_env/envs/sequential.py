@@ -148,8 +148,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         split: Which split of the task.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.
-        reward: "log_likelihood", "probability" or "exact_match", or an object called as
-            ``reward(scores, full)``.
+        reward: A name, a sum of names such as "agreement - 0.1 * kept_fraction", "package.module:object" to import, or
+            an object called as ``reward(scores, full)``: see :mod:`grip_env.envs.rewards`.
         question_aware: Whether the agent sees the question.
         render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3), of one size throughout an
             episode) or "human" (window).

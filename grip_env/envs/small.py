@@ -47,7 +47,7 @@ class SmallRules(SelectionRules):
     ) -> None:
         self.blocks = check_grid(*grid)
         self.enumerate = enumerate
-        if k == []:
+        if isinstance(k, list) and not k:
             raise ValueError("the list of k is empty: give at least one number of blocks, such as [2, 4]")
         shares = [self._share(size) for size in k] if isinstance(k, list) else self._share(k)
         model = BlockVLM(load_vlm(vlm) if isinstance(vlm, str) else vlm, *grid)
@@ -59,7 +59,7 @@ class SmallRules(SelectionRules):
 
     def _share(self, k: Any) -> float:
         """Return k as a share of the blocks, after checking that it can be had."""
-        if not isinstance(k, int | np.integer) or not 1 <= k <= self.blocks:
+        if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= self.blocks:
             raise ValueError(f"k is how many of the {self.blocks} blocks to keep, from 1 to {self.blocks}; got {k!r}")
         if self.enumerate:
             try:

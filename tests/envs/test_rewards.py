@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -767,3 +768,49 @@ def test_a_pool_that_held_no_distributions_gets_them_when_asked() -> None:
     other = ExamplePool(WatchedVLM(), FakeTask(40), "train", size=8, reuse=2)
     keys = [[example.key for example in other.batch(4)[0].examples] for _ in range(5)]
     assert keys[4] == [example.key for example in encoded.examples]  # asking changes nothing of the order
+
+
+@pytest.mark.parametrize(
+    ("worth", "message"),
+    [
+        (lambda scores, full: scores.log_likelihood * float("nan"), "is not finite for 1 of 1 selections"),
+        (lambda scores, full: None, "gave None, expected a tensor of numbers"),
+        (lambda scores, full: 0.5, r"gave shape \(\), expected \(1, 1\)"),
+    ],
+)
+def test_rewards_that_are_none_are_refused_and_the_episode_goes_on(worth: Any, message: str) -> None:
+    env: Any = gymnasium.make("GRIP/TokenSelection-v0", vlm=FakeVLM(), task=FakeTask(), reward=worth)
+    env.reset(seed=0)
+    for _ in range(2):  # the episode is as it was: the next step fails alike, and is no step after the end
+        with pytest.raises(ValueError, match=message):
+            env.unwrapped.step(np.zeros(16, dtype=np.int8))
+
+
+@pytest.mark.parametrize("name", ["GRIP/TokenSelection-v0", "GRIP/SmallSelection-v0"])
+def test_a_reward_that_works_in_place_spoils_nothing(name: str) -> None:
+    def spoils(scores: Any, full: Any) -> Any:
+        return scores.log_likelihood.sub_(full.log_likelihood.mul_(2))
+
+    options: dict[str, Any] = {"vlm": FakeVLM(), "task": FakeTask()}
+    if name == "GRIP/SmallSelection-v0":
+        options |= {"k": 2, "table_cache": None}
+    env, other = gymnasium.make(name, reward=spoils, **options), gymnasium.make(name, **options)
+    action = np.zeros(16, dtype=np.int8)
+    action[:2] = 1
+    paid = []
+    for _ in range(3):
+        for each in (env, other):
+            each.reset(options={"index": 1})
+        _, reward, _, _, info = env.step(action)
+        paid.append(reward)
+        assert info["log_likelihood"] == other.step(action)[-1]["log_likelihood"]
+    assert paid == [paid[0]] * 3
+
+
+def test_rewards_may_be_arrays_or_carry_gradients() -> None:
+    for worth in (lambda s, f: s.log_likelihood.numpy(), lambda s, f: s.log_likelihood.requires_grad_()):
+        env = gymnasium.make(
+            "GRIP/SmallSelection-v0", vlm=FakeVLM(), task=FakeTask(), k=1, table_cache=None, reward=worth
+        )
+        env.reset(seed=0)
+        assert np.isfinite(env.step(np.eye(16, dtype=np.int8)[3])[1])

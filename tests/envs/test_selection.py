@@ -443,3 +443,27 @@ def test_stable_baselines_ppo_runs() -> None:
     assert model.num_timesteps == 16
     assert not torch.equal(before, model.policy.state_dict()["action_net.weight"])
     assert all(episode["l"] == 1 for episode in model.ep_info_buffer or [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"index": 2.7}, {"index": "3"}, {"index": True}, {"budget": (0.1, 0.2)}, {"budget": {"low": 0.1, "high": 0.2}}],
+)
+def test_reset_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:
+    env = make()
+    with pytest.raises(ValueError, match="the reset option"):
+        env.reset(seed=0, options=options)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (None, "a budget is a number"),
+        ([0.1, None], "a budget is a number"),
+        ({"low": 0.3, "high": 0.1}, "goes from low to high; got low=0.3, high=0.1"),
+        ({"low": 0.3}, "a mapping as budget is a range"),
+    ],
+)
+def test_budgets_that_are_none_are_refused(budget: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(budget=budget)

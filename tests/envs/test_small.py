@@ -317,3 +317,10 @@ def test_environments_take_the_same_arguments() -> None:
     assert set(single) - own == set(large) - {"budget", "max_tokens"}
     assert all(single[name].default == large[name].default for name in set(single) - own)
     assert grip_env.SmallSelectionEnv is SmallSelectionEnv
+
+
+def test_k_may_come_from_numpy_but_not_be_a_bool() -> None:
+    env = make(k=np.int64(2))
+    assert env.reset(seed=0)[1]["k"] == 2
+    with pytest.raises(ValueError, match="k is how many"):
+        make(k=True)
