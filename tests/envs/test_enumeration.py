@@ -198,12 +198,14 @@ def test_rewards_that_make_no_table_are_refused() -> None:
     one, two = encoded_by(vlm), vlm.encode([FakeTask().example("train", index) for index in range(2)])
     with pytest.raises(ValueError, match=r"batch of 2: choose one with encoded\[\[row\]\]"):
         RewardTable.enumerate(vlm, two, 1)
-    with pytest.raises(ValueError, match="16 of 16 rewards are not finite"):
+    with pytest.raises(ValueError, match="is not finite for 16 of 16 selections"):
         RewardTable.enumerate(vlm, one, 1, lambda scores, full: scores.log_likelihood * torch.nan)
     with pytest.raises(ValueError, match=r"shape \(1,\), expected \(1, 16\)"):
         RewardTable.enumerate(vlm, one, 1, lambda scores, full: scores.log_likelihood.mean(1))
     with pytest.raises(ValueError, match=r"\(3,\) rewards, \(4,\) masks"):
         RewardTable(subset_masks(range(4), 1), np.zeros(3), 4)
+    with pytest.raises(ValueError, match="4 of 4 rewards are not finite"):
+        RewardTable(subset_masks(range(4), 1), np.full(4, np.nan), 4)
 
 
 # -- on disk ---------------------------------------------------------------------------------------------
