@@ -118,6 +118,7 @@ def train(config: Config) -> Path:
 
     from agents.agent import Setting, as_selector
     from agents.grpo import Metrics
+    from grip_env.envs.instances import RoomError
     from grip_env.envs.rewards import resolve_reward
     from grip_env.report import draw_gallery
     from grip_env.tasks.files import DataError, FileTask
@@ -235,7 +236,7 @@ def train(config: Config) -> Path:
         print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
         print(f"compare it:  python -m grip_env.evaluate {run.path}")
         raise SystemExit(130) from None
-    except DataError as error:
+    except (DataError, RoomError) as error:
         agent.save(run.path / "agent")
         raise CommandError(
             f"stopped in {last.phase} at step {last.step}: {error}; the agent so far is in {run.path}"

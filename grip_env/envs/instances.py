@@ -14,7 +14,11 @@ from grip_env.envs.features import Features
 from grip_env.tasks.base import Example, Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
-__all__ = ["Instance", "InstanceStore", "fit", "to_array"]
+__all__ = ["Instance", "InstanceStore", "RoomError", "fit", "to_array"]
+
+
+class RoomError(ValueError):
+    """An example has more visual or question tokens than the observation space has room for."""
 
 
 @dataclass
@@ -108,7 +112,7 @@ class InstanceStore:
         """Return instances by index; those that are not in memory are encoded together.
 
         Raises:
-            ValueError: If an instance has more visual or question tokens than there is room for.
+            RoomError: If an instance has more visual or question tokens than there is room for.
         """
         wanted = list(dict.fromkeys(indices))
         found = {index: self._cache[index] for index in wanted if index in self._cache}
@@ -189,7 +193,7 @@ class InstanceStore:
 
     def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
         if count > room:
-            raise ValueError(
+            raise RoomError(
                 f"example {index} of split {self.split!r} has {count} {kind} tokens, but the observation "
                 f"space has room for {getattr(self, argument)}: pass {argument}={count} or more"
             )

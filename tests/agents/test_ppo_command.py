@@ -58,3 +58,15 @@ def test_faults_are_said_in_one_line_and_leave_no_folder(
         assert len(said.splitlines()) == 1
         assert message in said
         assert not (tmp_path / name).exists()
+
+
+def test_an_example_without_room_stops_with_one_line_and_leaves_the_agent(
+    vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(parse(arguments(vlm_folder, tmp_path, "ppo", "--ppo.max-question-tokens", "1")))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: stopped in warmup at step 1: example ")
+    assert "pass max_question_tokens=" in said
+    assert (tmp_path / "ppo" / "agent" / "scorer.safetensors").is_file()
