@@ -351,18 +351,19 @@ class SelectionRules(EpisodeRules):
         Only an action over budget draws from ``generator``.
         """
         real = episode.instance.real
+        if self.action_mode == "binary":
+            selection = action & real
+            excess = max(0, int(np.count_nonzero(selection)) - episode.k)
+            if excess:
+                chosen = generator.choice(np.flatnonzero(selection), episode.k, replace=False)
+                selection[:] = False
+                selection[chosen] = True
+            return Decision(episode, selection, excess)
         selection = np.zeros(self.max_tokens, dtype=bool)
-        if self.action_mode == "scores":
-            candidates = np.flatnonzero(real)
-            best = np.argsort(-action[candidates], kind="stable")[: episode.k]
-            selection[candidates[best]] = True
-            return Decision(episode, selection, 0)
-        chosen = np.flatnonzero(action & real)
-        excess = max(0, len(chosen) - episode.k)
-        if excess:
-            chosen = generator.choice(chosen, episode.k, replace=False)
-        selection[chosen] = True
-        return Decision(episode, selection, excess)
+        candidates = np.flatnonzero(real)
+        best = np.argsort(-action[candidates], kind="stable")[: episode.k]
+        selection[candidates[best]] = True
+        return Decision(episode, selection, 0)
 
     def step_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a step."""
