@@ -44,7 +44,7 @@ class Config:
     """Instances side by side (B)."""
     budget: float = 0.1
     """Share of the visual tokens kept."""
-    rounds: int = 12
+    rounds: int = 24
     """Rounds, each with every kind of work in turn; the first is not counted. Ratios are medians over rounds."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
