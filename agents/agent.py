@@ -22,7 +22,17 @@ from grip_env.envs.rewards import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM
 
-__all__ = ["ALGORITHMS", "Agent", "NoOptions", "ScorerAgent", "Setting", "as_selector", "find_algorithm", "register"]
+__all__ = [
+    "ALGORITHMS",
+    "Agent",
+    "NoOptions",
+    "ScorerAgent",
+    "Setting",
+    "as_selector",
+    "device_of",
+    "find_algorithm",
+    "register",
+]
 
 ALGORITHMS: dict[str, str] = {
     **dict.fromkeys(
@@ -97,7 +107,7 @@ class Agent(Protocol):
         """
 
     def learn(self) -> Iterator[Any]:
-        """Train, yielding :class:`~agents.grpo.Metrics` after each step; the agent is usable at any of these points."""
+        """Train, yielding :class:`~agents.learning.Metrics` after each step; the agent is usable at any of them."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -193,7 +203,7 @@ class ScorerAgent:
     Algorithm: ClassVar[Any]
 
     def __init__(self, setting: Setting, options: Any) -> None:
-        self.scorer = Scorer(ScorerConfig(token_width=setting.vlm.width)).to(_device(setting.vlm))
+        self.scorer = Scorer(ScorerConfig(token_width=setting.vlm.width)).to(device_of(setting.vlm))
         pool = setting.pool(options.pool, options.reuse)
         self._algorithm = self.Algorithm(setting.vlm, pool, self.scorer, options, setting.reward, setting.seed)
         self.phases = {"warmup": getattr(options, "warmup_steps", 0), self.Algorithm.phase: options.steps}
@@ -212,7 +222,7 @@ class ScorerAgent:
         """Read a scorer; see :class:`Agent`."""
         scorer = Scorer.load(folder)
         scorer.check_width(vlm.width, folder, vlm.name)
-        return ScorerSelector(scorer.to(_device(vlm)))
+        return ScorerSelector(scorer.to(device_of(vlm)))
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
@@ -221,5 +231,6 @@ class ScorerAgent:
         return ScorerSelector(self.scorer)(vlm, encoded, kept, generator)
 
 
-def _device(vlm: FrozenVLM) -> torch.device:
+def device_of(vlm: FrozenVLM) -> torch.device:
+    """Return where a model runs; the CPU where it does not say."""
     return getattr(vlm, "device", torch.device("cpu"))

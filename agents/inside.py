@@ -31,7 +31,7 @@ from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 if TYPE_CHECKING:
     from grip_env.vlms.staged import StagedForward
 
-__all__ = ["INSIDE_PRUNERS", "BudgetOf", "FastV", "InsidePruner", "InsideScores", "PyramidDrop"]
+__all__ = ["BudgetOf", "FastV", "InsidePruner", "InsideScores", "PyramidDrop"]
 
 BudgetOf: TypeAlias = Literal["layers", "kept"]
 """Whether a budget is the mean over the layers, or what is left at the end."""
@@ -295,12 +295,3 @@ def _finish(
         layer_average=scores.kept[:, 0] * counts,
         flops=1 - torch.tensor(saved, device=counts.device),
     )
-
-
-INSIDE_PRUNERS: dict[str, InsidePruner] = {
-    "FastV (mean over layers)": FastV(),
-    "FastV (kept at the end)": FastV(budget_of="kept"),
-    "PyramidDrop (mean over layers)": PyramidDrop(),
-    "PyramidDrop (kept at the end)": PyramidDrop(budget_of="kept"),
-}
-"""With the published layers, by the name in tables; "kept at the end" costs more than the k it is listed under."""

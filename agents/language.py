@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from agents.base import Selector, top_k
+from agents.base import top_k
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 if TYPE_CHECKING:
     from grip_env.vlms.staged import StagedForward
 
-__all__ = ["LANGUAGE_SCORES", "DARTScore", "FastVScore", "SparseVLMScore", "text_raters"]
+__all__ = ["DARTScore", "FastVScore", "SparseVLMScore", "text_raters"]
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,3 @@ def _check_questions(name: str, encoded: Encoded) -> None:
     silent = (~encoded.question_mask.any(1)).nonzero().flatten().tolist()
     if silent:
         raise ValueError(f"{name} needs a question about each image, and the examples {silent} have none")
-
-
-LANGUAGE_SCORES: dict[str, Selector] = {
-    "FastV score": FastVScore(),
-    "SparseVLM score": SparseVLMScore(),
-    "DART score": DARTScore(),
-}
-"""With the published settings, by the name in tables; each needs a model whose layers can be run one by one."""

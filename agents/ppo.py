@@ -23,7 +23,7 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.agent import Setting, register
+from agents.agent import Setting, device_of, register
 from agents.compute import Compute
 from agents.imitation import Imitation, as_warm_up
 from agents.learning import Metrics
@@ -85,10 +85,6 @@ class _Part:
         return self._task.example(split, int(self._indices[index]))
 
 
-def _device(vlm: FrozenVLM) -> torch.device:
-    return getattr(vlm, "device", torch.device("cpu"))
-
-
 class _LibraryAgent(ABC):
     """An algorithm of Stable-Baselines3 as one of this project's.
 
@@ -102,7 +98,7 @@ class _LibraryAgent(ABC):
     def __init__(self, setting: Setting, options: Any) -> None:
         options.check()
         self.options, self._setting = options, setting
-        device = _device(setting.vlm)
+        device = device_of(setting.vlm)
         algorithm, policy = self._algorithm()
         self._pool = setting.pool(options.pool, options.reuse)
         self.compute = self._pool.compute
@@ -257,7 +253,7 @@ class _LibraryAgent(ABC):
         """Read what :meth:`save` wrote as a selector; see :class:`~agents.agent.Agent`."""
         scorer = Scorer.load(folder)
         scorer.check_width(vlm.width, folder, vlm.name)
-        return ScorerSelector(scorer.to(_device(vlm)))
+        return ScorerSelector(scorer.to(device_of(vlm)))
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
@@ -343,7 +339,7 @@ class MaskablePPOAgent(_LibraryAgent):
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{folder / STATE} was not written by maskable-ppo: train again") from error
         network.scorer.check_width(vlm.width, folder, vlm.name)
-        return SequentialSelector(network.to(_device(vlm)).eval())
+        return SequentialSelector(network.to(device_of(vlm)).eval())
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator

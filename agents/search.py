@@ -29,7 +29,6 @@ from grip_env.envs.enumeration import MAX_SUBSETS, RewardTable, count_subsets, s
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = [
-    "SEARCHES",
     "CrossEntropy",
     "ExactEnumeration",
     "GreedyBackward",
@@ -309,10 +308,3 @@ class ExactEnumeration(Search):
             table = RewardTable(masks, trials.judge(scores, index)[0].numpy(), alone.token_mask.shape[1])
             trials.record(row, torch.from_numpy(table.optimal), table.optimal_reward, len(table))
         return torch.ones_like(trials.forced)
-
-
-SEARCHES: dict[str, Search] = {
-    search.label: search
-    for search in (RandomSearch(64), GreedyForward(), GreedyBackward(), SwapSearch(), CrossEntropy())
-}
-"""Searches that any number of tokens allows, by the name in tables, which says that they use the answer."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -23,6 +22,7 @@ import tyro
 from safetensors.numpy import load_file
 
 from grip_env.commands import CommandError, check_agents_package, check_at_least, print_verdicts
+from grip_env.comparison import Margin
 
 __all__ = ["Config", "drawing_speed", "main", "paired", "promises", "run_seed", "summary"]
 
@@ -78,9 +78,9 @@ def paired(reports: list[dict[str, Any]], method: str, rival: str, budget: str) 
 
     The interval is over examples: both methods answer the same ones, so that what makes an example hard cancels out.
     """
-    key, other = (f"{name}@{float(budget)}" for name in (method, rival))
-    gains = np.mean([report["single"][key] - report["single"][other] for report in reports], 0)  # (examples,)
-    return float(gains.mean()), 1.96 * float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    keys = (f"{name}@{float(budget)}" for name in (method, rival))
+    margin = Margin.of(*(np.stack([report["single"][key] for report in reports]) for key in keys))
+    return margin.mean, margin.interval
 
 
 def promises(reports: list[dict[str, Any]], ratio: float) -> list[tuple[str, bool]]:

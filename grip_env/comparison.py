@@ -42,6 +42,17 @@ class Margin:
     worst: float
     """The smallest margin of a single seed; the mean itself where there is one."""
 
+    @classmethod
+    def of(cls, ours: np.ndarray, theirs: np.ndarray) -> Margin:
+        """Return the margin of log-likelihoods (seeds, examples), means over the seeds, over others (seeds, examples).
+
+        Where both have as many seeds, the worst of them is of pairs in the order they were given.
+        """
+        gains = ours.mean(0) - theirs.mean(0)  # (examples,)
+        each = ours - (theirs if len(ours) == len(theirs) else theirs.mean(0))
+        spread = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        return cls(float(gains.mean()), 1.96 * float(spread), float(each.mean(1).min()))
+
     @property
     def clear(self) -> bool:
         """Whether the mean is above 0 by more than the interval."""
@@ -86,15 +97,8 @@ class Comparison:
         return (self.value(method, budget) - low) / (high - low) if high > low else None
 
     def margin(self, method: str, rival: str, budget: float) -> Margin:
-        """Return by how much ``method`` beats ``rival`` in log-likelihood.
-
-        Where both have as many seeds, the worst of them is of pairs with the same seed, in the order they were given.
-        """
-        ours, theirs = (self.log_likelihoods[name][budget] for name in (method, rival))  # (seeds, examples)
-        gains = ours.mean(0) - theirs.mean(0)
-        each = ours - (theirs if len(ours) == len(theirs) else theirs.mean(0))
-        spread = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-        return Margin(float(gains.mean()), 1.96 * float(spread), float(each.mean(1).min()))
+        """Return by how much ``method`` beats ``rival`` in log-likelihood, see :meth:`Margin.of`."""
+        return Margin.of(*(self.log_likelihoods[name][budget] for name in (method, rival)))
 
     def merged(self, groups: Mapping[str, Sequence[str]]) -> Comparison:
         """Return the same with the methods of each group, one trained with several seeds, as one.
@@ -350,8 +354,8 @@ def _run_batch(
             pairs.append((name, budget))
         else:
             columns[name, budget].add(outcome.log_likelihood, outcome.correct, outcome.spent)
-    scores = vlm.score(encoded, torch.stack(chosen, 1))
-    left = torch.stack(chosen, 1).sum(-1)  # (B, G)
+    selection = torch.stack(chosen, 1)  # (B, G, N)
+    scores, left = vlm.score(encoded, selection), selection.sum(-1)
     for place, pair in enumerate(pairs, start=1):
         columns[pair].add(scores.log_likelihood[:, place], scores.correct[:, place], {"tokens": left[:, place]})
     for (name, _), column in columns.items():

@@ -16,6 +16,7 @@ from grip_env.commands import (
     ModelConfig,
     check_agents_package,
     check_at_least,
+    importable_from_here,
     interruptible,
     load_model_and_task,
     make_folder,
@@ -175,15 +176,13 @@ def _own_policy(name: str) -> Contender:
     from agents.agent import as_selector
 
     module, _, attribute = name.partition(":")
-    sys.path.append("")
     try:
-        return as_selector(getattr(importlib.import_module(module), attribute)())
+        with importable_from_here():
+            return as_selector(getattr(importlib.import_module(module), attribute)())
     except (ImportError, AttributeError, TypeError) as error:
         raise CommandError(
             f"--policies {name}: {error}; give package.module:Class, importable from here and made without arguments"
         ) from None
-    finally:
-        sys.path.remove("")
 
 
 def print_and_draw(

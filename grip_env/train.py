@@ -18,6 +18,7 @@ from grip_env.commands import (
     RunFolder,
     check_agents_package,
     check_at_least,
+    importable_from_here,
     interruptible,
     load_model_and_task,
 )
@@ -68,13 +69,11 @@ def find_algorithm(name: str) -> type[Agent]:
     check_agents_package()
     from agents.agent import find_algorithm
 
-    sys.path.append("")  # a class of one's own is likely to lie where the command is started
     try:
-        return find_algorithm(name)
+        with importable_from_here():
+            return find_algorithm(name)
     except ValueError as error:
         raise CommandError(f"--algo: {error}") from None
-    finally:
-        sys.path.remove("")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from agents.base import budget_to_count
-from agents.inside import INSIDE_PRUNERS, FastV, InsidePruner, InsideScores, PyramidDrop
+from agents.inside import FastV, InsidePruner, InsideScores, PyramidDrop
+from agents.methods import METHODS
 from grip_env.flops import prefill_flops, staged_flops
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms.test_families import answer_ids, examples
 from tests.vlms.test_staged import build, full_run
+
+INSIDE_PRUNERS = {one.title: one.run for one in METHODS.values() if isinstance(one.run, InsidePruner)}
 
 LAYERS = 4
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from agents.base import Selector, budget_to_count
-from agents.language import LANGUAGE_SCORES, DARTScore, FastVScore, SparseVLMScore, text_raters
+from agents.language import DARTScore, FastVScore, SparseVLMScore, text_raters
+from agents.methods import METHODS
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.staged import StagedForward
@@ -19,6 +21,10 @@ from tests.fakes import FakeTask, FakeVLM
 from tests.vlms.plain import Prompt, run_prompt
 from tests.vlms.test_families import examples
 from tests.vlms.test_staged import build
+
+LANGUAGE_SCORES: dict[str, Any] = {
+    METHODS[name].title: METHODS[name].run for name in ("fastv-score", "sparsevlm-score", "dart-score")
+}
 
 FAMILIES = ("llava", "llava_onevision")  # one with as many tokens for each picture, one with tiles
 

@@ -16,8 +16,8 @@ import torch
 from agents.base import Selector, top_k
 from agents.cross_entropy import CrossEntropy, fit_marginals
 from agents.heuristics import all_tokens, random_tokens
+from agents.methods import METHODS
 from agents.search import (
-    SEARCHES,
     ExactEnumeration,
     GreedyBackward,
     GreedyForward,
@@ -35,6 +35,8 @@ from grip_env.vlms.base import Encoded, Scores
 from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.fakes import FakeTask, FakeVLM
+
+SEARCHES: dict[str, Any] = {one.title: one.run for one in METHODS.values() if "answer" in one.needs}
 
 ALL = [RandomSearch, GreedyForward, GreedyBackward, SwapSearch, CrossEntropy, ExactEnumeration]
 SAMPLING = [RandomSearch, GreedyForward, GreedyBackward, SwapSearch, CrossEntropy]
