@@ -28,7 +28,7 @@ from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.value import ValueBaseline
 from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
-from grip_env.vlms.base import Encoded, FrozenVLM
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = [
     "GRPO",
@@ -132,6 +132,43 @@ def policy_objective(
     return result
 
 
+@dataclass
+class Rollouts:
+    """What one batch drew, and what it is worth."""
+
+    encoded: Encoded
+    """B examples."""
+    kept: torch.Tensor
+    """Subset sizes, long (B,)."""
+    policy: KSubset
+    """Over the subsets of the examples."""
+    subsets: torch.Tensor
+    """bool (G, B, N)."""
+    reward: torch.Tensor
+    """float (B, G)."""
+    seen: dict[str, float]
+    """For the log, of all candidates."""
+    seconds: float
+    """Spent on scoring."""
+
+
+def _seen(scores: Scores, reward: torch.Tensor, kept: torch.Tensor, flat_below: float) -> dict[str, float]:
+    """Return what the log says of rewards, (B, G)."""
+    small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
+    groups = {}
+    if reward.shape[1] > 1:
+        spread = reward.std(1)
+        groups = {"group_std": float(spread.mean()), "flat_groups": float((spread < flat_below).float().mean())}
+    return {
+        "reward": float(reward.mean()),
+        "reward_smallest_budgets": float(reward[small].mean()),
+        "log_likelihood": float(scores.log_likelihood.mean()),
+        "log_likelihood_smallest_budgets": float(scores.log_likelihood[small].mean()),
+        "accuracy": float(scores.correct.float().mean()),
+        **groups,
+    }
+
+
 class GRPO:
     """Trains a scorer against a frozen vision-language model.
 
@@ -166,7 +203,7 @@ class GRPO:
         seed: int = 0,
     ) -> None:
         self.config, self.settings = config.resolved(), config.objective()
-        check_batch(config.instances, pool.size)
+        check_batch(config.instances * config.candidates, pool.size)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
         self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
@@ -184,11 +221,42 @@ class GRPO:
 
     def draw_counts(self, encoded: Encoded) -> torch.Tensor:
         """Draw a subset size for each example, long (B,); see :func:`~agents.learning.draw_counts`."""
-        return draw_counts(encoded, self.config.min_budget, self.config.max_budget, self._generator)
+        config = self.config
+        return draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
 
     def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset:
         scores = scorer.score(encoded, kept) / self.config.temperature
         return KSubset(scores, kept, mask=encoded.token_mask, validate_args=False)
+
+    def _score(self, encoded: Encoded, full: Scores, subsets: torch.Tensor) -> tuple[Scores, torch.Tensor]:
+        """Return scores and rewards, (B, G), of subsets, (G, B, N)."""
+        scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
+        self.pool.compute.add(scores.log_likelihood.numel())
+        return scores, judge(self.reward, scores, full)
+
+    def _draw(self) -> Rollouts:
+        """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most."""
+        config, many = self.config, self.config.candidates > 1
+        encoded, full = self.pool.batch(config.instances * config.candidates, needs_agreement(self.reward))
+        kept = self.draw_counts(encoded)
+        with torch.set_grad_enabled(not many):
+            policy = self._policy(self.scorer, encoded, kept)
+        first = config.probes if many else config.group
+        subsets = policy.sample(torch.Size((first,)), generator=self._generator)  # (G, B, N)
+        started = time.perf_counter()
+        scores, reward = self._score(encoded, full, subsets)
+        seconds = time.perf_counter() - started
+        seen = _seen(scores, reward, kept, config.flat_below)
+        if many:
+            rows = reward.std(1).topk(config.instances).indices.sort().values
+            encoded, full, kept = encoded[rows], full[rows], kept[rows]
+            policy = self._policy(self.scorer, encoded, kept)
+            more = policy.sample(torch.Size((config.group - first,)), generator=self._generator)
+            started = time.perf_counter()
+            _, its = self._score(encoded, full, more)
+            seconds += time.perf_counter() - started
+            subsets, reward = torch.cat([subsets[:, rows], more]), torch.cat([reward[rows], its], 1)
+        return Rollouts(encoded, kept, policy, subsets, reward, seen, seconds)
 
     def _optimise(self) -> Iterator[Metrics]:
         config, settings = self.config, self.settings
@@ -202,15 +270,14 @@ class GRPO:
         for step in range(config.steps):
             learner.begin(step)
             started = time.perf_counter()
-            encoded, full = self.pool.batch(config.instances, needs_agreement(self.reward))
-            kept = self.draw_counts(encoded)
-            policy = self._policy(self.scorer, encoded, kept)
-            subsets = policy.sample(torch.Size((config.group,)), generator=self._generator)  # (G, B, N)
-            scoring = time.perf_counter()
-            scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
-            scoring = time.perf_counter() - scoring
-            self.pool.compute.add(subsets.shape[0] * subsets.shape[1])
-            reward = judge(self.reward, scores, full)
+            drawn = self._draw()
+            encoded, kept, subsets, reward, policy = (
+                drawn.encoded,
+                drawn.kept,
+                drawn.subsets,
+                drawn.reward,
+                drawn.policy,
+            )
             value = None if critic is None else critic.predict(encoded, kept)
             advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
             spread = reward.std(1) if config.group > 1 else None  # (B,)
@@ -230,27 +297,17 @@ class GRPO:
             value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, kept, reward, step)}
             with torch.no_grad():
                 entropy = float((policy.entropy() / kept).mean())
-            groups = {}
-            if spread is not None:
-                flat = float((spread < config.flat_below).float().mean())
-                groups = {"group_std": float(spread.mean()), "flat_groups": flat}
-            small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
             yield Metrics(
                 self.phase,
                 step,
                 {
-                    "reward": float(reward.mean()),
-                    "reward_smallest_budgets": float(reward[small].mean()),
-                    "log_likelihood": float(scores.log_likelihood.mean()),
-                    "log_likelihood_smallest_budgets": float(scores.log_likelihood[small].mean()),
-                    "accuracy": float(scores.correct.float().mean()),
-                    **groups,
+                    **drawn.seen,
                     **value_loss,
                     "entropy_per_token": entropy,
                     "gradient_norm": norm,
                     "learning_rate": learner.learning_rate,
                     "seconds": time.perf_counter() - started,
-                    "scoring_seconds": scoring,
+                    "scoring_seconds": drawn.seconds,
                     "forwards": self.pool.compute.forwards,
                 },
             )

@@ -63,7 +63,9 @@ class Learner:
         return float(norm)
 
 
-def draw_counts(encoded: Encoded, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+def draw_counts(
+    encoded: Encoded, low: float, high: float, generator: torch.Generator, tilt: float = 1.0
+) -> torch.Tensor:
     """Draw a subset size for each example: log-uniform over the budgets, spread evenly in the batch.
 
     Args:
@@ -71,6 +73,7 @@ def draw_counts(encoded: Encoded, low: float, high: float, generator: torch.Gene
         low: Smallest share of the tokens, in (0, 1].
         high: Largest share.
         generator: Source of randomness, on the CPU.
+        tilt: Above 1 draws small budgets more often: low * (high / low) ** (u ** tilt), u uniform in [0, 1).
 
     Returns:
         long (B,), on the examples' device.
@@ -78,7 +81,7 @@ def draw_counts(encoded: Encoded, low: float, high: float, generator: torch.Gene
     count = len(encoded)
     bottom, top = math.log(low), math.log(high)
     place = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    budget = (bottom + (top - bottom) * place / count).exp()
+    budget = (bottom + (top - bottom) * (place / count) ** tilt).exp()
     pairs = zip(budget.tolist(), encoded.token_mask.sum(1).tolist(), strict=True)
     return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
 

@@ -73,10 +73,19 @@ class GRPOConfig:
     """Examples per step (B)."""
     group: int = 16
     """Subsets drawn for each example (G; GRPO, Shao et al. 2024, arXiv 2402.03300); 1 needs the learned baseline."""
+    candidates: int = 1
+    """Examples looked at for each one trained on: with more than one, each candidate gets a few subsets, and those
+    whose rewards differ most get the others (after the dynamic sampling of DAPO, Yu et al. 2025, which draws whole
+    groups until enough of them differ). Where most groups are flat, the rest of a batch is better spent."""
+    probes: int = 4
+    """Subsets that each of several candidates gets, of the group's."""
     min_budget: float = 0.03
     """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
     max_budget: float = 0.5
     """Largest share of tokens kept in training."""
+    budget_tilt: float = 1.0
+    """Above 1 draws small budgets more often, which cost less and where choices matter more: a budget is
+    min_budget * (max_budget / min_budget) ** (u ** budget_tilt) with u uniform in [0, 1); 1 is log-uniform."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
     max_gradient_norm: float = 1.0

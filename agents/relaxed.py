@@ -68,6 +68,8 @@ class RelaxedConfig:
     """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
     max_budget: float = 0.5
     """Largest share of tokens kept in training."""
+    budget_tilt: float = 1.0
+    """Above 1 draws small budgets more often; see GRPOConfig."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW; decays to 2% of it along a cosine."""
     max_gradient_norm: float = 1.0
@@ -203,7 +205,7 @@ class Relaxation(ABC):
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
             leak = config.leak * (1 - annealed) + config.final_leak * annealed
             encoded, full = self.pool.batch(config.instances)
-            kept = draw_counts(encoded, config.min_budget, config.max_budget, self._generator)
+            kept = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
             gates, cost = self.gates(self.scorer.score(encoded, kept), kept, encoded.token_mask, temperature)
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
             likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
