@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,7 @@ class HuggingFaceVLM:
         self.position_policy = position_policy
         self.token_budget = token_budget
         self.cache = cache
+        self._attended: dict[str, tuple[weakref.ref[Encoded], torch.Tensor]] = {}  # the last batch asked about
 
     @classmethod
     def from_pretrained(
@@ -112,7 +114,7 @@ class HuggingFaceVLM:
                 if getattr(hook, "__module__", "") == _CAPTURING:
                     del module._forward_hooks[key]
             module.__dict__.pop("_output_capturing_hooks_installed", None)
-        return self.__dict__ | {"model": model, "family": family}
+        return self.__dict__ | {"model": model, "family": family, "_attended": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickle, possibly in a process that never built such a model."""
@@ -489,7 +491,7 @@ class HuggingFaceVLM:
         """Return the attention each visual token gets in the vision tower, averaged over heads, float32 (B, N).
 
         Args:
-            encoded: The examples; the vision tower runs on them once more.
+            encoded: The examples; the vision tower runs on them once more, unless they are those of the last call.
             kind: "cls": from the tower's CLS token, at the layer the features come from. "received": from all its
                 patches on average, at that layer (the last of Gemma 3's, PaliGemma's and Qwen-VL's towers); where
                 several patches make a token, the mean over them.
@@ -498,6 +500,8 @@ class HuggingFaceVLM:
             NotImplementedError: If the model has none of this kind for its visual tokens, or there is no such kind.
             ValueError: If the images are not known.
         """
+        if kind in self._attended and self._attended[kind][0]() is encoded:
+            return self._attended[kind][1].clone()
         images = known_images(encoded.examples)
         if kind == "cls":
             rows = [view.attention for view in self.family.views(images)]
@@ -506,7 +510,9 @@ class HuggingFaceVLM:
         else:
             raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls' or 'received'")
         padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
-        return torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
+        result = torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
+        self._attended[kind] = weakref.ref(encoded), result.clone()
+        return result
 
 
 def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:

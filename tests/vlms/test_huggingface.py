@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -581,3 +582,30 @@ def test_loaded_model_has_the_folders_name_and_float32(other_vlm: HuggingFaceVLM
     assert {weight.dtype for weight in other_vlm.model.parameters()} == {torch.float32}
     assert load_vlm(llava_folder).checksum() == other_vlm.checksum()
     assert other_vlm.width == 32
+
+
+@pytest.mark.parametrize("kind", ["cls", "received"])
+def test_attention_of_the_last_batch_is_remembered_and_given_as_a_copy(
+    random_vlm: HuggingFaceVLM, scene_examples: list[Example], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = pickle.loads(pickle.dumps(random_vlm))
+    runs: list[int] = []
+    for name in ("views", "received_attention"):
+        real = getattr(vlm.family, name)
+
+        def counted(images: Any, real: Any = real) -> Any:
+            runs.append(len(images))
+            return real(images)
+
+        monkeypatch.setattr(vlm.family, name, counted)
+    first, second = vlm.encode(scene_examples[:2]), vlm.encode(scene_examples[2:5])
+    runs.clear()
+    expected = vlm.attention(first, kind)
+    once = len(runs)
+    vlm.attention(first, kind)[:] = 7.0
+    torch.testing.assert_close(vlm.attention(first, kind), expected, rtol=0, atol=0)
+    assert len(runs) == once
+    assert len(vlm.attention(second, kind)) == 3
+    torch.testing.assert_close(vlm.attention(first, kind), expected)
+    assert len(runs) == 3 * once
+    assert vlm.__getstate__()["_attended"] == {}
