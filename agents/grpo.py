@@ -248,7 +248,7 @@ class GRPO:
         seconds = time.perf_counter() - started
         seen = _seen(scores, reward, kept, config.flat_below)
         if many:
-            rows = reward.std(1).topk(config.instances).indices.sort().values
+            rows = reward.std(1).argsort(descending=True, stable=True)[: config.instances].sort().values
             encoded, full, kept = encoded[rows], full[rows], kept[rows]
             policy = self._policy(self.scorer, encoded, kept)
             more = policy.sample(torch.Size((config.group - first,)), generator=self._generator)

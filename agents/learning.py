@@ -86,10 +86,12 @@ def draw_counts(
     return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
 
 
-def check_budgets(low: float, high: float) -> None:
-    """Raise ValueError unless two numbers are a range of shares of the tokens."""
+def check_budgets(low: float, high: float, tilt: float = 1.0) -> None:
+    """Raise ValueError unless two numbers are a range of shares of the tokens, and the tilt is above 0."""
     if not 0 < low <= high <= 1:
         raise ValueError(f"budgets must satisfy 0 < min_budget <= max_budget <= 1; got {low}, {high}")
+    if not 0 < tilt < math.inf:
+        raise ValueError(f"budget_tilt must be above 0; got {tilt}")
 
 
 def check_numbers(

@@ -155,10 +155,10 @@ class GRPOConfig:
             ValueError: If a setting is impossible, or settings contradict each other.
         """
         whole = dataclasses.replace(self, **dataclasses.asdict(self.objective()))
-        check_budgets(whole.min_budget, whole.max_budget)
+        check_budgets(whole.min_budget, whole.max_budget, whole.budget_tilt)
         check_numbers(
             whole,
-            {"instances": 1, "group": 1, "epochs": 1, "steps": 0, "warmup_steps": 0},
+            {"instances": 1, "candidates": 1, "group": 1, "epochs": 1, "steps": 0, "warmup_steps": 0},
             # a floor of 0 would divide by 0 in every group of equal rewards
             above_0=(
                 *("learning_rate", "warmup_learning_rate", "value_learning_rate"),
@@ -186,4 +186,9 @@ class GRPOConfig:
                     f"{' and '.join(lone)}: a group needs at least 2 subsets to compare; got group=1: draw more, or "
                     "choose preset='reinforce', whose baseline is learned"
                 )
+        if whole.candidates > 1 and not 2 <= whole.probes < whole.group:
+            raise ValueError(
+                f"of several candidates each gets at least 2 probes, fewer than a group; got probes={whole.probes} and "
+                f"group={whole.group}: change one, or leave candidates at 1"
+            )
         return whole

@@ -162,7 +162,7 @@ class Relaxation(ABC):
             if not 0 <= getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(config, name)}")
         self._gated = check_gates(vlm)
-        check_budgets(config.min_budget, config.max_budget)
+        check_budgets(config.min_budget, config.max_budget, config.budget_tilt)
         check_numbers(config, {"steps": 0, "warmup_steps": 0}, ("learning_rate", "max_gradient_norm"))
         check_batch(config.instances, pool.size)
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from agents import grpo
 from agents.base import budget_to_count, top_k
 from agents.grpo import GRPO, GRPOConfig, Metrics, advantages, surrogate
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
 from agents.warmup import TEACHERS, warmup_loss
-from grip_env.vlms.base import Encoded
+from grip_env.vlms.base import Encoded, Scores
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 
 SMALL = ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2)
@@ -176,6 +177,69 @@ def test_budgets_are_log_uniform_between_the_bounds_and_differ_in_a_batch() -> N
     counts = torch.cat([algorithm.draw_counts(encoded) for _ in range(200)]).float()
     assert counts.unique().tolist() == [2, 3, 4, 5, 6, 7, 8]
     assert (counts <= 4).float().mean().item() == pytest.approx(math.log(4.5 / 2) / math.log(4), abs=0.03)
+
+
+def test_a_tilt_draws_small_budgets_more_often() -> None:
+    algorithm = trainer(min_budget=0.125, max_budget=0.5, budget_tilt=2.0)
+    encoded = algorithm.pool.batch(16)[0]
+    counts = torch.cat([algorithm.draw_counts(encoded) for _ in range(200)]).float()
+    assert counts.min() == 2
+    assert counts.max() == 8
+    # u ** 2 < x where u < sqrt(x)
+    assert (counts <= 4).float().mean().item() == pytest.approx(math.sqrt(math.log(4.5 / 2) / math.log(4)), abs=0.03)
+
+
+class Recording(FakeVLM):
+    """Keeps what it was asked to score, and what it said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Encoded, torch.Tensor, torch.Tensor]] = []
+
+    def score(self, encoded: Encoded, selection: torch.Tensor, **options: Any) -> Scores:
+        scores = super().score(encoded, selection, **options)
+        self.asked.append((encoded, selection, scores.log_likelihood))
+        return scores
+
+
+def test_of_several_candidates_those_whose_rewards_differ_most_are_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vlm = Recording()
+    settings = config(steps=1, warmup_steps=0, instances=3, candidates=4, probes=2, group=5, pool=32, scale="none")
+    algorithm = GRPO(vlm, ExamplePool(vlm, FakeTask(40), size=32), Scorer(SMALL), settings)
+    seen: list[torch.Tensor] = []
+    real = grpo.advantages
+
+    def recorded(rewards: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(rewards)
+        return real(rewards, *rest)
+
+    monkeypatch.setattr(grpo, "advantages", recorded)
+    (metrics,) = algorithm.train()
+    *_, (candidates, probes, first), (chosen, more, then) = vlm.asked
+    assert probes.shape[:2] == (12, 2)
+    assert more.shape[:2] == (3, 3)
+    spread = first.std(1)
+    best = spread.argsort(descending=True, stable=True)[:3].sort().values
+    assert [example.key for example in chosen.examples] == [candidates.examples[int(row)].key for row in best]
+    assert more.sum(2).eq(probes.sum(2)[best, :1]).all()  # budgets go with their examples
+    both = torch.cat([first[best], then], 1)  # the reward is this less the full image's, one number per example
+    torch.testing.assert_close(seen[0] - seen[0].mean(1, keepdim=True), both - both.mean(1, keepdim=True))
+    # the log is of all candidates, so that it can be compared with that of one
+    assert metrics.values["log_likelihood"] == pytest.approx(float(first.mean()), rel=1e-5)
+    assert metrics.values["group_std"] == pytest.approx(float(spread.mean()), rel=1e-5)
+    assert metrics.values["forwards"] == 32 + 12 * 2 + 3 * 3
+
+
+def test_candidates_learn_too() -> None:
+    changes: dict[str, Any] = {"instances": 12, "candidates": 3, "probes": 3, "group": 8, "pool": 64, "scale": "batch"}
+    algorithm = trainer(steps=250, warmup_steps=0, learning_rate=3e-3, **changes)
+    before = expected_share(algorithm.vlm, algorithm.scorer, 3 / 16)  # type: ignore[arg-type]
+    for _ in algorithm.train():
+        pass
+    gained = expected_share(algorithm.vlm, algorithm.scorer, 3 / 16) - before  # type: ignore[arg-type]
+    assert gained > 0.7  # of 1.9 times 13/16 at most
 
 
 def test_kl_weight_holds_the_policy_where_the_warmup_left_it() -> None:

@@ -90,6 +90,7 @@ def test_every_option_of_the_algorithm_names_its_paper() -> None:
     source = inspect.getsource(GRPOConfig)
     help_of = dict(re.findall(r'^    (\w+): [^\n]+\n    """(.*?)"""', source, re.MULTILINE | re.DOTALL))
     plain = {"steps", "instances", "min_budget", "max_budget", "pool", "reuse", "temperature", "teacher_cells"}
+    plain |= {"budget_tilt", "probes"}
     plain |= {"warmup_steps", "warmup_learning_rate", "teacher"}  # of this project, or told of in ImitationConfig
     assert set(help_of) == {field.name for field in dataclasses.fields(GRPOConfig)}
     for name in set(help_of) - plain:
@@ -109,6 +110,10 @@ def test_every_option_of_the_algorithm_names_its_paper() -> None:
         ({"temperature": 0.0}, r"temperature must be above 0; got 0.0"),
         ({"std_floor": 0.0}, r"std_floor must be above 0; got 0.0"),
         ({"kl_weight": -1.0}, r"kl_weight must not be negative; got -1.0"),
+        ({"candidates": 0}, r"candidates must be at least 1; got 0"),
+        ({"candidates": 2, "probes": 1}, r"at least 2 probes, fewer than a group; got probes=1 and group=\d"),
+        ({"candidates": 2, "probes": 4, "group": 4}, r"got probes=4 and group=4"),
+        ({"budget_tilt": 0.0}, r"budget_tilt must be above 0; got 0.0"),
         ({"epochs": 0}, r"epochs must be at least 1; got 0"),
         ({"value_learning_rate": math.nan}, r"value_learning_rate must be above 0; got nan"),
         ({"flat_below": -0.1}, r"flat_below must not be negative; got -0.1"),
