@@ -203,7 +203,7 @@ class GRPO:
         seed: int = 0,
     ) -> None:
         self.config, self.settings = config.resolved(), config.objective()
-        check_batch(config.instances * config.candidates, pool.size)
+        check_batch(config.instances, pool.size, self.settings.candidates)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
         self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
@@ -236,18 +236,18 @@ class GRPO:
 
     def _draw(self) -> Rollouts:
         """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most."""
-        config, many = self.config, self.config.candidates > 1
-        encoded, full = self.pool.batch(config.instances * config.candidates, needs_agreement(self.reward))
+        config, candidates = self.config, self.settings.candidates
+        encoded, full = self.pool.batch(config.instances * candidates, needs_agreement(self.reward))
         kept = self.draw_counts(encoded)
-        with torch.set_grad_enabled(not many):
+        with torch.set_grad_enabled(candidates == 1):
             policy = self._policy(self.scorer, encoded, kept)
-        first = config.probes if many else config.group
+        first = config.probes if candidates > 1 else config.group
         subsets = policy.sample(torch.Size((first,)), generator=self._generator)  # (G, B, N)
         started = time.perf_counter()
         scores, reward = self._score(encoded, full, subsets)
         seconds = time.perf_counter() - started
         seen = _seen(scores, reward, kept, config.flat_below)
-        if many:
+        if candidates > 1:
             rows = reward.std(1).argsort(descending=True, stable=True)[: config.instances].sort().values
             encoded, full, kept = encoded[rows], full[rows], kept[rows]
             policy = self._policy(self.scorer, encoded, kept)
@@ -319,6 +319,10 @@ class RLOOConfig(GRPOConfig):
 
     preset: PresetName = "rloo"
     """See GRPOConfig."""
+    instances: int = 32
+    """Examples per step (B)."""
+    group: int = 16
+    """See GRPOConfig."""
 
 
 class RLOO(GRPO):
@@ -336,6 +340,10 @@ class ReinforceConfig(GRPOConfig):
     """REINFORCE with a learned baseline: G independent subsets of each example, of which one is enough."""
 
     preset: PresetName = "reinforce"
+    """See GRPOConfig."""
+    instances: int = 32
+    """Examples per step (B)."""
+    group: int = 16
     """See GRPOConfig."""
 
 

@@ -116,10 +116,11 @@ def check_numbers(
             raise ValueError(f"{name} must not be negative; got {getattr(options, name)}")
 
 
-def check_batch(instances: int, pool: int) -> None:
-    """Raise ValueError unless a pool of this size has as many examples as a step needs."""
-    if instances > pool:
+def check_batch(instances: int, pool: int, candidates: int = 1) -> None:
+    """Raise ValueError unless a pool of this size has as many examples as a step needs: candidates for each."""
+    if instances * candidates > pool:
+        each = f" of {candidates} candidates each" if candidates > 1 else ""
         raise ValueError(
-            f"a step needs as many examples as the pool holds, at most; got instances={instances} and pool={pool}: "
-            "choose a larger pool"
+            f"a step needs as many examples as the pool holds, at most; got instances={instances}{each} and "
+            f"pool={pool}: choose a larger pool"
         )

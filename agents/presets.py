@@ -23,10 +23,11 @@ PresetName = Literal["default", "grpo", "dr-grpo", "dapo", "rloo", "reinforce"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What GRPO maximises: the options that presets decide. :class:`GRPOConfig` says what each is."""
+    """What GRPO maximises, and on what: the options that presets decide. :class:`GRPOConfig` says what each is."""
 
+    candidates: int = 4
     baseline: Baseline = "group_mean"
-    scale: Scale = "group"
+    scale: Scale = "batch"
     std_floor: float = 0.1
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -38,14 +39,14 @@ class Objective:
 
 PRESETS: dict[str, Objective] = {
     "default": Objective(),
-    "grpo": Objective(std_floor=1e-4, clip_high=0.2, kl_weight=0.04),
-    "dr-grpo": Objective(scale="none", clip_high=0.2),
-    "dapo": Objective(std_floor=1e-4, drop_flat=True),
-    "rloo": Objective(baseline="leave_one_out", scale="none", clip_high=0.2),
-    "reinforce": Objective(baseline="learned", scale="none", clip_high=0.2),
+    "grpo": Objective(candidates=1, scale="group", std_floor=1e-4, clip_high=0.2, kl_weight=0.04),
+    "dr-grpo": Objective(candidates=1, scale="none", clip_high=0.2),
+    "dapo": Objective(scale="group", std_floor=1e-4, drop_flat=True),
+    "rloo": Objective(candidates=1, baseline="leave_one_out", scale="none", clip_high=0.2),
+    "reinforce": Objective(candidates=1, baseline="learned", scale="none", clip_high=0.2),
 }
 """Objectives by name. Papers leave the floor of the standard deviation open, which continuous rewards need: 1e-4 stands
-for none. How much is drawn and how long is trained is no part of a preset, so that all cost the same."""
+for none. Candidates make a step dearer; otherwise presets cost the same."""
 
 
 def _decided(name: str, kind: Any) -> Any:
@@ -65,28 +66,29 @@ class GRPOConfig:
     preset: PresetName = "default"
     """Decides the options that are not given: "grpo" (Shao et al. 2024), "dr-grpo" (no scaling; Liu et al. 2025),
     "dapo" (wider clip upwards, groups that teach nothing left out; Yu et al. 2025), "rloo" (leave-one-out baseline;
-    Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own, GRPO with a
-    high floor under the standard deviation and no KL."""
+    Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own: candidates,
+    advantages over the batch's deviation, no KL."""
     steps: int = 360
     """Policy updates with rewards."""
-    instances: int = 32
+    instances: int = 24
     """Examples per step (B)."""
-    group: int = 16
+    group: int = 12
     """Subsets drawn for each example (G; GRPO, Shao et al. 2024, arXiv 2402.03300); 1 needs the learned baseline."""
-    candidates: int = 1
-    """Examples looked at for each one trained on: with more than one, each candidate gets a few subsets, and those
-    whose rewards differ most get the others (after the dynamic sampling of DAPO, Yu et al. 2025, which draws whole
-    groups until enough of them differ). Where most groups are flat, the rest of a batch is better spent."""
+    candidates: Annotated[int | None, _decided("candidates", int)] = None
+    """Examples looked at for each one trained on: of several, each gets a few subsets, and those whose rewards differ
+    most get the rest of a group. After the dynamic sampling of DAPO (Yu et al. 2025), which draws whole groups until
+    enough of them differ; here a flat group costs its probes only. What is left out would have taught next to nothing,
+    but choosing by rewards biases the gradient a little: 1 for one that is unbiased."""
     probes: int = 4
-    """Subsets that each of several candidates gets, of the group's."""
+    """Subsets, of the group's, that each of several candidates gets; without effect for one."""
     min_budget: float = 0.03
     """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
     max_budget: float = 0.5
     """Largest share of tokens kept in training."""
-    budget_tilt: float = 1.0
+    budget_tilt: float = 2.0
     """Above 1 draws small budgets more often, which cost less and where choices matter more: a budget is
     min_budget * (max_budget / min_budget) ** (u ** budget_tilt) with u uniform in [0, 1); 1 is log-uniform."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
@@ -131,9 +133,9 @@ class GRPOConfig:
     """Whose choices the warm-up imitates; see ImitationConfig."""
     teacher_cells: int = 6
     """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
-    pool: int = 768
+    pool: int = 1024
     """Encoded training examples held in memory."""
-    reuse: int = 4
+    reuse: int = 12
     """About how often each is used before a new one takes its place."""
 
     def objective(self) -> Objective:
@@ -186,9 +188,9 @@ class GRPOConfig:
                     f"{' and '.join(lone)}: a group needs at least 2 subsets to compare; got group=1: draw more, or "
                     "choose preset='reinforce', whose baseline is learned"
                 )
-        if whole.candidates > 1 and not 2 <= whole.probes < whole.group:
+        if self.objective().candidates > 1 and not 2 <= whole.probes < whole.group:
             raise ValueError(
                 f"of several candidates each gets at least 2 probes, fewer than a group; got probes={whole.probes} and "
-                f"group={whole.group}: change one, or leave candidates at 1"
+                f"group={whole.group}: change one, or set candidates to 1"
             )
         return whole

@@ -176,8 +176,8 @@ def measure(config: Config) -> Measured:
             each.reset(seed=0, options={"index": index})
         each.reset(seed=0)
     fresh.reset(seed=0)
-    pool = ExamplePool(vlm, scenes, size=48)
-    grpo = GRPO(vlm, pool, Scorer(ScorerConfig(vlm.width)), GRPOConfig(steps=config.rounds, warmup_steps=0, pool=48))
+    pool = ExamplePool(vlm, scenes, size=96)
+    grpo = GRPO(vlm, pool, Scorer(ScorerConfig(vlm.width)), GRPOConfig(steps=config.rounds, warmup_steps=0, pool=96))
     updates = grpo.train()
     times: dict[str, list[float]] = {}
     counts: dict[str, float] = {}

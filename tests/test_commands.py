@@ -34,7 +34,7 @@ TIMES = {"seconds", "scoring_seconds"}
 
 
 def settings(vlm: Path, runs: Path, name: str = "run", /, **changes: Any) -> Config:
-    grpo = GRPOConfig(steps=3, instances=6, group=2, warmup_steps=2, pool=8)
+    grpo = GRPOConfig(steps=3, instances=6, candidates=1, group=2, warmup_steps=2, pool=8)
     for key in set(changes) & {field.name for field in dataclasses.fields(GRPOConfig)}:
         grpo = dataclasses.replace(grpo, **{key: changes.pop(key)})
     options: dict[str, Any] = {"vlm": str(vlm), "name": name, "runs": runs, "progress": False, "options": grpo}
@@ -238,7 +238,8 @@ def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm
         "from grip_env import AgreementWithFull, KeptFraction\n\n\n"
         "def make():\n    return AgreementWithFull() / 2 + 0.25 * KeptFraction()\n"
     )
-    tiny = "--grpo.steps 3 --grpo.instances 6 --grpo.group 2 --grpo.warmup-steps 2 --grpo.pool 8 --report-examples 0"
+    tiny = "--grpo.steps 3 --grpo.instances 6 --grpo.candidates 1 --grpo.group 2 --grpo.warmup-steps 2 --grpo.pool 8 "
+    tiny += "--report-examples 0"
     command = ["-m", "grip_env.train", "--vlm", vlm_folder, "--runs", tmp_path, "--no-progress", *tiny.split()]
     command += ["--name", "imported", "--reward", "mine:make"]
     code, _, err = finish(start(*command, cwd=tmp_path, PYTHONPATH=str(Path(__file__).parent.parent)))
@@ -258,7 +259,9 @@ def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm
 
 def test_ctrl_c_keeps_the_agent(vlm_folder: Path, tmp_path: Path) -> None:
     command = f"-m grip_env.train --vlm {vlm_folder} --runs {tmp_path} --name cut --report-examples 0 --no-progress"
-    tiny = "--grpo.steps 100000 --grpo.instances 6 --grpo.group 2 --grpo.warmup-steps 1 --grpo.pool 8"
+    tiny = (
+        "--grpo.steps 100000 --grpo.instances 6 --grpo.candidates 1 --grpo.group 2 --grpo.warmup-steps 1 --grpo.pool 8"
+    )
     process = start(*command.split(), *tiny.split(), cwd=tmp_path)
     metrics = tmp_path / "cut" / "grpo.csv"
     deadline = time.monotonic() + 240
@@ -460,7 +463,7 @@ def test_unknown_algorithms_are_refused_with_the_choices(tmp_path: Path) -> None
 def test_benchmark_trains_once_compares_and_refuses_other_settings(
     vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = {"steps": 2, "warmup-steps": 1, "instances": 6, "group": 2, "pool": 8}
+    tiny = {"steps": 2, "warmup-steps": 1, "instances": 6, "candidates": 1, "group": 2, "pool": 8}
     extra = ("--vlm", str(vlm_folder), "--report-examples", "6", "--no-progress")
     extra += tuple(f"--grpo.{key}={value}" for key, value in tiny.items())
     config = benchmark.Config(seeds=(5, 6), runs=tmp_path, examples=12, drawing=False, extra=extra)

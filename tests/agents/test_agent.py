@@ -115,6 +115,7 @@ def test_every_algorithm_trains_saves_and_is_evaluated_from_the_command_line(
     name: str, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--{name}.{option[2:]}" for option in TINY.split()]
+    options += ["--grpo.candidates=1"] if name == "grpo" else []
     if name != "imitation":
         options.append(f"--{name}.warmup-steps=1")
     about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", "run", "--no-progress"]
@@ -160,7 +161,8 @@ def test_runs_that_differ_by_their_seed_share_a_row(
     runs = []
     for name, seed in (("grpo", 0), ("grpo", 1), ("imitation", 0)):
         options = [f"--{name}.{option[2:]}" for option in TINY.split()]
-        options += ["--grpo.warmup-steps=1"] if name == "grpo" else []
+    options += ["--grpo.candidates=1"] if name == "grpo" else []
+        options += ["--grpo.warmup-steps=1", "--grpo.candidates=1"] if name == "grpo" else []
         about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", f"{name}{seed}", "--no-progress"]
         arguments = ["--algo", name, "--seed", str(seed), *about, "--report-examples", "0", *options]
         runs.append(train.train(train.parse(arguments)))

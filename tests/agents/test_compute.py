@@ -48,7 +48,15 @@ def scorer() -> Scorer:
 @pytest.mark.parametrize("reward", ["log_likelihood", "agreement"])
 def test_grpo_reports_at_every_step_what_the_model_has_read_so_far(teacher: Any, reward: str) -> None:
     vlm = Ledger()
-    options: dict[str, Any] = {"steps": 4, "warmup_steps": 4, "instances": 6, "group": 3, "pool": 9, "reuse": 2}
+    options: dict[str, Any] = {
+        "steps": 4,
+        "warmup_steps": 4,
+        "instances": 6,
+        "candidates": 1,
+        "group": 3,
+        "pool": 9,
+        "reuse": 2,
+    }
     pool = ExamplePool(vlm, FakeTask(40), size=9, reuse=2)
     algorithm = GRPO(vlm, pool, scorer(), GRPOConfig(teacher=teacher, epochs=2, **options), reward)
     before = 0
@@ -73,7 +81,7 @@ def test_account_by_hand() -> None:
     """9 examples enter the pool; 2 steps of 6 gradients; 2 steps of 6 x 3 subsets, 6 new examples before the first."""
     vlm = Ledger()
     pool = ExamplePool(vlm, FakeTask(40), size=9, reuse=2)
-    config = GRPOConfig(steps=2, warmup_steps=2, instances=6, group=3, pool=9, reuse=2)
+    config = GRPOConfig(steps=2, warmup_steps=2, instances=6, candidates=1, group=3, pool=9, reuse=2)
     spent = [m.values["forwards"] for m in GRPO(vlm, pool, scorer(), config).train()]
     assert spent == [9 + 18, 9 + 36, 9 + 36 + 6 + 18, 9 + 36 + 6 + 36]
 

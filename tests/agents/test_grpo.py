@@ -25,8 +25,9 @@ SMALL = ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2)
 
 
 def config(**changes: Any) -> GRPOConfig:
-    small: dict[str, Any] = {"steps": 3, "instances": 8, "group": 4, "warmup_steps": 2, "pool": 16}
-    return GRPOConfig(**(small | {"teacher": "relevance", "min_budget": 0.06} | changes))
+    small: dict[str, Any] = {"steps": 3, "instances": 8, "group": 4, "warmup_steps": 2, "pool": 16, "reuse": 4}
+    plain: dict[str, Any] = {"candidates": 1, "scale": "group", "budget_tilt": 1.0, "learning_rate": 5e-4}
+    return GRPOConfig(**(small | plain | {"teacher": "relevance", "min_budget": 0.06} | changes))
 
 
 def trainer(seed: int = 0, reward: str = "log_likelihood", **changes: Any) -> GRPO:

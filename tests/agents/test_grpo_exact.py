@@ -298,7 +298,7 @@ def by_hand(preset: str, rewards: Tensor, log_prob: Tensor, old: Tensor, value: 
     group = rewards.shape[1]
     mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, unbiased=False, keepdim=True)
     advantage = {
-        "default": (rewards - mean) / (deviation + 0.1),
+        "default": (rewards - mean) / ((rewards - mean).square().mean().sqrt() + 0.1),
         "grpo": (rewards - mean) / (deviation + 1e-4),
         "dr-grpo": rewards - mean,
         "dapo": (rewards - mean) / (deviation + 1e-4),
@@ -318,8 +318,9 @@ def test_loop_climbs_the_gradient_its_preset_promises(preset: Any, monkeypatch: 
     """In both epochs of the second step, when the policy has left the warm-up's."""
     vlm = SpiedVLM()
     torch.manual_seed(0)
-    options: dict[str, Any] = {"steps": 2, "warmup_steps": 2, "instances": 12, "group": 3, "pool": 16, "reuse": 1}
+    options: dict[str, Any] = {"steps": 2, "warmup_steps": 2, "instances": 12, "candidates": 1, "group": 3, "pool": 16}
     rates = {"learning_rate": 0.02, "warmup_learning_rate": 0.01}
+    options |= {"budget_tilt": 1.0, "reuse": 1}
     config = GRPOConfig(preset=preset, epochs=2, min_budget=0.06, teacher="relevance", **rates, **options)
     scorer = Scorer(ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2))
     algorithm = GRPO(vlm, ExamplePool(vlm, FakeTask(40), size=16, reuse=1), scorer, config)

@@ -196,7 +196,14 @@ def test_warmup_of_grpo_is_an_imitation_at_a_constant_rate() -> None:
     imitation = build(vlm, steps=4, schedule="constant", learning_rate=2e-3)
     torch.manual_seed(0)
     scorer = Scorer(imitation.scorer.config)
-    options: dict[str, Any] = {"steps": 0, "warmup_steps": 4, "instances": 8, "pool": 16, "min_budget": 0.06}
+    options: dict[str, Any] = {
+        "steps": 0,
+        "warmup_steps": 4,
+        "instances": 8,
+        "candidates": 1,
+        "pool": 16,
+        "min_budget": 0.06,
+    }
     config = GRPOConfig(teacher="relevance", warmup_learning_rate=2e-3, **options)
     grpo = GRPO(vlm, ExamplePool(vlm, FakeTask(40), size=16), scorer, config)
     for one, other in zip(imitation.train(), grpo.train(), strict=True):

@@ -18,7 +18,15 @@ from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 
-SMALL: dict[str, Any] = {"steps": 2, "instances": 6, "group": 3, "warmup_steps": 1, "pool": 8, "teacher": "relevance"}
+SMALL: dict[str, Any] = {
+    "steps": 2,
+    "instances": 6,
+    "group": 3,
+    "warmup_steps": 1,
+    "pool": 24,
+    "probes": 2,
+    "teacher": "relevance",
+}
 
 
 def build(config: GRPOConfig, kind: type[GRPO] = GRPO, vlm: FakeVLM | None = None) -> GRPO:
@@ -37,7 +45,7 @@ def options(help_text: str) -> dict[str, str]:
 def test_without_a_preset_nothing_is_decided_anew() -> None:
     resolved = GRPOConfig().resolved()
     assert resolved.objective() == PRESETS["default"] == Objective()
-    assert (resolved.baseline, resolved.scale, resolved.std_floor) == ("group_mean", "group", 0.1)
+    assert (resolved.baseline, resolved.scale, resolved.std_floor) == ("group_mean", "batch", 0.1)
     assert (resolved.clip_low, resolved.clip_high, resolved.epochs) == (0.2, 0.28, 1)
     assert (resolved.kl_weight, resolved.entropy_weight, resolved.drop_flat) == (0.0, 0.0, False)
 
@@ -45,7 +53,13 @@ def test_without_a_preset_nothing_is_decided_anew() -> None:
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_presets_fill_in_what_was_not_given_and_nothing_else(preset: Any) -> None:
     for field in dataclasses.fields(Objective):
-        mine: dict[str, Any] = {"baseline": "group_mean", "scale": "batch", "drop_flat": True, "epochs": 3}
+        mine: dict[str, Any] = {
+            "baseline": "group_mean",
+            "scale": "batch",
+            "drop_flat": True,
+            "epochs": 3,
+            "candidates": 2,
+        }
         value = mine.get(field.name, 0.77)
         resolved = GRPOConfig(preset=preset, **{field.name: value}).resolved()
         assert resolved.objective() == dataclasses.replace(PRESETS[preset], **{field.name: value})
@@ -81,7 +95,7 @@ def test_command_line_knows_presets_and_what_each_decides(capsys: pytest.Capture
         tyro.cli(GRPOConfig, args=["--help"])
     help_of = options(capsys.readouterr().out)
     assert "(default: 0.0; 0.04 with grpo)" in help_of["kl-weight"]
-    assert "(default: group; none with dr-grpo, rloo, reinforce)" in help_of["scale"]
+    assert "(default: batch; group with grpo, dapo; none with dr-grpo, rloo, reinforce)" in help_of["scale"]
     assert "None" not in help_of["baseline"]
     assert "(default: 0.2)" in help_of["clip-low"]
 
@@ -100,7 +114,10 @@ def test_every_option_of_the_algorithm_names_its_paper() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group": 1}, r"baseline='group_mean' and scale='group': a group needs at least 2 .*got group=1.*reinforce"),
+        (
+            {"group": 1, "scale": "group"},
+            r"baseline='group_mean' and scale='group': a group needs at least 2 .*got group=1.*reinforce",
+        ),
         ({"group": 1, "preset": "dapo"}, r"baseline='group_mean' and scale='group' and drop_flat=True: a group"),
         ({"group": 1, "preset": "rloo"}, r"^baseline='leave_one_out': a group"),
         ({"group": 1, "preset": "reinforce", "scale": "group"}, r"^scale='group': a group"),

@@ -291,7 +291,8 @@ def test_warm_up_is_that_of_grpo(on_the_fake: None, kind: type[Relaxation]) -> N
     algorithm = trainer(kind, steps=0, warmup_steps=4)
     torch.manual_seed(0)
     vlm = FakeVLM()
-    config = GRPOConfig(steps=0, warmup_steps=4, instances=8, pool=16, min_budget=0.06, teacher="relevance")
+    options: dict[str, Any] = {"instances": 8, "candidates": 1, "pool": 16, "min_budget": 0.06, "teacher": "relevance"}
+    config = GRPOConfig(steps=0, warmup_steps=4, **options)
     other = GRPO(vlm, ExamplePool(vlm, FakeTask(40), "train", 16, 4, 0), Scorer(SMALL), config)
     assert [m.phase for m in algorithm.train()] == [m.phase for m in other.train()] == ["warmup"] * 4
     expected = other.scorer.state_dict()
@@ -369,7 +370,7 @@ def test_reindexing_models_are_refused(random_vlm: HuggingFaceVLM) -> None:
 def test_every_option_of_grpo_that_is_shared_has_its_default(kind: type[Relaxation]) -> None:
     """Rivals differ in how they learn, and not in what they learn from."""
     mine, theirs = (dataclasses.asdict(options) for options in (KINDS[kind](), GRPOConfig()))
-    for name in ("instances", "min_budget", "max_budget", "max_gradient_norm", "pool", "reuse", "teacher"):
+    for name in ("min_budget", "max_budget", "budget_tilt", "learning_rate", "max_gradient_norm", "teacher"):
         assert mine[name] == theirs[name]
     assert (mine["warmup_steps"], mine["warmup_learning_rate"]) == (
         theirs["warmup_steps"],

@@ -192,7 +192,7 @@ def test_heuristics_run_on_blocks(random_vlm: HuggingFaceVLM, scene_examples: li
 
 def test_grpo_and_reports_run_on_blocks(random_vlm: HuggingFaceVLM) -> None:
     vlm, task = BlockVLM(random_vlm, 4, 4), SceneTask()
-    config = GRPOConfig(steps=1, instances=4, group=2, warmup_steps=1, pool=4, min_budget=0.1)
+    config = GRPOConfig(steps=1, instances=4, candidates=1, group=2, warmup_steps=1, pool=4, min_budget=0.1)
     scorer = Scorer(ScorerConfig(token_width=vlm.width))
     before = {key: value.clone() for key, value in scorer.state_dict().items()}
     metrics = list(GRPO(vlm, ExamplePool(vlm, task, size=4), scorer, config).train())

@@ -510,7 +510,7 @@ def test_log_likelihood_and_score_agree(vlm: Any, scene_examples: list[Example])
 def test_training_leaves_every_weight_as_it_was(random_vlm: HuggingFaceVLM) -> None:
     before = random_vlm.checksum()
     scorer = Scorer(ScorerConfig(token_width=random_vlm.width, width=16, blocks=1, heads=2))
-    config = GRPOConfig(steps=2, instances=4, group=2, warmup_steps=2, pool=4, teacher="gradient")
+    config = GRPOConfig(steps=2, instances=4, candidates=1, group=2, warmup_steps=2, pool=4, teacher="gradient")
     pool = ExamplePool(random_vlm, SceneTask(), size=4)
     phases = [metrics.phase for metrics in GRPO(random_vlm, pool, scorer, config).train()]
     assert phases == ["warmup", "warmup", "grpo", "grpo"]
