@@ -161,7 +161,6 @@ def test_runs_that_differ_by_their_seed_share_a_row(
     runs = []
     for name, seed in (("grpo", 0), ("grpo", 1), ("imitation", 0)):
         options = [f"--{name}.{option[2:]}" for option in TINY.split()]
-    options += ["--grpo.candidates=1"] if name == "grpo" else []
         options += ["--grpo.warmup-steps=1", "--grpo.candidates=1"] if name == "grpo" else []
         about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", f"{name}{seed}", "--no-progress"]
         arguments = ["--algo", name, "--seed", str(seed), *about, "--report-examples", "0", *options]
