@@ -86,7 +86,7 @@ class RelaxedConfig:
     leak: float = 0.03
     """What a closed gate lets through at first. At 0 the forward pass is that of the pruned model, but slopes are
     extreme."""
-    final_leak: float = 0.03
+    final_leak: float = 0.0
     """What it lets through in the end; in between, evenly less."""
     warmup_steps: int = 120
     """Supervised steps, the same as GRPO's, before the first gate; 0 starts from equal scores."""
