@@ -36,8 +36,7 @@ __all__ = [
 
 ALGORITHMS: dict[str, str] = {
     **dict.fromkeys(
-        ("grpo", "gates-grpo", "rloo", "reinforce", "imitation", "gumbel-top-k", "sigmoid-gates", "soft-top-k"),
-        "agents.algorithms",
+        ("grpo", "rloo", "reinforce", "imitation", "gumbel-top-k", "sigmoid-gates", "soft-top-k"), "agents.algorithms"
     ),
     **dict.fromkeys(("ppo", "a2c", "maskable-ppo"), "agents.ppo"),
 }
@@ -207,11 +206,8 @@ class ScorerAgent:
         self.scorer = Scorer(ScorerConfig(token_width=setting.vlm.width)).to(device_of(setting.vlm))
         pool = setting.pool(options.pool, options.reuse)
         self._algorithm = self.Algorithm(setting.vlm, pool, self.scorer, options, setting.reward, setting.seed)
-        self.phases = self._phases(options)
+        self.phases = {"warmup": getattr(options, "warmup_steps", 0), self.Algorithm.phase: options.steps}
         """How many steps each phase has."""
-
-    def _phases(self, options: Any) -> dict[str, int]:
-        return {"warmup": getattr(options, "warmup_steps", 0), self.Algorithm.phase: options.steps}
 
     def learn(self) -> Iterator[Any]:
         """Train; see :class:`Agent`."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from agents.agent import ScorerAgent, register
-from agents.gates_grpo import GatesGRPO, GatesGRPOConfig
 from agents.grpo import GRPO, RLOO, GRPOConfig, Reinforce, ReinforceConfig, RLOOConfig
 from agents.imitation import Imitation, ImitationConfig
 from agents.relaxed import (
@@ -19,7 +16,6 @@ from agents.relaxed import (
 
 __all__ = [
     "GRPOAgent",
-    "GatesGRPOAgent",
     "GumbelTopKAgent",
     "ImitationAgent",
     "RLOOAgent",
@@ -34,16 +30,6 @@ class GRPOAgent(ScorerAgent):
     """A scorer trained by :class:`~agents.grpo.GRPO`."""
 
     Options, Algorithm = GRPOConfig, GRPO
-
-
-@register("gates-grpo")
-class GatesGRPOAgent(ScorerAgent):
-    """A scorer trained by :class:`~agents.gates_grpo.GatesGRPO`."""
-
-    Options, Algorithm = GatesGRPOConfig, GatesGRPO
-
-    def _phases(self, options: Any) -> dict[str, int]:
-        return {"warmup": options.warmup_steps, SigmoidGates.phase: options.gate_steps, GatesGRPO.phase: options.steps}
 
 
 @register("rloo")

@@ -212,16 +212,12 @@ class GRPO:
 
     def train(self) -> Iterator[Metrics]:
         """Run warm-up and policy optimisation, yielding after every step; the scorer is usable at any point."""
-        yield from self._prepare()
+        yield from self._warm_up.imitate("warmup", needs_agreement(self.reward))
         if self.settings.kl_weight:
             self._reference = Scorer(self.scorer.config).to(next(self.scorer.parameters()).device)
             self._reference.load_state_dict(self.scorer.state_dict())
             self._reference.eval().requires_grad_(False)
         yield from self._optimise()
-
-    def _prepare(self) -> Iterator[Metrics]:
-        """Do what comes before the first reward."""
-        yield from self._warm_up.imitate("warmup", needs_agreement(self.reward))
 
     def draw_counts(self, encoded: Encoded) -> torch.Tensor:
         """Draw a subset size for each example, long (B,); see :func:`~agents.learning.draw_counts`."""

@@ -115,8 +115,7 @@ def test_every_algorithm_trains_saves_and_is_evaluated_from_the_command_line(
     name: str, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--{name}.{option[2:]}" for option in TINY.split()]
-    options += [f"--{name}.candidates=1"] if "grpo" in name else []
-    options += ["--gates-grpo.gate-steps=1", "--gates-grpo.gate-instances=6"] if name == "gates-grpo" else []
+    options += ["--grpo.candidates=1"] if name == "grpo" else []
     if name != "imitation":
         options.append(f"--{name}.warmup-steps=1")
     about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", "run", "--no-progress"]
@@ -125,8 +124,7 @@ def test_every_algorithm_trains_saves_and_is_evaluated_from_the_command_line(
     assert saved["algo"] == name
     assert saved[name.replace("-", "_")]["steps"] == 2
     assert None not in saved[name.replace("-", "_")].values(), "what a preset decides is saved as well"
-    phases = {"gumbel-top-k": "gumbel", "sigmoid-gates": "sigmoid", "soft-top-k": "soft_top_k", "gates-grpo": "grpo"}
-    phase = phases.get(name, name)
+    phase = {"gumbel-top-k": "gumbel", "sigmoid-gates": "sigmoid", "soft-top-k": "soft_top_k"}.get(name, name)
     lines = (run / f"{phase}.csv").read_text().splitlines()
     assert len(lines) == 3
     assert {"forwards", "seconds"} <= set(lines[0].split(","))

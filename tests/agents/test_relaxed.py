@@ -14,7 +14,6 @@ import agents.relaxed as relaxed
 import grip_env
 from agents.base import budget_to_count, top_k
 from agents.gates import binary_gates, budget_penalty, gumbel_noise, relaxed_top_k
-from agents.gates_grpo import GatesGRPO, GatesGRPOConfig
 from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool
 from agents.relaxed import (
@@ -377,45 +376,3 @@ def test_every_option_of_grpo_that_is_shared_has_its_default(kind: type[Relaxati
         theirs["warmup_steps"],
         theirs["warmup_learning_rate"],
     )
-
-
-# -- gates first, rewards afterwards ---------------------------------------------------------------------
-
-
-def both(steps: int = 2, **changes: Any) -> GatesGRPO:
-    vlm = FakeVLM()
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"instances": 4, "candidates": 2, "probes": 2, "group": 4, "pool": 16, "reuse": 4}
-    options |= {"gate_instances": 8, "gate_steps": 3, "min_budget": 0.06, "teacher": "relevance", "warmup_steps": 0}
-    config = GatesGRPOConfig(steps=steps, **(options | changes))
-    return GatesGRPO(vlm, ExamplePool(vlm, FakeTask(40), "train", 16, 4, 0), Scorer(SMALL), config)
-
-
-def test_grpo_goes_on_where_the_gates_end(on_the_fake: None) -> None:
-    alone = trainer(SigmoidGates, warmup_steps=0)
-    assert [m.phase for m in alone.train()] == ["sigmoid"] * 3
-    expected = alone.scorer.state_dict()
-    algorithm = both()
-    forwards = []
-    for m in algorithm.train():
-        forwards.append((m.phase, m.step, m.values["forwards"]))
-        if (m.phase, m.step) == ("sigmoid", 2):
-            assert all(value.equal(expected[key]) for key, value in algorithm.scorer.state_dict().items())
-    phases = [("sigmoid", 0), ("sigmoid", 1), ("sigmoid", 2), ("grpo", 0), ("grpo", 1)]
-    assert [(phase, step) for phase, step, _ in forwards] == phases
-    assert forwards[2][2] == alone.pool.compute.forwards == 16 + 3 * 8 * 3
-    assert forwards[-1][2] == forwards[2][2] + 2 * (8 * 2 + 4 * 2) + 8  # 8 images take the place of others meanwhile
-    assert not all(value.equal(expected[key]) for key, value in algorithm.scorer.state_dict().items())
-
-
-def test_gates_before_grpo_learn_from_the_answer_alone(on_the_fake: None) -> None:
-    vlm = FakeVLM()
-    config = GatesGRPOConfig(pool=96)
-    with pytest.raises(
-        ValueError, match=r"SigmoidGates learns .* the reward 'agreement': choose log_likelihood, or GRPO"
-    ):
-        GatesGRPO(vlm, ExamplePool(vlm, FakeTask(40), size=96), Scorer(SMALL), config, "agreement")
-    with pytest.raises(ValueError, match="gate_steps must be at least 0; got -1"):
-        both(gate_steps=-1)
-    with pytest.raises(ValueError, match="gate_learning_rate must be above 0; got 0"):
-        both(gate_learning_rate=0.0)
