@@ -135,7 +135,9 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         saved = json.loads((folder / "config.json").read_text())["config"]
         saved = train.saved_config(train.parse([])) | saved  # runs made before an option was there have its default
         wanted = json.loads(json.dumps(train.saved_config(options), default=str))
-        other = sorted(key for key in wanted if saved[key] != wanted[key] and key not in ("runs", "threads"))
+        other = sorted(
+            key for key in wanted if saved[key] != wanted[key] and key not in ("runs", "threads", "progress")
+        )
         if other:
             raise CommandError(f"{folder} was made with other settings of {', '.join(other)}: choose another --runs")
     else:

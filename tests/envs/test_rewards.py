@@ -691,7 +691,8 @@ def test_what_stays_in_memory_of_an_example_is_its_own() -> None:
 
 def grpo(vlm: Any, task: Any, width: int, reward: Any, **changes: Any) -> GRPO:
     settings: dict[str, Any] = {"steps": 2, "instances": 4, "group": 3, "warmup_steps": 1, "pool": 8, "reuse": 1}
-    config = GRPOConfig(**(settings | {"teacher": "relevance", "min_budget": 0.1} | changes))
+    settings |= {"candidates": 1, "teacher": "relevance", "min_budget": 0.1}
+    config = GRPOConfig(**(settings | changes))
     torch.manual_seed(0)
     scorer = Scorer(ScorerConfig(token_width=width, width=32, blocks=1, heads=2))
     return GRPO(vlm, ExamplePool(vlm, task, "train", config.pool, config.reuse), scorer, config, reward)
