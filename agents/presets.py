@@ -82,7 +82,7 @@ class GRPOConfig:
     probes: int = 4
     """Subsets, of the group's, that each of several candidates gets; without effect for one."""
     min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
+    """Smallest share of tokens kept in training; budgets differ within a batch."""
     max_budget: float = 0.5
     """Largest share of tokens kept in training."""
     budget_tilt: float = 2.0

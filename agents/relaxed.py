@@ -65,7 +65,7 @@ class RelaxedConfig:
     samples: int = 1
     """Sets of gates drawn for each example; their gradients are averaged."""
     min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
+    """Smallest share of tokens kept in training; budgets differ within a batch."""
     max_budget: float = 0.5
     """Largest share of tokens kept in training."""
     budget_tilt: float = 2.0
