@@ -6,10 +6,13 @@ KL to the policy that the warm-up left is exact, not estimated; the reward is co
 deviation has a floor; one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's
 value is 0 (its gradient is not: watch reward and entropy). A single decision has no length to normalise by.
 
-What an unbiased gradient needs: no scaling, and as baseline either the mean of the *others* in the group or a learned
-one. The group's own mean shrinks the expected gradient to (G - 1) / G of the true one, in its direction; dividing by
-the group's standard deviation changes the direction as well (Liu et al., "Understanding R1-Zero-like training: a
-critical perspective", 2025).
+By default most subsets go to the examples whose first few rewards differ most (``candidates``), as in most groups all
+rewards are alike.
+
+What an unbiased gradient needs: one candidate, no scaling, and as baseline either the mean of the *others* in the group
+or a learned one. The group's own mean shrinks the expected gradient to (G - 1) / G of the true one, in its direction;
+dividing by the group's standard deviation changes the direction as well (Liu et al., "Understanding R1-Zero-like
+training: a critical perspective", 2025).
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from agents.imitation import Imitation, as_warm_up
-from agents.learning import Learner, Metrics, check_batch, draw_counts
+from agents.learning import Learner, Metrics, check_batch, draw_counts, lowest_eighth
 from agents.pool import ExamplePool
 from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
 from agents.scorer import Scorer
@@ -132,8 +136,7 @@ def policy_objective(
     return result
 
 
-@dataclass
-class Rollouts:
+class Rollouts(NamedTuple):
     """What one batch drew, and what it is worth."""
 
     encoded: Encoded
@@ -154,7 +157,7 @@ class Rollouts:
 
 def _seen(scores: Scores, reward: torch.Tensor, kept: torch.Tensor, flat_below: float) -> dict[str, float]:
     """Return what the log says of rewards, (B, G)."""
-    small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
+    small = lowest_eighth(kept)
     groups = {}
     if reward.shape[1] > 1:
         spread = reward.std(1)
@@ -228,11 +231,13 @@ class GRPO:
         scores = scorer.score(encoded, kept) / self.config.temperature
         return KSubset(scores, kept, mask=encoded.token_mask, validate_args=False)
 
-    def _score(self, encoded: Encoded, full: Scores, subsets: torch.Tensor) -> tuple[Scores, torch.Tensor]:
-        """Return scores and rewards, (B, G), of subsets, (G, B, N)."""
+    def _score(self, encoded: Encoded, full: Scores, subsets: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
+        """Return scores and rewards, (B, G), of subsets, (G, B, N), and the seconds that scoring took."""
+        started = time.perf_counter()
         scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
+        seconds = time.perf_counter() - started
         self.pool.compute.add(scores.log_likelihood.numel())
-        return scores, judge(self.reward, scores, full)
+        return scores, judge(self.reward, scores, full), seconds
 
     def _draw(self) -> Rollouts:
         """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most."""
@@ -243,19 +248,16 @@ class GRPO:
             policy = self._policy(self.scorer, encoded, kept)
         first = config.probes if candidates > 1 else config.group
         subsets = policy.sample(torch.Size((first,)), generator=self._generator)  # (G, B, N)
-        started = time.perf_counter()
-        scores, reward = self._score(encoded, full, subsets)
-        seconds = time.perf_counter() - started
+        scores, reward, seconds = self._score(encoded, full, subsets)
         seen = _seen(scores, reward, kept, config.flat_below)
         if candidates > 1:
             rows = reward.std(1).argsort(descending=True, stable=True)[: config.instances].sort().values
             encoded, full, kept = encoded[rows], full[rows], kept[rows]
             policy = self._policy(self.scorer, encoded, kept)
             more = policy.sample(torch.Size((config.group - first,)), generator=self._generator)
-            started = time.perf_counter()
-            _, its = self._score(encoded, full, more)
-            seconds += time.perf_counter() - started
+            _, its, longer = self._score(encoded, full, more)
             subsets, reward = torch.cat([subsets[:, rows], more]), torch.cat([reward[rows], its], 1)
+            seconds += longer
         return Rollouts(encoded, kept, policy, subsets, reward, seen, seconds)
 
     def _optimise(self) -> Iterator[Metrics]:
@@ -270,18 +272,10 @@ class GRPO:
         for step in range(config.steps):
             learner.begin(step)
             started = time.perf_counter()
-            drawn = self._draw()
-            encoded, kept, subsets, reward, policy = (
-                drawn.encoded,
-                drawn.kept,
-                drawn.subsets,
-                drawn.reward,
-                drawn.policy,
-            )
+            encoded, kept, policy, subsets, reward, seen, scoring = self._draw()
             value = None if critic is None else critic.predict(encoded, kept)
             advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
-            spread = reward.std(1) if config.group > 1 else None  # (B,)
-            counted = spread >= config.flat_below if settings.drop_flat and spread is not None else None
+            counted = reward.std(1) >= config.flat_below if settings.drop_flat else None
             old: torch.Tensor | None = None
             for epoch in range(settings.epochs):
                 if epoch:
@@ -301,13 +295,13 @@ class GRPO:
                 self.phase,
                 step,
                 {
-                    **drawn.seen,
+                    **seen,
                     **value_loss,
                     "entropy_per_token": entropy,
                     "gradient_norm": norm,
                     "learning_rate": learner.learning_rate,
                     "seconds": time.perf_counter() - started,
-                    "scoring_seconds": drawn.seconds,
+                    "scoring_seconds": scoring,
                     "forwards": self.pool.compute.forwards,
                 },
             )

@@ -11,7 +11,7 @@ import torch
 from grip_env.envs.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded
 
-__all__ = ["Learner", "Metrics", "check_batch", "check_budgets", "check_numbers", "draw_counts"]
+__all__ = ["Learner", "Metrics", "check_batch", "check_budgets", "check_numbers", "draw_counts", "lowest_eighth"]
 
 
 @dataclass
@@ -84,6 +84,11 @@ def draw_counts(
     budget = (bottom + (top - bottom) * (place / count) ** tilt).exp()
     pairs = zip(budget.tolist(), encoded.token_mask.sum(1).tolist(), strict=True)
     return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
+
+
+def lowest_eighth(kept: torch.Tensor) -> torch.Tensor:
+    """Return which subset sizes, long (B,), are among the lowest eighth, bool (B,): the log tells of them apart."""
+    return kept <= kept.float().quantile(0.125)
 
 
 def check_budgets(low: float, high: float, tilt: float = 1.0) -> None:

@@ -34,7 +34,7 @@ from agents.gates import (
     straight_through,
 )
 from agents.imitation import Imitation, as_warm_up
-from agents.learning import Learner, Metrics, check_batch, check_budgets, check_numbers, draw_counts
+from agents.learning import Learner, Metrics, check_batch, check_budgets, check_numbers, draw_counts, lowest_eighth
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
@@ -212,7 +212,7 @@ class Relaxation(ABC):
             self.pool.compute.add(likelihood.numel(), backward=True)
             norm = learner.minimise((cost - likelihood.mean(1)).mean())
             gain = (likelihood.detach() - full.log_likelihood).mean(1)
-            small = kept <= kept.float().quantile(0.125)  # the lowest eighth of the budgets
+            small = lowest_eighth(kept)
             opened = ((gates.detach() > 0.5) & encoded.token_mask[:, None]).sum(-1) / kept[:, None]
             values = {
                 "reward": float(gain.mean()),
