@@ -6,8 +6,8 @@ KL to the policy that the warm-up left is exact, not estimated; the reward is co
 deviation has a floor; one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's
 value is 0 (its gradient is not: watch reward and entropy). A single decision has no length to normalise by.
 
-By default most subsets go to the examples whose first few rewards differ most (``candidates``), as in most groups all
-rewards are alike.
+By default only the examples whose first few rewards differ most get a whole group (``candidates``), as in most groups
+all rewards are alike.
 
 What an unbiased gradient needs: one candidate, no scaling, and as baseline either the mean of the *others* in the group
 or a learned one. The group's own mean shrinks the expected gradient to (G - 1) / G of the true one, in its direction;
