@@ -261,6 +261,13 @@ class EpisodeRules(ABC):
         """Return a fresh observation of an episode."""
         return {key: value.copy() for key, value in self.view(episode).items()}
 
+    def glimpse(self, episode: Episode) -> Observation:
+        """Return an observation of an episode that shares memory with others and cannot be written to."""
+        shared = {key: value.view() for key, value in self.view(episode).items()}
+        for value in shared.values():
+            value.setflags(write=False)
+        return shared
+
     def start_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset."""
         example = episode.instance.example
@@ -276,7 +283,7 @@ class EpisodeRules(ABC):
         """Return the info of a step."""
         outcome = episode.outcome
         # lists, because Gymnasium's vector environments stack arrays, and these differ in length
-        info = {"kept": np.flatnonzero(episode.selection).tolist(), **self._common_info(episode)}
+        info = {"kept": episode.selection.nonzero()[0].tolist(), **self._common_info(episode)}
         if outcome is not None:
             info |= {"log_likelihood": outcome.log_likelihood, "correct": outcome.correct}
         return info
@@ -360,8 +367,8 @@ class SelectionRules(EpisodeRules):
                 selection[chosen] = True
             return Decision(episode, selection, excess)
         selection = np.zeros(self.max_tokens, dtype=bool)
-        candidates = np.flatnonzero(real)
-        best = np.argsort(-action[candidates], kind="stable")[: episode.k]
+        candidates = episode.instance.candidates
+        best = (-action[candidates]).argsort(kind="stable")[: episode.k]
         selection[candidates[best]] = True
         return Decision(episode, selection, 0)
 

@@ -49,6 +49,11 @@ class Instance:
         """How many tokens are no padding."""
         return int(self.real.sum())
 
+    @cached_property
+    def candidates(self) -> np.ndarray:
+        """Where they are, long (count,), ascending."""
+        return np.flatnonzero(self.real)
+
     @cached_property  # every step tells it
     def full_log_likelihood(self) -> float:
         """Log-likelihood of the answer with every token kept, nats per answer token."""

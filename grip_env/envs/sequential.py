@@ -234,9 +234,9 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. A step
     makes one call of the language model at most, whatever it scores, and one of the encoder where episodes begin.
     Episodes end at different steps, and each gives way to the next in the same step (``AutoresetMode.SAME_STEP``):
-    the observation returned then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts) and
-    ``infos["final_info"]`` to the one that ended. Each key comes with the ``_key`` mask of Gymnasium, bool
-    (num_envs,), which tells whose entries count; lists such as ``kept`` come as object arrays of lists.
+    the observation returned then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts of
+    read-only arrays) and ``infos["final_info"]`` to the one that ended. Each key comes with the ``_key`` mask of
+    Gymnasium, bool (num_envs,), which tells whose entries count; lists such as ``kept`` come as object arrays of lists.
 
     Args:
         num_envs: How many instances.

@@ -38,7 +38,8 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. An
     episode that ends gives way to the next in the same step (``AutoresetMode.SAME_STEP``): the observation returned
     then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to
-    the one that ended, with the ``_key`` masks of Gymnasium. All is as ``gymnasium.vector.SyncVectorEnv`` gives it.
+    the one that ended, with the ``_key`` masks of Gymnasium. All is as ``gymnasium.vector.SyncVectorEnv`` gives it, but
+    that the arrays in ``final_obs`` are read-only, as they share memory: copy them to change them.
 
     Args:
         num_envs: How many instances.
@@ -149,7 +150,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         self._episodes, self._shown = [fresh.get(i, episode) for i, episode in enumerate(stepped)], stepped
         infos = [self.rules.step_info(episode) for episode in stepped]
         for i, episode in fresh.items():
-            final = {"final_obs": self.rules.observe(stepped[i]), "final_info": infos[i]}
+            final = {"final_obs": self.rules.glimpse(stepped[i]), "final_info": infos[i]}
             infos[i] = final | self.rules.start_info(episode)
         rewards = np.array([episode.reward for episode in stepped], dtype=np.float64)  # (B,)
         return self._observe(), rewards, terminated, truncated, joined_infos(infos)
@@ -196,7 +197,7 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
 
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
     Every step ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the observations
-    returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts) and
+    returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and
     ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Lists such as ``kept``
     come as object arrays of lists.
 

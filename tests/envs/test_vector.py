@@ -127,6 +127,22 @@ def test_returned_arrays_are_copies() -> None:
         np.testing.assert_array_equal(infos["final_obs"][1][key], value[1])
 
 
+def test_final_observations_cannot_spoil_what_is_shared() -> None:
+    envs = make(2)
+    envs.reset(seed=0)
+    _, _, _, _, infos = envs.step(np.zeros((2, 16), dtype=np.int8))
+    final = infos["final_obs"][0]
+    assert set(final) == set(envs.single_observation_space.spaces)
+    for value in final.values():
+        with pytest.raises(ValueError, match="read-only"):
+            value.fill(1)
+    before = {key: value.copy() for key, value in final.items()}
+    for _ in range(3):
+        envs.step(np.ones((2, 16), dtype=np.int8))
+    for key, value in before.items():
+        np.testing.assert_array_equal(final[key], value)
+
+
 def test_a_limit_of_one_step_truncates_as_gymnasium_does() -> None:
     kwargs = DEFAULTS | {"vlm": FakeVLM(), "max_episode_steps": 1}
     theirs: SyncVectorEnv = SyncVectorEnv(
