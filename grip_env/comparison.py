@@ -79,6 +79,8 @@ class Comparison:
     log_likelihoods: dict[str, dict[float, np.ndarray]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What is left out, and why."""
+    training: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What methods cost to train, "seconds" and "forwards" (see :class:`~agents.compute.Compute`), where it is known."""
 
     @property
     def budgets(self) -> list[float]:
@@ -134,7 +136,7 @@ class Comparison:
             shown = " | ".join("-" if gap is None else f"{gap:.0%}" for gap in gaps)
             lines += ["", f"Gap between random and oracle log-likelihood closed by {AGENT}:", "", *self._head()]
             lines.append(f"| {AGENT} | {shown} |")
-        lines += self._costs()
+        lines += self._costs() + self._training()
         return "\n".join(lines + [""] * bool(self.notes) + [f"Left out: {note}." for note in self.notes])
 
     def margins(self, method: str) -> str:
@@ -189,6 +191,13 @@ class Comparison:
         title += "FLOPs of the language model as a share of those without pruning; or at the end alone"
         return ["", title, "", *self._head(), *lines] if lines else []
 
+    def _training(self) -> list[str]:
+        """Return the table of what training took."""
+        title = "**What training took**: seconds, on the machine it ran on, and forward passes of the language model"
+        lines = ["", title, "", "| method | seconds | forwards |", "|---|--:|--:|"]
+        lines += [f"| {name} | {row['seconds']:,.0f} | {row['forwards']:,.0f} |" for name, row in self.training.items()]
+        return lines if self.training else []
+
     def save(self, folder: Path) -> None:
         """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
         (folder / "report.md").write_text(self.markdown() + "\n")
@@ -198,6 +207,7 @@ class Comparison:
             "tokens": self.tokens,
             "cells": {name: {str(budget): cell for budget, cell in row.items()} for name, row in self.cells.items()},
             "notes": self.notes,
+            "training": self.training,
         }
         arrays = {
             f"{name}@{budget}": np.ascontiguousarray(values[0] if len(values) == 1 else values)

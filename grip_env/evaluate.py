@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,18 @@ class Run:
         options = self.config.get(self.config["algo"].replace("-", "_"), {})
         preset = options.get("preset")
         return self.config["algo"] + (f" ({preset})" if preset not in (None, "default") else "")
+
+    def training_cost(self) -> dict[str, float] | None:
+        """Return the "seconds" and "forwards" that its logs tell of; ``None`` where they do not."""
+        seconds = forwards = 0.0
+        for path in self.path.glob("*.csv"):
+            with path.open() as file:
+                rows = list(csv.DictReader(file))
+            if not rows or not {"seconds", "forwards"} <= set(rows[0]):
+                return None
+            seconds += sum(float(row["seconds"]) for row in rows)
+            forwards = max(forwards, float(rows[-1]["forwards"]))  # counted from the beginning on
+        return {"seconds": seconds, "forwards": forwards} if seconds else None
 
     def like(self, other: Run) -> bool:
         """Return whether the two differ by nothing but their seed, and where and when they were made."""
@@ -332,6 +345,11 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
     )
     comparison = comparison.merged(groups)
     comparison.notes[:0] = notes
+    spent = {str(run.path): run.training_cost() for run in runs}
+    for name, members in groups.items():
+        known = [cost for cost in (spent[member] for member in members) if cost is not None]
+        if len(known) == len(members):
+            comparison.training[name] = {key: sum(cost[key] for cost in known) / len(known) for key in known[0]}
     shown: Any = agents[str(runs[0].path)] if runs else None
     print_and_draw(comparison, out, vlm, task, shown, next(iter(groups), None))
     return comparison

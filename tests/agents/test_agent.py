@@ -24,6 +24,7 @@ from grip_env.envs.rewards import AnswerLogLikelihood
 from grip_env.tasks.scenes import SceneTask
 from tests.fakes import FakeTask, FakeVLM
 
+PHASES = ("warmup", "grpo")
 TINY = "--steps=2 --instances=6 --pool=8"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -178,6 +179,15 @@ def test_runs_that_differ_by_their_seed_share_a_row(
     assert "What grpo, 2 seeds gains" in out
     assert re.search(r"Left out: FastV at 10% \(FastV cannot keep this budget", out)
     assert (tmp_path / "comparison-test-5" / "report.json").is_file()
+    # what training took is that of warm-up and rewards together, means over the seeds
+    logs = [np.genfromtxt(run / f"{phase}.csv", delimiter=",", names=True) for run in runs[:2] for phase in PHASES]
+    cost = together.training["grpo, 2 seeds"]
+    assert cost["seconds"] == pytest.approx(sum(log["seconds"].sum() for log in logs) / 2)
+    assert cost["forwards"] == np.mean([np.atleast_1d(log["forwards"])[-1] for log in logs[1::2]])
+    assert f"| grpo, 2 seeds | {cost['seconds']:,.0f} | {cost['forwards']:,.0f} |" in out
+    # logs of an algorithm that does not count say nothing
+    (runs[2] / "imitation.csv").write_text("step,loss\n0,1.5\n")
+    assert list(evaluate.evaluate(evaluate.Config(tuple(runs), policies="random", **few)).training) == ["grpo, 2 seeds"]
 
 
 @pytest.mark.parametrize(
