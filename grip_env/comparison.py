@@ -80,7 +80,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     """What is left out, and why."""
     training: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What methods cost to train, "seconds" and "forwards" (see :class:`~agents.compute.Compute`), where it is known."""
+    """What methods took to train, where it is known: "seconds", and "forwards" as in :class:`~agents.compute.Compute`."""
 
     @property
     def budgets(self) -> list[float]:
