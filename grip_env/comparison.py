@@ -80,7 +80,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     """What is left out, and why."""
     training: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What methods took to train, as far as known: "seconds", and "forwards" as :class:`~agents.compute.Compute` counts."""
+    """What methods took to train, as far as known: "seconds" and "forwards", see :class:`~agents.compute.Compute`."""
 
     @property
     def budgets(self) -> list[float]:
