@@ -315,8 +315,6 @@ class RLOOConfig(GRPOConfig):
     """See GRPOConfig."""
     instances: int = 32
     """Examples per step (B)."""
-    group: int = 16
-    """See GRPOConfig."""
 
 
 class RLOO(GRPO):
@@ -337,8 +335,6 @@ class ReinforceConfig(GRPOConfig):
     """See GRPOConfig."""
     instances: int = 32
     """Examples per step (B)."""
-    group: int = 16
-    """See GRPOConfig."""
 
 
 class Reinforce(GRPO):

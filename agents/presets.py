@@ -68,11 +68,11 @@ class GRPOConfig:
     "dapo" (wider clip upwards, groups that teach nothing left out; Yu et al. 2025), "rloo" (leave-one-out baseline;
     Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own: candidates,
     advantages over the batch's deviation, no KL."""
-    steps: int = 360
+    steps: int = 400
     """Policy updates with rewards."""
     instances: int = 24
     """Examples per step (B)."""
-    group: int = 12
+    group: int = 16
     """Subsets drawn for each example (G; GRPO, Shao et al. 2024, arXiv 2402.03300); 1 needs the learned baseline."""
     candidates: Annotated[int | None, _decided("candidates", int)] = None
     """Examples looked at for each one trained on: of several, each gets a few subsets, and those whose rewards differ
@@ -92,7 +92,7 @@ class GRPOConfig:
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
-    temperature: float = 1.0
+    temperature: float = 0.5
     """The policy trained is that of the scores divided by this: above 1 it explores more. Subsets are drawn from the
     policy itself, so gradients stay unbiased; what a trained agent keeps, the best scores, does not depend on it."""
     baseline: Annotated[Baseline | None, _decided("baseline", Baseline)] = None
