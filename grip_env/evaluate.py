@@ -216,9 +216,9 @@ def print_and_draw(
     from grip_env.report import draw_curve, draw_gallery
 
     tables = comparison.markdown() if main is None else f"{comparison.markdown()}\n\n{comparison.margins(main)}"
-    print("\n" + tables + "\n")
-    comparison.save(out)
+    comparison.save(out)  # first of all: whoever reads what is printed may go away
     (out / "report.md").write_text(tables + "\n")
+    print("\n" + tables + "\n")
     draw_curve(comparison, out / "pareto.png", main or AGENT)
     written = ["report.md", "pareto.png"]
     if shown is not None:

@@ -32,6 +32,8 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
     figure = Figure(figsize=(13.5 if many else 11, 4.6), layout="constrained")
     colours = {main: "#d1495b", WARMUP: "#e8a0a9", "oracle": "#2e7d5b", ALL_TOKENS: "#555555"}
     others = cycle(("#b8bec7", "#8d99ae", "#5c80bc", "#c79a3b", "#8e6c8a", "#4f9d9d", "#7a9e5f", "#b0785a", "#3f5d7d"))
+    shapes = iter("o" * 9 + "s" * 9 + "^" * 9)  # of the others, as colours come again
+    markers = {main: "o", WARMUP: "o", "oracle": "o", ALL_TOKENS: ""}
     for axes, key, label in zip(
         figure.subplots(1, 2),
         ("log_likelihood", "accuracy"),
@@ -40,7 +42,7 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
     ):
         for method, row in comparison.cells.items():
             if method not in colours:
-                colours[method] = next(others)
+                colours[method], markers[method] = next(others), next(shapes, "v")
             colour = colours[method]
             budgets = list(row)
             values = [row[budget][key] for budget in budgets]
@@ -52,7 +54,7 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
                 budgets,
                 values,
                 color=colour,
-                marker="o",
+                marker=markers[method],
                 markersize=5 if first else 3.5,
                 linewidth=2.6 if first else 1.5,
                 linestyle="--" if method in ("oracle", WARMUP) else "-",
