@@ -16,7 +16,7 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 from grip_env.vlms.tower import TowerView, known_images
 
 if TYPE_CHECKING:
-    from grip_env.vlms.families import Picture
+    from grip_env.vlms.family import Picture
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["Replacement", "Replacer", "VisionZip", "downsampled_image"]
@@ -155,7 +155,7 @@ def _counts(encoded: Encoded, kept: torch.Tensor) -> list[int]:
 
 
 def _picture(tokens: torch.Tensor, positions: torch.Tensor) -> Picture:
-    from grip_env.vlms.families import Picture
+    from grip_env.vlms.family import Picture
 
     return Picture(tokens, positions, "", [len(tokens)])  # the text around it is in the prompt already
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from grip_env.vlms.cache_entries import pack, picture_key, unpack
-from grip_env.vlms.families import Picture
+from grip_env.vlms.family import Picture
 from grip_env.vlms.sealed import write_atomically
 
 __all__ = ["CacheStatistics", "PictureCache"]

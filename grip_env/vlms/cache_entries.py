@@ -14,7 +14,7 @@ import PIL
 import torch
 import transformers
 
-from grip_env.vlms.families import Family, Picture
+from grip_env.vlms.family import Family, Picture
 from grip_env.vlms.sealed import picture_key, raw_bytes, seal, unseal
 
 __all__ = ["encoder_digest", "pack", "picture_key", "picture_scope", "unpack"]

@@ -23,7 +23,8 @@ from grip_env.vlms.answers import answer_columns, greedy_finds, mean_log_likelih
 from grip_env.vlms.base import Encoded, Scores, negative_divergence
 from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
-from grip_env.vlms.families import Picture, family_of
+from grip_env.vlms.families import family_of
+from grip_env.vlms.family import Picture
 from grip_env.vlms.loading import read_pretrained
 from grip_env.vlms.prompts import prompt_ids, prompt_texts
 from grip_env.vlms.replies import GREEDY, Reply, timed_reply

@@ -15,7 +15,7 @@ from grip_env.tasks.base import Example
 
 if TYPE_CHECKING:
     from grip_env.vlms.base import Encoded
-    from grip_env.vlms.families import Picture
+    from grip_env.vlms.family import Picture
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["check_decoding", "encode_inputs", "new_lengths", "split_inputs"]

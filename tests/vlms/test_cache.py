@@ -26,7 +26,8 @@ from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms import cache_entries, load_vlm
 from grip_env.vlms.cache import CacheStatistics, PictureCache
 from grip_env.vlms.cache_entries import LANGUAGE, encoder_digest, picture_key, picture_scope
-from grip_env.vlms.families import FAMILIES, Picture
+from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.family import Picture
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.vlms import tiny_models
 from tests.vlms.test_families import SIZES, examples, image, make, subsets
@@ -595,7 +596,7 @@ from pathlib import Path
 import numpy as np, torch
 from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import picture_key
-from grip_env.vlms.families import Picture
+from grip_env.vlms.family import Picture
 
 me, folder, max_bytes = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 statistics = []
