@@ -126,7 +126,10 @@ class Agent(Protocol):
 
 
 def register(name: str) -> Callable[[_Class], _Class]:
-    """Give an algorithm a name for ``--algo``: a decorator of its class.
+    """Give an algorithm a name for ``--algo``, once its module has been imported: a decorator of its class.
+
+    The command imports the project's own algorithms only; to it, a class elsewhere is ``package.module:Class``. A name
+    serves those who call :func:`grip_env.train.parse` from a program of theirs.
 
     Raises:
         ValueError: If the name is taken by another class, or is not one that an option could have.
@@ -157,7 +160,7 @@ def find_algorithm(name: str) -> type[Agent]:
     if attribute:
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"cannot import the algorithm {name!r} ({error}): give package.module:Class, importable from here"
             ) from None

@@ -26,7 +26,7 @@ __all__ = ["Imitation", "ImitationConfig", "WarmUpOptions", "as_warm_up"]
 class ImitationConfig:
     """Supervised imitation of a teacher's choices (behaviour cloning; Pomerleau, "ALVINN", NeurIPS 1988)."""
 
-    steps: int = 480
+    steps: int = 520
     """Supervised steps; the default is as many as GRPO takes with its warm-up."""
     instances: int = 32
     """Examples per step (B)."""

@@ -67,15 +67,13 @@ class Method:
             return f"{self.title}, and there is no answer"
         if "ground truth" in self.needs and first.relevance() is None:
             return f"{self.title} needs the ground truth, which these examples do not have"
+        count = first.token_mask.sum(1)
         try:
-            if "decoder layers" in self.needs:
-                from grip_env.vlms.decoders import decoder_of
-
-                decoder_of(vlm)
+            if "decoder layers" in self.needs:  # a budget of all tokens can always be kept
+                run_contender(self.run, vlm, first, count, torch.Generator().manual_seed(0))
             elif {"CLS attention", "received attention", "new tokens", "smaller images"} & set(self.needs):
-                one = torch.ones(1, dtype=torch.long, device=first.token_mask.device)
-                run_contender(self.run, vlm, first, one, torch.Generator().manual_seed(0))
-        except NotImplementedError as error:
+                run_contender(self.run, vlm, first, torch.ones_like(count), torch.Generator().manual_seed(0))
+        except (NotImplementedError, ValueError) as error:
             return f"{self.title} needs {' and '.join(self.needs)}: {error}"
         return None
 

@@ -1,8 +1,8 @@
 """PPO, A2C and MaskablePPO of Stable-Baselines3 on this project's environments: the general-purpose rivals of GRPO.
 
-They have the scorer network, warm-up, budgets and reward of GRPO, but learn through the environment: one action for
-each observation, and a learned value in place of a group. The environments step together, with one call of the language
-model per step (:func:`grip_env.as_sb3_vec_env`).
+They have the scorer network, the warm-up and the reward of GRPO, and log-uniform budgets, but learn through the
+environment: one action for each observation, and a learned value in place of a group. The environments step together,
+with one call of the language model per step (:func:`grip_env.as_sb3_vec_env`).
 
 Raffin et al., "Stable-Baselines3: Reliable Reinforcement Learning Implementations", JMLR 22, 2021.
 """
@@ -183,14 +183,15 @@ class _LibraryAgent(ABC):
         Logged at each update, over the episodes that ended in it (if none did, in the last update before): ``reward``,
         ``log_likelihood`` and ``accuracy``, and ``budget_used``, the share of the tokens allowed that were kept;
         the library's ``value_loss``, ``entropy`` (nats per action) and, of PPO, ``approx_kl`` and ``clip_fraction``;
-        ``forwards`` and ``seconds`` as by every algorithm. Updates before the first episode's end yield nothing.
+        ``forwards`` and ``seconds`` as by every algorithm. Updates before the first episode's end yield nothing; their
+        seconds are in the first that does.
         """
         options = self.options
         if not self._warm:
             yield from self._warm_up.imitate("warmup", needs_agreement(self._setting.reward))
             self._warm = True
+        started = time.perf_counter()
         while self.updates < options.steps:
-            started = time.perf_counter()
             self._anneal.update = self.updates
             with self._randomness.lent():
                 # not reset: the rollout goes on where the last one ended, as within one long call
@@ -207,6 +208,7 @@ class _LibraryAgent(ABC):
                     "forwards": self.compute.forwards,
                 }
                 yield Metrics(self.phase, self.updates - 1, values)
+                started = time.perf_counter()
 
     def save(self, folder: Path) -> None:
         """Write the scorer, as by other algorithms, and what :meth:`resume` needs; nothing of it is pickled."""

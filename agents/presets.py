@@ -7,6 +7,7 @@ clip. Options that a preset may decide are ``None`` until :meth:`GRPOConfig.reso
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -92,7 +93,7 @@ class GRPOConfig:
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
-    temperature: float = 0.5
+    temperature: float = 1.0
     """The policy trained is that of the scores divided by this: above 1 it explores more. Subsets are drawn from the
     policy itself, so gradients stay unbiased; what a trained agent keeps, the best scores, does not depend on it."""
     baseline: Annotated[Baseline | None, _decided("baseline", Baseline)] = None
@@ -168,6 +169,9 @@ class GRPOConfig:
             ),
             not_negative=("clip_low", "clip_high", "kl_weight", "flat_below"),
         )
+        assert whole.entropy_weight is not None
+        if not math.isfinite(whole.entropy_weight):
+            raise ValueError(f"entropy_weight must be finite; got {whole.entropy_weight}")
         for name, kind, what in (("scale", Scale, "advantage scale"), ("baseline", Baseline, "baseline")):
             choices = get_args(kind)
             if getattr(whole, name) not in choices:

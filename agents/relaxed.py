@@ -2,9 +2,9 @@
 
 Which tokens to keep is a discrete choice, and no gradient passes through one. A relaxation lets it pass through gates
 between 0 and 1, in one of three ways here: :class:`GumbelTopK`, :class:`SigmoidGates` and :class:`SoftTopK`. All act
-on the model's attention, train the same scorer as GRPO does, after the same warm-up, on the same examples and budgets,
-and keep its k best tokens when they are done. They are rivals to GRPO: where they win, rewards are not worth their
-price.
+on the model's attention, train the same scorer as GRPO does, after as long a warm-up, on examples and budgets drawn
+alike, and keep its k best tokens when they are done. They are rivals to GRPO: where they win, rewards are not worth
+their price.
 
 Gates of 0 and 1 in the forward pass with the gradient of numbers in between ("straight-through"; Bengio, Léonard &
 Courville, "Estimating or propagating gradients through stochastic neurons", 2013, arXiv 1308.3432) are what is scored
@@ -59,7 +59,7 @@ class RelaxedConfig:
 
     steps: int = 740
     """Updates by back-propagation; the default takes about as long as GRPO's, with the embedded model on a CPU. As many
-    forward-equivalents as GRPO's would be 2,100."""
+    forward-equivalents as GRPO's would be 2,600."""
     instances: int = 32
     """Examples per step (B)."""
     samples: int = 1
@@ -89,7 +89,7 @@ class RelaxedConfig:
     final_leak: float = 0.0
     """What it lets through in the end; in between, evenly less."""
     warmup_steps: int = 120
-    """Supervised steps, the same as GRPO's, before the first gate; 0 starts from equal scores."""
+    """Supervised steps before the first gate, as many as GRPO's; 0 starts from equal scores."""
     warmup_learning_rate: float = 1e-3
     """Learning rate of the warm-up."""
     teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,9 +100,16 @@ def importable_from_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible(said: str) -> Iterator[None]:
-    """End a command that Ctrl-C interrupts with the shell's code for it, after saying where that leaves the user."""
+    """End a command that Ctrl-C interrupts with the shell's code for it, after saying where that leaves the user.
+
+    One whose output nobody reads any more, as before ``| head``, ends as quietly as other programs do.
+    """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print(f"\n{said}")
         raise SystemExit(130) from None

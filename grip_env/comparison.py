@@ -159,7 +159,7 @@ class Comparison:
 
     def _head(self, first: str = "method") -> list[str]:
         budgets = self.budgets
-        shown = " | ".join(f"{budget:.0%} ({round(budget * self.tokens)})" for budget in budgets)
+        shown = " | ".join(f"{100 * budget:.3g}% ({max(1, round(budget * self.tokens))})" for budget in budgets)
         return [f"| {first} | {shown} |", "|---|" + "--:|" * len(budgets)]
 
     def _row(self, method: str, key: str) -> str:

@@ -89,9 +89,9 @@ class Run:
     @property
     def label(self) -> str:
         """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
-        options = self.config.get(self.config["algo"].replace("-", "_"), {})
-        preset = options.get("preset")
-        return self.config["algo"] + (f" ({preset})" if preset not in (None, "default") else "")
+        algo = self.config["algo"]
+        preset = self.config.get(algo.replace("-", "_"), {}).get("preset")
+        return algo + (f" ({preset})" if preset not in (None, "default", algo) else "")
 
     def training_cost(self) -> dict[str, float] | None:
         """Return the "seconds" and "forwards" that its logs tell of; ``None`` where they do not."""
@@ -104,6 +104,10 @@ class Run:
             seconds += sum(float(row["seconds"]) for row in rows)
             forwards = max(forwards, float(rows[-1]["forwards"]))  # counted from the beginning on
         return {"seconds": seconds, "forwards": forwards} if seconds else None
+
+    def joins(self, others: Sequence[Run]) -> bool:
+        """Return whether it is one more seed of others."""
+        return others[0].like(self) and self.config["seed"] not in [other.config["seed"] for other in others]
 
     def like(self, other: Run) -> bool:
         """Return whether the two differ by nothing but their seed, and where and when they were made."""
@@ -167,6 +171,7 @@ def named_contenders(
     for name in names:
         if ":" in name:
             found[name] = _own_policy(name)
+            _try(name, found[name], vlm, first)
             continue
         try:
             one = find_method(name)
@@ -192,9 +197,24 @@ def _own_policy(name: str) -> Contender:
     try:
         with importable_from_here():
             return as_selector(getattr(importlib.import_module(module), attribute)())
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise CommandError(
             f"--policies {name}: {error}; give package.module:Class, importable from here and made without arguments"
+        ) from None
+
+
+def _try(name: str, policy: Contender, vlm: HuggingFaceVLM, first: Encoded) -> None:
+    """Let a policy of a user choose once, or stop with one line: later it would cost what was computed until then."""
+    import torch
+
+    from agents.contenders import run_contender
+
+    try:
+        chosen = run_contender(policy, vlm, first, torch.ones(1, dtype=torch.long), torch.Generator())
+        vlm.score(first, chosen[:, None])  # type: ignore[index]
+    except Exception as error:  # whatever it is, it is the policy's
+        raise CommandError(
+            f"--policies {name} fails on the first example with one token to keep: {type(error).__name__}: {error}"
         ) from None
 
 
@@ -330,12 +350,14 @@ def evaluate(config: Config) -> Comparison:
 def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task: Task, out: Path) -> Comparison:
     """Compare several runs, or none, with each other and with what --policies names."""
     for run in runs[1:]:
-        for key in ("vlm", "task", "data"):
+        for key in ("vlm", "dtype", "attn_implementation", "position_policy", "task", "data"):
             if run.config.get(key) != runs[0].config.get(key):
                 raise CommandError(
-                    f"{run.path} was trained with --{key} {run.config.get(key)}, and {runs[0].path} with "
-                    f"{runs[0].config.get(key)}: compare runs of one model on one task"
+                    f"{run.path} was trained with --{key.replace('_', '-')} {run.config.get(key)}, and {runs[0].path} "
+                    f"with {runs[0].config.get(key)}: compare runs of one model on one task"
                 )
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise CommandError("a run is named twice: give each once, as every run of a row counts as another seed")
     contenders, notes = named_contenders(config.policies, vlm, task, config.split)
     agents: dict[str, Contender] = {str(run.path): _load_agent(run, vlm) for run in runs}
     groups = group_runs(runs)
@@ -356,14 +378,17 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
 
 
 def group_runs(runs: Sequence[Run]) -> Mapping[str, list[str]]:
-    """Return the paths of the runs in groups that differ by their seed alone, by a name for each."""
+    """Return the paths of the runs in groups that differ by their seed alone, by a name for each.
+
+    Where the algorithm names several groups, all but the first have their first run's folder in their name as well.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        name = next((name for name, members in groups.items() if members[0].like(run)), None)
+        name = next((name for name, members in groups.items() if run.joins(members)), None)
         if name is None:
-            name, number = run.label, 2
-            while name in groups:
-                name, number = f"{run.label} [{number}]", number + 1
+            name = run.label if run.label not in groups else f"{run.label} [{run.path.name}]"
+            if name in groups:
+                name = f"{run.label} [{run.path}]"
             groups[name] = []
         groups[name].append(run)
     return {

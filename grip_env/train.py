@@ -87,6 +87,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             names.append(given[place + 1])
     name = names[-1]
     options, key = _options_class(find_algorithm(name)), options_name(name)
+    if key in {field.name for field in dataclasses.fields(Config)}:
+        raise CommandError(f"--algo: {name!r} is also an option of this command: register the class by another name")
     fields = [(key, options, dataclasses.field(default_factory=options))] if dataclasses.fields(options) else []
     full = dataclasses.make_dataclass("Config", fields, bases=(Config,))
     found: Any = tyro.cli(full, description=Config.__doc__, prog="python -m grip_env.train", args=given)
@@ -102,7 +104,7 @@ def options_name(algo: str) -> str:
 def _options_class(algorithm: type[Agent]) -> type[Any]:
     from agents.agent import NoOptions
 
-    return getattr(algorithm, "Options", NoOptions)
+    return getattr(algorithm, "Options", None) or NoOptions
 
 
 def train(config: Config) -> Path:
@@ -151,11 +153,13 @@ def train(config: Config) -> Path:
     if isinstance(task, FileTask):
         about["data"] = {"fingerprint": task.fingerprint, "sizes": {split: task.size(split) for split in task.splits}}
         config = dataclasses.replace(config, data=task.path)  # evaluate may be started from elsewhere
+    if Path(config.vlm).is_dir() and config.vlm != "tiny":
+        config = dataclasses.replace(config, vlm=str(Path(config.vlm).absolute()))
     try:
         agent = algorithm(Setting(vlm, task, reward, seed=config.seed), options)
         look = "validation" if task.size("validation") else "train"  # few images of one's own may leave it empty
         shown = vlm.encode([task.example(look, index) for index in range(min(6, task.size(look)))])
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise CommandError(str(error)) from None
 
     if teacher == "attention":

@@ -560,3 +560,24 @@ def test_help_lists_every_option(
     shown = capsys.readouterr().out
     assert all(option in shown for option in options)
     assert f"python -m {module.__name__}" in shown
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    code = """
+import sys
+from grip_env.commands import interruptible
+with interruptible("interrupted"):
+    sys.stdin.read()  # until the reader of the output has gone
+    print("x" * 100000)
+"""
+    command = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert command.stdout is not None
+    command.stdout.close()
+    _, errors = command.communicate(b"")
+    assert errors == b""
+    assert command.returncode == 141

@@ -82,8 +82,8 @@ class CDPruner:
     The kernel is L[i, j] = r[i] S[i, j] r[j], with S the cosines of the tokens as the language model gets them and r
     their relevance to the question. Each step keeps the token that raises det L of the kept ones most, by incremental
     Cholesky; ties go to the lower index. Once no token adds volume (there are no more than D independent ones, and one
-    of relevance 0 never does), the most relevant go first. Without ties, the choice moves with the tokens if they are
-    permuted.
+    of relevance 0 never does; less than 1e-6 counts as none, for rounding's sake), the most relevant go first. Without
+    ties, the choice moves with the tokens if they are permuted.
 
     Departure: the paper's relevance is the similarity of CLIP's image tokens and its text tower's embedding of the
     question. The models here come without a text tower; :func:`question_relevance`, the embedding cosine in the

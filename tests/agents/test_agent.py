@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from grip_env.comparison import Comparison, compare
 from grip_env.envs.rewards import AnswerLogLikelihood
 from grip_env.tasks.scenes import SceneTask
 from tests.fakes import FakeTask, FakeVLM
+from tests.vlms import tiny_models
 
 PHASES = ("warmup", "grpo")
 TINY = "--steps=2 --instances=6 --pool=8"
@@ -54,6 +56,24 @@ class First:
         return mask
 
 
+class Failing(First):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        raise ValueError("no such luck")
+
+
+class Nothing:
+    """No policy at all."""
+
+
+class Short:
+    """Chooses too few tokens to be true."""
+
+    def select(self, observation: Any) -> np.ndarray:
+        return np.ones(2, dtype=bool)
+
+
 class Dumb:
     """Has everything but a way to choose."""
 
@@ -72,7 +92,9 @@ def test_names_are_looked_up_registered_or_imported() -> None:
     [
         ("grop", "there is no algorithm 'grop': choose from a2c, first-one, grpo|there is no algorithm 'grop'"),
         ("nowhere.at.all:X", "cannot import the algorithm"),
-        ("tests.agents.test_agent:Nothing", "cannot import the algorithm"),
+        (".relative:X", "cannot import the algorithm"),
+        (":X", "cannot import the algorithm"),
+        ("tests.agents.test_agent:Missing", "cannot import the algorithm"),
         ("json:dumps", "is no algorithm: it needs to be a class with the methods learn, save and load"),
         ("json:JSONEncoder", "lacks learn, save, load"),
         ("tests.agents.test_agent:Dumb", "cannot choose tokens: give it select"),
@@ -198,14 +220,76 @@ def test_runs_that_differ_by_their_seed_share_a_row(
         (evaluate.Config(policies="random", budgets=(0.1, 1.5)), "--budgets are shares of the visual tokens"),
         (evaluate.Config(policies="nowhere:Own"), "--policies nowhere:Own: No module named 'nowhere'"),
         (evaluate.Config((Path("no/run"),)), "no/run is not a run"),
+        (evaluate.Config(policies=":X"), "--policies :X: Empty module name"),
+        (evaluate.Config(policies=f"{__name__}:Failing"), "Failing: no such luck; give package.module:Class"),
+        (evaluate.Config(policies=f"{__name__}:Nothing"), "Nothing fails on the first example with one token to keep"),
+        (evaluate.Config(policies=f"{__name__}:Short"), "Short fails on the first example with one token to keep"),
     ],
 )
 def test_comparisons_that_cannot_be_stop_with_one_line(
     config: evaluate.Config, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CommandError):
-        evaluate.evaluate(config)
+        evaluate.evaluate(dataclasses.replace(config, out=Path("nowhere")))
     assert message in capsys.readouterr().err
+    assert not Path("nowhere").exists()
+
+
+def test_rows_of_runs() -> None:
+    def run(name: str, seed: int = 0, algo: str = "grpo", **options: Any) -> evaluate.Run:
+        content = {"seed": seed, "algo": algo, algo: options}
+        return evaluate.Run(Path("runs") / name, {"config": content})
+
+    runs = [run("a", 0), run("b", 1), run("c", 1), run("d", 0, steps=3), run("e", algo="rloo", preset="rloo")]
+    runs += [run("f", preset="dapo"), run("g", 1, preset="dapo")]
+    assert evaluate.group_runs(runs) == {
+        "grpo, 2 seeds": ["runs/a", "runs/b"],
+        "grpo [c]": ["runs/c"],  # a seed again is none more
+        "grpo [d]": ["runs/d"],
+        "rloo": ["runs/e"],
+        "grpo (dapo), 2 seeds": ["runs/f", "runs/g"],
+    }
+
+
+def test_runs_that_cannot_be_compared_are_refused(
+    vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(vlm_folder.parent)
+    runs = []
+    for policy in ("original", "reindex"):
+        about = ["--vlm", vlm_folder.name, "--runs", str(tmp_path), "--name", policy, "--no-progress"]
+        options = ["--imitation.steps=1", "--imitation.instances=2", "--imitation.pool=4"]
+        arguments = ["--algo=imitation", *about, "--report-examples=0", "--position-policy", policy, *options]
+        runs.append(train.train(train.parse(arguments)))
+    monkeypatch.chdir(tmp_path)  # a model's relative path is that of where the training was started
+    for given, message in (
+        (runs, "reindex was trained with --position-policy reindex, and"),
+        ([runs[0], tmp_path / "." / "original"], "a run is named twice"),
+    ):
+        with pytest.raises(CommandError):
+            evaluate.evaluate(evaluate.Config(tuple(given), policies="random", examples=2, progress=False))
+        assert message in capsys.readouterr().err
+
+
+def test_models_that_an_algorithm_cannot_train_on_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_models.save("paligemma", tmp_path / "model")
+    config = train.parse(["--algo=soft-top-k", "--vlm", str(tmp_path / "model"), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(CommandError):
+        train.train(config)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "gates on attention" in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["seed", "runs"])
+def test_an_algorithm_cannot_have_the_name_of_an_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    register(name)(First)
+    with pytest.raises(CommandError):
+        train.parse(["--algo", name])
+    assert f"{name!r} is also an option of this command" in capsys.readouterr().err
 
 
 def test_margins_are_paired_and_seeds_averaged() -> None:

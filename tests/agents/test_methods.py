@@ -10,17 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import grip_env
 from agents.agent import ALGORITHMS
 from agents.contenders import Outcome, run_contender
 from agents.heuristics import BASELINES
 from agents.inside import InsidePruner
 from agents.methods import METHODS, find_method, methods_table
 from grip_env import evaluate, train
+from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms.test_families import examples, make
 
+DEEP = {"fastv", "fastv-kept", "sparsevlm-score"}
+"""Those that need three layers."""
 INSIDE = {name for name, one in METHODS.items() if "decoder layers" in one.needs}
 
 
@@ -46,8 +50,6 @@ def test_the_table_has_a_line_for_each_method() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_return_what_they_say(name: str, random_vlm: HuggingFaceVLM) -> None:
-    from grip_env.tasks.scenes import SceneTask
-
     encoded = random_vlm.encode([SceneTask().example("validation", 0)])
     assert METHODS[name].refusal(random_vlm, encoded) is None
     kept = torch.tensor([100])  # FastV cannot do with fewer on average
@@ -60,11 +62,22 @@ def test_methods_return_what_they_say(name: str, random_vlm: HuggingFaceVLM) -> 
         assert result.sum().item() == 100
 
 
+@pytest.mark.parametrize(("layers", "refused"), [(1, INSIDE), (2, DEEP), (4, set())])
+def test_models_of_too_few_layers_are_refused(layers: int, refused: set[str]) -> None:
+    vlm = grip_env.load_vlm("tiny")
+    decoder = vlm.model.model.language_model
+    decoder.layers = decoder.layers[:layers]
+    decoder.config.num_hidden_layers = layers
+    encoded = vlm.encode([SceneTask().example("validation", 0)])
+    assert {name for name in INSIDE if METHODS[name].refusal(vlm, encoded) is not None} == refused
+
+
 def test_what_a_model_lacks_is_said_once_and_by_name() -> None:
     without_cls, tiled = make("qwen2_vl"), make("internvl")
     expected = {
         without_cls: {"cls-attention", "visionzip", "vispruner", "oracle"} | INSIDE,
-        tiled: {"cls-attention", "received-attention", "visionzip", "vispruner", "downsampled", "oracle"},
+        tiled: {"cls-attention", "received-attention", "visionzip", "vispruner", "downsampled", "oracle"}
+        | DEEP,  # it has two layers
     }
     for vlm, names in expected.items():
         encoded = vlm.encode(examples(2))

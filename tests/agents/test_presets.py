@@ -127,6 +127,8 @@ def test_every_option_of_the_algorithm_names_its_paper() -> None:
         ({"temperature": 0.0}, r"temperature must be above 0; got 0.0"),
         ({"std_floor": 0.0}, r"std_floor must be above 0; got 0.0"),
         ({"kl_weight": -1.0}, r"kl_weight must not be negative; got -1.0"),
+        ({"entropy_weight": float("nan")}, r"entropy_weight must be finite; got nan"),
+        ({"entropy_weight": float("inf")}, r"entropy_weight must be finite; got inf"),
         ({"candidates": 0}, r"candidates must be at least 1; got 0"),
         ({"candidates": 2, "probes": 1}, r"at least 2 probes, fewer than a group; got probes=1 and group=\d"),
         ({"candidates": 2, "probes": 4, "group": 4}, r"got probes=4 and group=4"),
