@@ -100,7 +100,11 @@ def check_budgets(low: float, high: float, tilt: float = 1.0) -> None:
 
 
 def check_numbers(
-    options: object, at_least: Mapping[str, int], above_0: Sequence[str], not_negative: Sequence[str] = ()
+    options: object,
+    at_least: Mapping[str, int],
+    above_0: Sequence[str],
+    not_negative: Sequence[str] = (),
+    finite: Sequence[str] = (),
 ) -> None:
     """Raise ValueError, naming the option, unless all options of an algorithm that are listed are finite and in range.
 
@@ -109,6 +113,7 @@ def check_numbers(
         at_least: The least value allowed, by name.
         above_0: Names of those that must be above 0.
         not_negative: Names of those that may be 0.
+        finite: Names of those that may have either sign.
     """
     for name, least in at_least.items():
         if not least <= getattr(options, name) < math.inf:
@@ -119,6 +124,9 @@ def check_numbers(
     for name in not_negative:
         if not 0 <= getattr(options, name) < math.inf:
             raise ValueError(f"{name} must not be negative; got {getattr(options, name)}")
+    for name in finite:
+        if not math.isfinite(getattr(options, name)):
+            raise ValueError(f"{name} must be finite; got {getattr(options, name)}")
 
 
 def check_batch(instances: int, pool: int, candidates: int = 1) -> None:

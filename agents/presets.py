@@ -7,7 +7,6 @@ clip. Options that a preset may decide are ``None`` until :meth:`GRPOConfig.reso
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -168,10 +167,8 @@ class GRPOConfig:
                 *("max_gradient_norm", "std_floor", "temperature"),
             ),
             not_negative=("clip_low", "clip_high", "kl_weight", "flat_below"),
+            finite=("entropy_weight",),
         )
-        assert whole.entropy_weight is not None
-        if not math.isfinite(whole.entropy_weight):
-            raise ValueError(f"entropy_weight must be finite; got {whole.entropy_weight}")
         for name, kind, what in (("scale", Scale, "advantage scale"), ("baseline", Baseline, "baseline")):
             choices = get_args(kind)
             if getattr(whole, name) not in choices:

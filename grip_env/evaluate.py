@@ -210,7 +210,8 @@ def _try(name: str, policy: Contender, vlm: HuggingFaceVLM, first: Encoded) -> N
     from agents.contenders import run_contender
 
     try:
-        chosen = run_contender(policy, vlm, first, torch.ones(1, dtype=torch.long), torch.Generator())
+        one = torch.ones_like(first.lengths)  # on the model's device, as everything that a policy is given
+        chosen = run_contender(policy, vlm, first, one, torch.Generator())
         vlm.score(first, chosen[:, None])  # type: ignore[index]
     except Exception as error:  # whatever it is, it is the policy's
         raise CommandError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,9 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
     many = len(comparison.cells) > 9  # too many for a legend among the curves
     figure = Figure(figsize=(13.5 if many else 11, 4.6), layout="constrained")
     colours = {main: "#d1495b", WARMUP: "#e8a0a9", "oracle": "#2e7d5b", ALL_TOKENS: "#555555"}
-    others = cycle(("#b8bec7", "#8d99ae", "#5c80bc", "#c79a3b", "#8e6c8a", "#4f9d9d", "#7a9e5f", "#b0785a", "#3f5d7d"))
-    shapes = iter("o" * 9 + "s" * 9 + "^" * 9)  # of the others, as colours come again
-    markers = {main: "o", WARMUP: "o", "oracle": "o", ALL_TOKENS: ""}
+    palette = ("#b8bec7", "#8d99ae", "#5c80bc", "#c79a3b", "#8e6c8a", "#4f9d9d", "#7a9e5f", "#b0785a", "#3f5d7d")
+    others = cycle(product("os^", palette))  # colours come again, with other markers
+    markers: dict[str, str] = {}
     for axes, key, label in zip(
         figure.subplots(1, 2),
         ("log_likelihood", "accuracy"),
@@ -42,7 +42,7 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
     ):
         for method, row in comparison.cells.items():
             if method not in colours:
-                colours[method], markers[method] = next(others), next(shapes, "v")
+                markers[method], colours[method] = next(others)
             colour = colours[method]
             budgets = list(row)
             values = [row[budget][key] for budget in budgets]
@@ -54,7 +54,7 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
                 budgets,
                 values,
                 color=colour,
-                marker=markers[method],
+                marker=markers.get(method, "o"),
                 markersize=5 if first else 3.5,
                 linewidth=2.6 if first else 1.5,
                 linestyle="--" if method in ("oracle", WARMUP) else "-",
