@@ -22,6 +22,7 @@ from grip_env import evaluate, train
 from grip_env.commands import CommandError
 from grip_env.comparison import Comparison, compare
 from grip_env.envs.rewards import AnswerLogLikelihood
+from grip_env.runs import Run, group_runs
 from grip_env.tasks.scenes import SceneTask
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms import tiny_models
@@ -236,13 +237,13 @@ def test_comparisons_that_cannot_be_stop_with_one_line(
 
 
 def test_rows_of_runs() -> None:
-    def run(name: str, seed: int = 0, algo: str = "grpo", **options: Any) -> evaluate.Run:
+    def run(name: str, seed: int = 0, algo: str = "grpo", **options: Any) -> Run:
         content = {"seed": seed, "algo": algo, algo: options}
-        return evaluate.Run(Path("runs") / name, {"config": content})
+        return Run(Path("runs") / name, {"config": content})
 
     runs = [run("a", 0), run("b", 1), run("c", 1), run("d", 0, steps=3), run("e", algo="rloo", preset="rloo")]
     runs += [run("f", preset="dapo"), run("g", 1, preset="dapo")]
-    assert evaluate.group_runs(runs) == {
+    assert group_runs(runs) == {
         "grpo, 2 seeds": ["runs/a", "runs/b"],
         "grpo [c]": ["runs/c"],  # a seed again is none more
         "grpo [d]": ["runs/d"],

@@ -1,0 +1,114 @@
+"""Finished runs: what a comparison needs to know of them, and which of them differ by their seed alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grip_env.commands import CommandError
+
+if TYPE_CHECKING:
+    from agents.base import Selector
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["Run", "group_runs", "load_agent", "load_run"]
+
+
+@dataclass
+class Run:
+    """A finished run, as far as a comparison needs it."""
+
+    path: Path
+    saved: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its configuration."""
+        found: dict[str, Any] = self.saved["config"]
+        return found
+
+    @property
+    def label(self) -> str:
+        """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
+        algo = self.config["algo"]
+        preset = self.config.get(algo.replace("-", "_"), {}).get("preset")
+        return algo + (f" ({preset})" if preset not in (None, "default", algo) else "")
+
+    def training_cost(self) -> dict[str, float] | None:
+        """Return the "seconds" and "forwards" that its logs tell of; ``None`` where they do not."""
+        seconds = forwards = 0.0
+        for path in self.path.glob("*.csv"):
+            with path.open() as file:
+                rows = list(csv.DictReader(file))
+            if not rows or not {"seconds", "forwards"} <= set(rows[0]):
+                return None
+            seconds += sum(float(row["seconds"]) for row in rows)
+            forwards = max(forwards, float(rows[-1]["forwards"]))  # counted from the beginning on
+        return {"seconds": seconds, "forwards": forwards} if seconds else None
+
+    def joins(self, others: Sequence[Run]) -> bool:
+        """Return whether it is one more seed of others."""
+        return others[0].like(self) and self.config["seed"] not in [other.config["seed"] for other in others]
+
+    def like(self, other: Run) -> bool:
+        """Return whether the two differ by nothing but their seed, and where and when they were made."""
+        beside = ("seed", "name", "runs", "threads", "progress", "picture_every", "report_examples", "device", "cache")
+        ours, theirs = ({key: run.config[key] for key in run.config if key not in beside} for run in (self, other))
+        return ours == theirs
+
+
+def load_run(path: Path) -> Run:
+    """Return the run in a folder, or stop and say what is wrong."""
+    if not (path / "config.json").is_file():
+        raise CommandError(f"{path} is not a run: expected a folder with config.json, as grip_env.train writes it")
+    try:
+        saved = json.loads((path / "config.json").read_text())
+        saved["config"]["vlm"], saved["config"]["task"], saved["config"]["algo"], saved["vlm"]["checksum"]
+        if saved["config"].get("data"):
+            saved["config"]["skip_bad"], saved["data"]["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise CommandError(f"{path / 'config.json'} is not as grip_env.train wrote it: train again") from None
+    return Run(path, saved)
+
+
+def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent") -> Selector:
+    """Return the agent of a run, or its warm-up, or stop and say what is wrong."""
+    from agents.agent import as_selector
+    from grip_env.train import find_algorithm
+
+    if vlm.checksum() != run.saved["vlm"]["checksum"]:
+        raise CommandError(
+            f"the agent in {run.path} was trained on a vision-language model with other weights than "
+            f"{run.config['vlm']!r} has now: train an agent for this one"
+        )
+    algorithm = find_algorithm(run.config["algo"])
+    try:
+        return as_selector(algorithm.load(run.path / part, vlm))
+    except FileNotFoundError as error:
+        raise CommandError(f"{run.path} has no trained agent yet: {error}") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def group_runs(runs: Sequence[Run]) -> Mapping[str, list[str]]:
+    """Return the paths of the runs in groups that differ by their seed alone, by a name for each.
+
+    Where the algorithm names several groups, all but the first have their first run's folder in their name as well.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        name = next((name for name, members in groups.items() if run.joins(members)), None)
+        if name is None:
+            name = run.label if run.label not in groups else f"{run.label} [{run.path.name}]"
+            if name in groups:
+                name = f"{run.label} [{run.path}]"
+            groups[name] = []
+        groups[name].append(run)
+    return {
+        f"{name}, {len(members)} seeds" if len(members) > 1 else name: [str(run.path) for run in members]
+        for name, members in groups.items()
+    }
