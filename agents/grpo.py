@@ -312,7 +312,7 @@ class RLOOConfig(GRPOConfig):
     """REINFORCE whose baseline is the mean reward of the other subsets in the group (RLOO)."""
 
     preset: PresetName = "rloo"
-    """See GRPOConfig."""
+    """Decides the options that are not given, as `--algo grpo --help` tells."""
     instances: int = 32
     """Examples per step (B)."""
 
@@ -332,7 +332,7 @@ class ReinforceConfig(GRPOConfig):
     """REINFORCE with a learned baseline: G independent subsets of each example, of which one is enough."""
 
     preset: PresetName = "reinforce"
-    """See GRPOConfig."""
+    """Decides the options that are not given, as `--algo grpo --help` tells."""
     instances: int = 32
     """Examples per step (B)."""
 

@@ -52,10 +52,9 @@ for none. Candidates make a step dearer; otherwise presets cost the same."""
 def _decided(name: str, kind: Any) -> Any:
     """Describe an option that presets decide to the command line: ``None`` is its default, and never an argument."""
     values = {preset: getattr(objective, name) for preset, objective in PRESETS.items()}
-    usual = values["default"]
-    others = {value: [preset for preset, its in values.items() if its == value] for value in values.values()}
-    exceptions = [f"; {value} with {', '.join(presets)}" for value, presets in others.items() if value != usual]
-    hint = f"(default: {usual}{''.join(exceptions)})"
+    having = {value: [preset for preset, its in values.items() if its == value] for value in values.values()}
+    listed = "; ".join(f"{value} with {', '.join(presets)}" for value, presets in having.items())
+    hint = f"(by the preset: {listed})" if len(having) > 1 else f"(default: {values['default']})"
     return tyro.conf.arg(constructor_factory=lambda: kind, help_behavior_hint=hint)
 
 
