@@ -206,11 +206,17 @@ class ScorerAgent:
     Algorithm: ClassVar[Any]
 
     def __init__(self, setting: Setting, options: Any) -> None:
-        self.scorer = Scorer(ScorerConfig(token_width=setting.vlm.width)).to(device_of(setting.vlm))
+        config = ScorerConfig(token_width=setting.vlm.width, in_turn=self.chooses_in_turn(options))
+        self.scorer = Scorer(config).to(device_of(setting.vlm))
         pool = setting.pool(options.pool, options.reuse)
         self._algorithm = self.Algorithm(setting.vlm, pool, self.scorer, options, setting.reward, setting.seed)
         self.phases = {"warmup": getattr(options, "warmup_steps", 0), self.Algorithm.phase: options.steps}
         """How many steps each phase has."""
+
+    @classmethod
+    def chooses_in_turn(cls, options: Any) -> bool:
+        """Return whether the scorer is one that chooses tokens one after another; see ScorerConfig."""
+        return False
 
     def learn(self) -> Iterator[Any]:
         """Train; see :class:`Agent`."""
@@ -230,7 +236,7 @@ class ScorerAgent:
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Choose the tokens that score highest; see :class:`agents.base.Selector`."""
+        """Choose tokens as the scorer would; see :class:`agents.base.Selector`."""
         return ScorerSelector(self.scorer)(vlm, encoded, kept, generator)
 
 

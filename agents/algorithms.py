@@ -25,22 +25,30 @@ __all__ = [
 ]
 
 
+class _RewardedAgent(ScorerAgent):
+    """A scorer trained on rewards for whole selections, which may therefore be made in turn."""
+
+    @classmethod
+    def chooses_in_turn(cls, options: GRPOConfig) -> bool:
+        return options.objective().in_turn
+
+
 @register("grpo")
-class GRPOAgent(ScorerAgent):
+class GRPOAgent(_RewardedAgent):
     """A scorer trained by :class:`~agents.grpo.GRPO`."""
 
     Options, Algorithm = GRPOConfig, GRPO
 
 
 @register("rloo")
-class RLOOAgent(ScorerAgent):
+class RLOOAgent(_RewardedAgent):
     """A scorer trained by :class:`~agents.grpo.RLOO`."""
 
     Options, Algorithm = RLOOConfig, RLOO
 
 
 @register("reinforce")
-class ReinforceAgent(ScorerAgent):
+class ReinforceAgent(_RewardedAgent):
     """A scorer trained by :class:`~agents.grpo.Reinforce`."""
 
     Options, Algorithm = ReinforceConfig, Reinforce

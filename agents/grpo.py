@@ -1,10 +1,11 @@
 """Group-relative policy optimisation over subsets of visual tokens, and its relatives RLOO and REINFORCE.
 
-How it departs from GRPO as Shao et al. (DeepSeekMath, 2024) have it for language: an action is one subset, drawn
-from the exact k-subset distribution, so that there is one log-probability per episode and no per-token ratio, and the
-KL to the policy that the warm-up left is exact, not estimated; the reward is continuous, so that the group's standard
-deviation has a floor; one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's
-value is 0 (its gradient is not: watch reward and entropy). A single decision has no length to normalise by.
+How it departs from GRPO as Shao et al. (DeepSeekMath, 2024) have it for language: an action is one subset, which has
+one log-probability and no per-token ratio. By default its tokens are drawn one after another
+(:mod:`agents.succession`), otherwise all at once from the exact k-subset distribution, whose KL to the policy that the
+warm-up left is exact, not estimated. Rewards are continuous, so that the group's standard deviation has a floor; one
+on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's value is 0 (its gradient is
+not: watch reward and entropy). A single decision has no length to normalise by.
 
 By default only the examples whose first few rewards differ most get a whole group (``candidates``), as in most groups
 all rewards are alike.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from agents.pool import ExamplePool
 from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
 from agents.scorer import Scorer
 from agents.subset import KSubset
+from agents.succession import Succession, as_subsets
 from agents.value import ValueBaseline
 from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
@@ -107,13 +109,13 @@ def surrogate(
 
 
 def policy_objective(
-    policy: KSubset,
+    policy: KSubset | Succession,
     log_prob: torch.Tensor,
     old: torch.Tensor,
     advantage: torch.Tensor,
     settings: Objective,
     counted: torch.Tensor | None = None,
-    reference: KSubset | None = None,
+    reference: KSubset | Succession | None = None,
 ) -> torch.Tensor:
     """Return what one update maximises, a scalar: mean surrogate - KL to the reference + entropy per kept token.
 
@@ -129,9 +131,9 @@ def policy_objective(
     each = surrogate(log_prob, old, advantage, settings.clip_low, settings.clip_high)
     # where no group is left, 0 with a gradient of 0, so that KL and entropy still act
     result = each.mean() if counted is None else (each * counted).sum() / (len(each) * counted.sum()).clamp_min(1)
-    if settings.kl_weight and reference is not None:
+    if settings.kl_weight and isinstance(policy, KSubset) and isinstance(reference, KSubset):
         result = result - settings.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
-    if settings.entropy_weight:
+    if settings.entropy_weight and isinstance(policy, KSubset):
         result = result + settings.entropy_weight * (policy.entropy() / policy.k).mean()
     return result
 
@@ -143,10 +145,10 @@ class Rollouts(NamedTuple):
     """B examples."""
     kept: torch.Tensor
     """Subset sizes, long (B,)."""
-    policy: KSubset
+    policy: KSubset | Succession
     """Over the subsets of the examples."""
-    subsets: torch.Tensor
-    """bool (G, B, N)."""
+    actions: torch.Tensor
+    """What the policy drew: subsets, bool (G, B, N), or orders, long (G, B, K)."""
     reward: torch.Tensor
     """float (B, G)."""
     seen: dict[str, float]
@@ -205,7 +207,18 @@ class GRPO:
         reward: str | Reward = "log_likelihood",
         seed: int = 0,
     ) -> None:
+        in_turn = scorer.config.in_turn
+        if config.in_turn not in (None, in_turn):
+            raise ValueError(
+                f"in_turn={config.in_turn}, and the scorer was made with in_turn={in_turn}: give both the same"
+            )
+        config = replace(config, in_turn=in_turn)
         self.config, self.settings = config.resolved(), config.objective()
+        if in_turn and (self.settings.kl_weight or self.settings.entropy_weight):
+            raise ValueError(
+                "kl_weight and entropy_weight are for policies whose KL and entropy are known, which those of tokens "
+                "chosen in turn are not: set them to 0, or in_turn to False"
+            )
         check_batch(config.instances, pool.size, self.settings.candidates)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
@@ -227,13 +240,13 @@ class GRPO:
         config = self.config
         return draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
 
-    def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset:
-        scores = scorer.score(encoded, kept) / self.config.temperature
-        return KSubset(scores, kept, mask=encoded.token_mask, validate_args=False)
+    def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset | Succession:
+        return scorer.policy(encoded, kept, self.config.temperature)
 
-    def _score(self, encoded: Encoded, full: Scores, subsets: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
-        """Return scores and rewards, (B, G), of subsets, (G, B, N), and the seconds that scoring took."""
+    def _score(self, encoded: Encoded, full: Scores, actions: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
+        """Return scores and rewards, (B, G), of what was drawn, and the seconds that scoring took."""
         started = time.perf_counter()
+        subsets = as_subsets(actions, encoded.token_mask.shape[1]) if self.settings.in_turn else actions  # (G, B, N)
         scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
         seconds = time.perf_counter() - started
         self.pool.compute.add(scores.log_likelihood.numel())
@@ -247,8 +260,8 @@ class GRPO:
         with torch.set_grad_enabled(candidates == 1):
             policy = self._policy(self.scorer, encoded, kept)
         first = config.probes if candidates > 1 else config.group
-        subsets = policy.sample(torch.Size((first,)), generator=self._generator)  # (G, B, N)
-        scores, reward, seconds = self._score(encoded, full, subsets)
+        actions = policy.sample(torch.Size((first,)), generator=self._generator)
+        scores, reward, seconds = self._score(encoded, full, actions)
         seen = _seen(scores, reward, kept, config.flat_below)
         if candidates > 1:
             rows = reward.std(1).argsort(descending=True, stable=True)[: config.instances].sort().values
@@ -256,9 +269,10 @@ class GRPO:
             policy = self._policy(self.scorer, encoded, kept)
             more = policy.sample(torch.Size((config.group - first,)), generator=self._generator)
             _, its, longer = self._score(encoded, full, more)
-            subsets, reward = torch.cat([subsets[:, rows], more]), torch.cat([reward[rows], its], 1)
+            actions = actions[:, rows, : more.shape[-1]]  # orders are as long as the longest in the batch
+            actions, reward = torch.cat([actions, more]), torch.cat([reward[rows], its], 1)
             seconds += longer
-        return Rollouts(encoded, kept, policy, subsets, reward, seen, seconds)
+        return Rollouts(encoded, kept, policy, actions, reward, seen, seconds)
 
     def _optimise(self) -> Iterator[Metrics]:
         config, settings = self.config, self.settings
@@ -272,7 +286,7 @@ class GRPO:
         for step in range(config.steps):
             learner.begin(step)
             started = time.perf_counter()
-            encoded, kept, policy, subsets, reward, seen, scoring = self._draw()
+            encoded, kept, policy, actions, reward, seen, scoring = self._draw()
             value = None if critic is None else critic.predict(encoded, kept)
             advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
             counted = reward.std(1) >= config.flat_below if settings.drop_flat else None
@@ -280,7 +294,7 @@ class GRPO:
             for epoch in range(settings.epochs):
                 if epoch:
                     policy = self._policy(self.scorer, encoded, kept)
-                log_prob = policy.log_prob(subsets)  # (G, B)
+                log_prob = policy.log_prob(actions)  # (G, B)
                 old = log_prob.detach() if old is None else old
                 reference = None
                 if self._reference is not None:
@@ -290,14 +304,14 @@ class GRPO:
                 norm = learner.minimise(-objective)
             value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, kept, reward, step)}
             with torch.no_grad():
-                entropy = float((policy.entropy() / kept).mean())
+                entropy = policy.entropy() if isinstance(policy, KSubset) else -log_prob.mean(0)  # of orders: estimated
             yield Metrics(
                 self.phase,
                 step,
                 {
                     **seen,
                     **value_loss,
-                    "entropy_per_token": entropy,
+                    "entropy_per_token": float((entropy / kept).mean()),
                     "gradient_norm": norm,
                     "learning_rate": learner.learning_rate,
                     "seconds": time.perf_counter() - started,

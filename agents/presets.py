@@ -25,6 +25,7 @@ PresetName = Literal["default", "grpo", "dr-grpo", "dapo", "rloo", "reinforce"]
 class Objective:
     """What GRPO maximises, and on what: the options that presets decide. :class:`GRPOConfig` says what each is."""
 
+    in_turn: bool = True
     candidates: int = 4
     baseline: Baseline = "group_mean"
     scale: Scale = "batch"
@@ -39,11 +40,11 @@ class Objective:
 
 PRESETS: dict[str, Objective] = {
     "default": Objective(),
-    "grpo": Objective(candidates=1, scale="group", std_floor=1e-4, clip_high=0.2, kl_weight=0.04),
-    "dr-grpo": Objective(candidates=1, scale="none", clip_high=0.2),
-    "dapo": Objective(scale="group", std_floor=1e-4, drop_flat=True),
-    "rloo": Objective(candidates=1, baseline="leave_one_out", scale="none", clip_high=0.2),
-    "reinforce": Objective(candidates=1, baseline="learned", scale="none", clip_high=0.2),
+    "grpo": Objective(in_turn=False, candidates=1, scale="group", std_floor=1e-4, clip_high=0.2, kl_weight=0.04),
+    "dr-grpo": Objective(in_turn=False, candidates=1, scale="none", clip_high=0.2),
+    "dapo": Objective(in_turn=False, scale="group", std_floor=1e-4, drop_flat=True),
+    "rloo": Objective(in_turn=False, candidates=1, baseline="leave_one_out", scale="none", clip_high=0.2),
+    "reinforce": Objective(in_turn=False, candidates=1, baseline="learned", scale="none", clip_high=0.2),
 }
 """Objectives by name. Papers leave the floor of the standard deviation open, which continuous rewards need: 1e-4 stands
 for none. Candidates make a step dearer; otherwise presets cost the same."""
@@ -78,6 +79,10 @@ class GRPOConfig:
     most get the rest of a group. After the dynamic sampling of DAPO (Yu et al. 2025), which draws whole groups until
     enough of them differ; here a flat group costs its probes only. What is left out would have taught next to nothing,
     but choosing by rewards biases the gradient a little: 1 for one that is unbiased."""
+    in_turn: Annotated[bool | None, _decided("in_turn", bool)] = None
+    """Choose tokens one after another, each choice taking something from the scores of those near it and like it, and
+    learn how much (Luce 1959, Plackett 1975; see agents.succession); otherwise scores do not depend on choices, and the
+    k-subset law of the scores is exact."""
     probes: int = 4
     """Subsets, of the group's, that each of several candidates gets; without effect for one."""
     min_budget: float = 0.03

@@ -14,9 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from agents.subset import KSubset
+from agents.succession import Succession
 from grip_env.vlms.base import Encoded
 
-__all__ = ["Scorer", "ScorerConfig"]
+__all__ = ["Interaction", "Scorer", "ScorerConfig"]
+
+PAIR = 16  # width in which the features of two tokens are compared
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class ScorerConfig:
     """Attention heads."""
     use_question: bool = True
     """False hides the question: the agent then learns what matters whatever is asked."""
+    in_turn: bool = False
+    """Choose tokens one after another, each choice knowing of those before (:class:`~agents.succession.Succession`),
+    rather than all at once by their scores (:class:`~agents.subset.KSubset`)."""
 
 
 def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
@@ -46,6 +53,36 @@ def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
     with torch.no_grad():
         attention.in_proj_weight.copy_(torch.cat([match, match, 0.7 * content]))
         attention.out_proj.weight.copy_(0.7 * content.T)
+
+
+class Interaction(nn.Module):
+    """Says what choosing one token takes from the score of another: more where they are near each other, and alike.
+
+    Args:
+        width: Of the tokens' features.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.strength = nn.Linear(width, 1)
+        self.pair = nn.Linear(width, 2 * PAIR, bias=False)
+        # at first 1 for a token on the spot, and half of it at 0.16 of the picture's side
+        nn.init.zeros_(self.strength.weight)
+        nn.init.constant_(self.strength.bias, math.log(math.e - 1))
+        self.log_reach = nn.Parameter(torch.tensor(math.log(0.133)))
+
+    def forward(self, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return what a choice of j takes from the score of i, at [b, i, j], float (B, N, N).
+
+        Args:
+            features: float (B, N, W).
+            positions: float (B, N, 2) in [0, 1].
+        """
+        asks, answers = self.pair(features).chunk(2, -1)
+        alike = 2 * (asks @ answers.transpose(1, 2) / math.sqrt(PAIR)).sigmoid()
+        apart = (positions[:, :, None] - positions[:, None]).square().sum(-1)
+        near = (-0.5 * apart * (-2 * self.log_reach).exp()).exp()
+        return nn.functional.softplus(self.strength(features)) * alike * near
 
 
 class Scorer(nn.Module):
@@ -80,6 +117,7 @@ class Scorer(nn.Module):
         self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(config.blocks))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         nn.init.zeros_(self.out[1].weight)  # type: ignore[arg-type]  # starts as uniform sampling
+        self.interaction = Interaction(width) if config.in_turn else None
         for block in self.blocks:
             _match_and_pass_on(block.multihead_attn)  # type: ignore[arg-type]
 
@@ -157,15 +195,35 @@ class Scorer(nn.Module):
 
     def score(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
         """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
-        budget = kept / encoded.token_mask.sum(1)
-        return self(
-            encoded.tokens.float(),
-            encoded.positions.float(),
-            encoded.token_mask,
-            encoded.question.float(),
-            encoded.question_mask,
-            budget.float(),
-        )
+        return self(*_read(encoded, kept))
+
+    def policy(self, encoded: Encoded, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | Succession:
+        """Return the distribution over selections of encoded examples at the given counts (B,), as ``in_turn`` says.
+
+        Args:
+            encoded: B examples.
+            kept: Tokens to keep, long (B,).
+            temperature: What scores, and what choices take from them, are divided by.
+        """
+        return self.decide(*_read(encoded, kept), kept, temperature)
+
+    def decide(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        token_mask: torch.Tensor,
+        question: torch.Tensor,
+        question_mask: torch.Tensor,
+        budget: torch.Tensor,
+        kept: torch.Tensor,
+        temperature: float = 1.0,
+    ) -> KSubset | Succession:
+        """Return the same from the arguments of :meth:`forward`; see :meth:`policy`."""
+        features = self.features(tokens, positions, token_mask, question, question_mask, budget)
+        scores = self.rate(features, token_mask) / temperature
+        if self.interaction is None:
+            return KSubset(scores, kept, mask=token_mask, validate_args=False)
+        return Succession(scores, self.interaction(features, positions) / temperature, kept, token_mask)
 
     def check_width(self, width: int, folder: Path, vlm: str) -> None:
         """Raise ValueError unless this scorer, from ``folder``, is for the visual tokens of ``vlm``, ``width`` wide."""
@@ -200,3 +258,17 @@ class Scorer(nn.Module):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()
+
+
+def _read(
+    encoded: Encoded, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what a scorer is given of encoded examples, the arguments of :meth:`Scorer.forward`."""
+    return (
+        encoded.tokens.float(),
+        encoded.positions.float(),
+        encoded.token_mask,
+        encoded.question.float(),
+        encoded.question_mask,
+        (kept / encoded.token_mask.sum(1)).float(),
+    )

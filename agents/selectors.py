@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from agents.base import keep_best, top_k
 from agents.scorer import Scorer
+from grip_env.envs.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["ScorerPolicy", "ScorerSelector"]
 
 
 class ScorerSelector:
-    """Keeps the tokens a scorer scores highest: the mode of its policy.
+    """Keeps the tokens a scorer would: the mode of its policy.
 
     Args:
         scorer: The trained network.
@@ -29,7 +29,7 @@ class ScorerSelector:
         self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
-        return top_k(self.scorer.score(encoded, kept), kept, encoded.token_mask)
+        return self.scorer.policy(encoded, kept).mode
 
 
 class ScorerPolicy:
@@ -53,7 +53,6 @@ class ScorerPolicy:
 
         mask = row("token_mask").bool()
         budget = row("budget")[:, 0]
-        scores = self.scorer(
-            row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget
-        )
-        return keep_best(scores[0].cpu().numpy(), observation)
+        kept = tokens_in_budget(float(budget), int(mask.sum()))
+        seen = (row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget)
+        return self.scorer.decide(*seen, torch.tensor([kept], device=device)).mode[0].cpu().numpy()

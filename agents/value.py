@@ -43,7 +43,7 @@ class ValueBaseline:
     ) -> None:
         with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are without a baseline
             torch.manual_seed(seed)
-            self.network = Scorer(dataclasses.replace(config, blocks=1)).to(device)
+            self.network = Scorer(dataclasses.replace(config, blocks=1, in_turn=False)).to(device)
         self._learner = Learner(self.network, learning_rate, max_gradient_norm, decay_over)
 
     def _values(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:

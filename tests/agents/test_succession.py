@@ -1,0 +1,317 @@
+"""Tokens chosen one after another: the law against enumeration and slow loops, gradients, scorers and GRPO with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agents.base import observations, top_k
+from agents.grpo import GRPO, GRPOConfig, Objective, advantages, policy_objective
+from agents.pool import ExamplePool
+from agents.scorer import Scorer, ScorerConfig
+from agents.selectors import ScorerPolicy, ScorerSelector
+from agents.succession import LARGE, Succession, as_subsets
+from grip_env.vlms.base import Encoded, Scores
+from tests.fakes import WIDTH, FakeTask, FakeVLM
+
+SMALL = ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2, in_turn=True)
+
+
+def law(seed: int = 0, tokens: int = 5, k: tuple[int, ...] = (2, 3), padded: bool = True) -> Succession:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(len(k), tokens, generator=generator, dtype=torch.float64)
+    interaction = torch.randn(len(k), tokens, tokens, generator=generator, dtype=torch.float64)
+    mask = torch.ones(len(k), tokens, dtype=torch.bool)
+    if padded:
+        mask[0, -1] = False
+    return Succession(scores, interaction, torch.tensor(k), mask)
+
+
+def slow_log_prob(policy: Succession, row: int, order: tuple[int, ...]) -> float:
+    """Choice by choice, in plain Python."""
+    left = set(policy.mask[row].nonzero().flatten().tolist())
+    logits = policy.scores[row].tolist()
+    total = 0.0
+    for choice in order:
+        total += logits[choice] - math.log(sum(math.exp(logits[token]) for token in left))
+        left.remove(choice)
+        logits = [value - float(policy.interaction[row, i, choice]) for i, value in enumerate(logits)]
+    return total
+
+
+def every_order(policy: Succession, row: int) -> list[tuple[int, ...]]:
+    real = policy.mask[row].nonzero().flatten().tolist()
+    return list(itertools.permutations(real, int(policy.k[row])))
+
+
+def padded_orders(policy: Succession, row: int, orders: list[tuple[int, ...]]) -> torch.Tensor:
+    """As the law takes them, long (G, B, K); the other rows get any order of theirs."""
+    whole = policy.order.expand(len(orders), -1, -1).clone()
+    whole[:, row] = -1
+    whole[:, row, : len(orders[0])] = torch.tensor(orders)
+    return whole
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_log_probabilities_are_those_of_the_definition_and_sum_to_1(row: int) -> None:
+    policy = law()
+    orders = every_order(policy, row)
+    found = policy.log_prob(padded_orders(policy, row, orders))[:, row]
+    slow = torch.tensor([slow_log_prob(policy, row, order) for order in orders], dtype=torch.float64)
+    torch.testing.assert_close(found, slow)
+    assert float(found.exp().sum()) == pytest.approx(1.0)
+
+
+def test_draws_are_as_frequent_as_their_probabilities_say() -> None:
+    policy = law(seed=3)
+    draws = policy.sample((30_000,), generator=torch.Generator().manual_seed(0))
+    assert draws.shape == (30_000, 2, 3)
+    assert (draws[:, 0, 2] == -1).all()  # the first row chooses two
+    for row in range(2):
+        orders = every_order(policy, row)
+        counts = dict.fromkeys(orders, 0)
+        for drawn in draws[:, row, : len(orders[0])].tolist():
+            counts[tuple(drawn)] += 1
+        for order, count in counts.items():
+            likely = math.exp(slow_log_prob(policy, row, order))
+            assert abs(count / 30_000 - likely) < 5 * math.sqrt(likely * (1 - likely) / 30_000) + 1e-4, order
+
+
+def test_mode_takes_the_best_that_is_left_each_time() -> None:
+    policy = law(seed=5)
+    for row in range(2):
+        left = policy.mask[row].clone()
+        logits = policy.scores[row].clone()
+        for turn in range(int(policy.k[row])):
+            choice = int(logits.masked_fill(~left, -math.inf).argmax())
+            assert int(policy.order[row, turn]) == choice
+            left[choice] = False
+            logits -= policy.interaction[row, :, choice]
+        assert policy.mode[row].equal(policy.mask[row] & ~left)
+
+
+def test_without_interaction_the_mode_is_the_best_scores_and_ties_go_to_the_lower_index() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    kept, mask = torch.tensor([2, 3]), torch.ones(2, 4, dtype=torch.bool)
+    policy = Succession(scores, torch.zeros(2, 4, 4), kept, mask)
+    assert policy.mode.equal(top_k(scores, kept, mask))
+
+
+def test_orders_become_sets() -> None:
+    orders = torch.tensor([[[2, 0, -1], [1, 3, 2]]])
+    assert as_subsets(orders, 4).int().tolist() == [[[1, 0, 1, 0], [0, 1, 1, 1]]]
+
+
+def test_rows_do_not_depend_on_what_they_are_batched_with_nor_on_padding() -> None:
+    policy = law(k=(2, 4, 1))
+    alone = [
+        Succession(policy.scores[[row], :4], policy.interaction[[row], :4, :4], policy.k[[row]], policy.mask[[row], :4])
+        for row in (0,)
+    ]
+    orders = policy.sample((7,), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(policy.log_prob(orders)[:, 0], alone[0].log_prob(orders[:, :1, :2])[:, 0])
+    assert policy.mode[0, :4].equal(alone[0].mode[0])
+
+
+def test_large_rows_are_computed_again_for_their_gradient_which_is_the_same() -> None:
+    tokens = 300
+    assert 250 * tokens > LARGE
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, tokens, generator=generator), torch.randn(1, tokens, tokens, generator=generator)]
+    gradients = []
+    for limit in (LARGE, math.inf):
+        scores, interaction = (part.clone().requires_grad_() for part in parts)
+        policy = Succession(scores, interaction, torch.tensor([250]), torch.ones(1, tokens, dtype=torch.bool))
+        orders = policy.sample((2,), generator=torch.Generator().manual_seed(0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("agents.succession.LARGE", limit)
+            policy.log_prob(orders).sum().backward()
+        gradients.append((scores.grad, interaction.grad))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_impossible_counts_are_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"k must be from 1 .* got k = \[{k}\] of \[4\] tokens"):
+        Succession(torch.zeros(1, 4), torch.zeros(1, 4, 4), torch.tensor([k]), torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_leave_one_out_gradients_are_unbiased_over_all_groups_of_two() -> None:
+    """As in test_grpo_exact: every group of two orders, weighted by its probability, against the true gradient."""
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.randn(3, generator=generator, dtype=torch.float64)
+    interaction = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    orders = torch.tensor(list(itertools.permutations(range(3), 2)))  # (6, 2)
+    rewards = torch.tensor([0.3, -1.7, 0.3, 2.4, -1.7, 2.4], dtype=torch.float64)  # of sets: 01, 02, 01, 12, 02, 12
+
+    def policy(theta: torch.Tensor, pairs: torch.Tensor, rows: int) -> Succession:
+        mask = torch.ones(rows, 3, dtype=torch.bool)
+        return Succession(theta.expand(rows, 3), pairs.expand(rows, 3, 3), torch.full((rows,), 2), mask)
+
+    true_theta, true_pairs = scores.clone().requires_grad_(), interaction.clone().requires_grad_()
+    every = policy(true_theta, true_pairs, 6).log_prob(orders[None])[0]  # order b in row b
+    (every.exp() * rewards).sum().backward()
+
+    index = torch.cartesian_prod(torch.arange(6), torch.arange(6))  # (36, G = 2)
+    likely = every.detach().exp()[index].prod(1)
+    settings = Objective(baseline="leave_one_out", scale="none", clip_low=math.inf, clip_high=math.inf)
+    advantage = advantages(rewards[index], "none", baseline="leave_one_out")
+    theta, pairs = scores.clone().requires_grad_(), interaction.clone().requires_grad_()
+    law = policy(theta, pairs, 36)
+    log_prob = law.log_prob(orders[index].transpose(0, 1))
+    policy_objective(law, log_prob, log_prob.detach(), (advantage * (likely * 36)[:, None]).T, settings).backward()
+    torch.testing.assert_close(theta.grad, true_theta.grad)
+    torch.testing.assert_close(pairs.grad, true_pairs.grad)
+
+
+# -- scorers that choose in turn ---------------------------------------------------------------------------
+
+
+def encode(count: int = 5, padded: bool = False) -> Encoded:
+    task = FakeTask()
+    examples = [task.example("train", index) for index in range(count)]
+    sizes = {example.key: 16 - 2 * index for index, example in enumerate(examples)}
+    encoded = FakeVLM(count=(lambda example: sizes[example.key]) if padded else None).encode(examples)
+    noise = torch.randn(encoded.tokens.shape, generator=torch.Generator().manual_seed(7))
+    encoded.tokens = noise * encoded.token_mask[..., None]
+    return encoded
+
+
+def random_scorer() -> Scorer:
+    torch.manual_seed(0)
+    scorer = Scorer(SMALL).eval()
+    torch.nn.init.normal_(scorer.out[1].weight)
+    torch.nn.init.normal_(scorer.interaction.strength.weight)  # type: ignore[union-attr]
+    return scorer
+
+
+def test_shuffled_tokens_give_shuffled_choices() -> None:
+    scorer, encoded = random_scorer(), encode()
+    kept, order = torch.tensor([1, 2, 3, 4, 5]), torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    shuffled = dataclasses.replace(encoded, tokens=encoded.tokens[:, order], positions=encoded.positions[:, order])
+    with torch.no_grad():
+        policy, moved = scorer.policy(encoded, kept), scorer.policy(shuffled, kept)
+    assert isinstance(policy, Succession)
+    assert isinstance(moved, Succession)
+    torch.testing.assert_close(moved.interaction, policy.interaction[:, order][:, :, order], atol=1e-5, rtol=1e-4)
+    assert moved.mode.equal(policy.mode[:, order])
+
+
+def test_what_pads_a_batch_is_never_chosen_and_changes_no_choice() -> None:
+    scorer, encoded = random_scorer(), encode(padded=True)
+    kept = torch.tensor([4, 4, 3, 2, 2])
+    chosen = ScorerSelector(scorer)(FakeVLM(), encoded, kept, torch.Generator())
+    assert chosen.sum(1).tolist() == kept.tolist()
+    assert not (chosen & ~encoded.token_mask).any()
+    for row, count in enumerate(encoded.token_mask.sum(1).tolist()):
+        alone = encoded[[row]]
+        for name in ("tokens", "token_mask", "positions"):
+            setattr(alone, name, getattr(alone, name)[:, :count])
+        assert ScorerSelector(scorer)(FakeVLM(), alone, kept[[row]], torch.Generator())[0].equal(chosen[row, :count])
+
+
+def test_policy_on_observations_chooses_what_the_selector_does() -> None:
+    scorer, encoded = random_scorer(), encode(padded=True)
+    kept = torch.tensor([4, 4, 3, 2, 2])
+    chosen = ScorerSelector(scorer)(FakeVLM(), encoded, kept, torch.Generator())
+    for row, observation in enumerate(observations(encoded, kept)):
+        assert ScorerPolicy(scorer).select(observation).tolist() == chosen[row].tolist()
+
+
+def test_of_two_near_tokens_of_like_scores_only_one_is_chosen_at_first() -> None:
+    scorer, encoded = random_scorer(), encode(1)
+    interaction = Scorer(SMALL).interaction  # as it is before training
+    assert interaction is not None
+    with torch.no_grad():
+        features = torch.zeros(1, 16, SMALL.width)
+        takes = interaction(features, encoded.positions)[0]
+    assert float(takes[0, 0]) == pytest.approx(2 * 0.5)  # alike to a half, on the spot
+    distances = torch.cdist(encoded.positions[0], encoded.positions[0])
+    assert (takes[distances < 0.3] > takes[distances > 0.4].max()).all()
+    assert isinstance(scorer.policy(encoded, torch.tensor([2])), Succession)
+
+
+def test_scorer_that_chooses_in_turn_is_saved_as_such(tmp_path: Path) -> None:
+    scorer, encoded = random_scorer(), encode()
+    scorer.save(tmp_path)
+    loaded = Scorer.load(tmp_path)
+    assert loaded.config.in_turn
+    kept = torch.full((5,), 4)
+    assert loaded.policy(encoded, kept).mode.equal(scorer.policy(encoded, kept).mode)
+
+
+# -- GRPO with it --------------------------------------------------------------------------------------------
+
+
+class Pairs(FakeVLM):
+    """Pays for keeping two tokens that are far from each other: one from the upper half and one from the lower."""
+
+    def log_likelihood(
+        self, encoded: Encoded, selection: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        upper = (encoded.positions[..., 0] < 0.5)[:, None]
+        both = (selection & upper).any(-1) & (selection & ~upper).any(-1)
+        return both.float() - 1
+
+
+def trained(in_turn: bool) -> float:
+    """Return what a policy gains of 2 tokens, drawn from it, after learning without a warm-up; 0 is the best."""
+    vlm: Any = Pairs()
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"instances": 16, "group": 8, "candidates": 1, "pool": 32, "learning_rate": 3e-3}
+    config = GRPOConfig(steps=120, warmup_steps=0, min_budget=2 / 16, max_budget=2 / 16, **options)
+    scorer = Scorer(dataclasses.replace(SMALL, in_turn=in_turn))
+    last: list[float] = []
+    for metrics in GRPO(vlm, ExamplePool(vlm, FakeTask(40), size=32), scorer, config).train():
+        last.append(metrics.values["log_likelihood"])
+        assert all(math.isfinite(value) for value in metrics.values.values())
+    return sum(last[-10:]) / 10
+
+
+def test_grpo_learns_in_turn_what_scores_alone_cannot_say() -> None:
+    """Half of all pairs pay. Scores alone could favour one upper and one lower token only if they knew them apart."""
+    assert trained(in_turn=True) > -0.2
+    assert trained(in_turn=False) < -0.3
+
+
+@pytest.mark.parametrize("settings", [{"kl_weight": 0.1}, {"entropy_weight": 0.1}])
+def test_what_needs_a_known_entropy_is_refused(settings: dict[str, float]) -> None:
+    vlm: Any = FakeVLM()
+    pool = ExamplePool(vlm, FakeTask(40), size=16)
+    with pytest.raises(ValueError, match="set them to 0, or in_turn to False"):
+        GRPO(vlm, pool, Scorer(SMALL), GRPOConfig(instances=4, **settings))  # type: ignore[arg-type]
+
+
+def test_scorer_and_options_must_agree_and_the_scorer_decides_where_none_is_given() -> None:
+    vlm: Any = FakeVLM()
+    pool = ExamplePool(vlm, FakeTask(40), size=16)
+    with pytest.raises(ValueError, match="in_turn=False, and the scorer was made with in_turn=True"):
+        GRPO(vlm, pool, Scorer(SMALL), GRPOConfig(instances=4, in_turn=False))
+    for in_turn in (True, False):
+        algorithm = GRPO(vlm, pool, Scorer(dataclasses.replace(SMALL, in_turn=in_turn)), GRPOConfig(instances=4))
+        assert algorithm.config.in_turn is algorithm.settings.in_turn is in_turn
+
+
+def test_candidates_orders_are_cut_to_the_rows_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders are as long as the largest subset of the candidates, which may be longer than all that are trained on."""
+    vlm: Any = FakeVLM()
+    options: dict[str, Any] = {"instances": 2, "candidates": 8, "probes": 2, "group": 4, "pool": 16, "warmup_steps": 0}
+    algorithm = GRPO(vlm, ExamplePool(vlm, FakeTask(40), size=16), Scorer(SMALL), GRPOConfig(steps=6, **options))
+    real = algorithm._score
+    widths: list[int] = []
+
+    def watched(encoded: Encoded, full: Scores, actions: torch.Tensor) -> Any:
+        widths.append(actions.shape[-1])
+        return real(encoded, full, actions)
+
+    monkeypatch.setattr(algorithm, "_score", watched)
+    for metrics in algorithm.train():
+        assert math.isfinite(metrics.values["gradient_norm"])
+    assert any(more < first for first, more in zip(widths[::2], widths[1::2], strict=True))
