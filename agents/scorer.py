@@ -66,9 +66,9 @@ class Interaction(nn.Module):
         super().__init__()
         self.strength = nn.Linear(width, 1)
         self.pair = nn.Linear(width, 2 * PAIR, bias=False)
-        # at first 1 for a token on the spot, and half of it at 0.16 of the picture's side
+        # at first 2 on the spot, and half of it at 0.16 of the picture's side
         nn.init.zeros_(self.strength.weight)
-        nn.init.constant_(self.strength.bias, math.log(math.e - 1))
+        nn.init.constant_(self.strength.bias, math.log(math.exp(2) - 1))
         self.log_reach = nn.Parameter(torch.tensor(math.log(0.133)))
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

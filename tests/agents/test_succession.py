@@ -232,7 +232,7 @@ def test_of_two_near_tokens_of_like_scores_only_one_is_chosen_at_first() -> None
     with torch.no_grad():
         features = torch.zeros(1, 16, SMALL.width)
         takes = interaction(features, encoded.positions)[0]
-    assert float(takes[0, 0]) == pytest.approx(2 * 0.5)  # alike to a half, on the spot
+    assert float(takes[0, 0]) == pytest.approx(2)
     distances = torch.cdist(encoded.positions[0], encoded.positions[0])
     assert (takes[distances < 0.3] > takes[distances > 0.4].max()).all()
     assert isinstance(scorer.policy(encoded, torch.tensor([2])), Succession)
