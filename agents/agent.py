@@ -216,7 +216,7 @@ class ScorerAgent:
     @classmethod
     def chooses_in_turn(cls, options: Any) -> bool:
         """Return whether the scorer is one that chooses tokens one after another; see ScorerConfig."""
-        return False
+        return getattr(options, "in_turn", False)
 
     def learn(self) -> Iterator[Any]:
         """Train; see :class:`Agent`."""

@@ -208,10 +208,7 @@ class GRPO:
         seed: int = 0,
     ) -> None:
         in_turn = scorer.config.in_turn
-        if config.in_turn not in (None, in_turn):
-            raise ValueError(
-                f"in_turn={config.in_turn}, and the scorer was made with in_turn={in_turn}: give both the same"
-            )
+        scorer.check_in_turn(config.in_turn)
         config = replace(config, in_turn=in_turn)
         self.config, self.settings = config.resolved(), config.objective()
         if in_turn and (self.settings.kl_weight or self.settings.entropy_weight):

@@ -88,6 +88,9 @@ class RelaxedConfig:
     extreme."""
     final_leak: float = 0.0
     """What it lets through in the end; in between, evenly less."""
+    in_turn: bool = False
+    """Choose tokens one after another once trained, as GRPO's agent does (see agents.succession). No gradient reaches
+    what a choice takes from the scores of others: it stays as it was at first."""
     warmup_steps: int = 120
     """Supervised steps before the first gate, as many as GRPO's; 0 starts from equal scores."""
     warmup_learning_rate: float = 1e-3
@@ -161,6 +164,8 @@ class Relaxation(ABC):
         for name in ("leak", "final_leak"):
             if not 0 <= getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(config, name)}")
+        if config.in_turn:
+            scorer.check_in_turn(True)
         self._gated = check_gates(vlm)
         check_budgets(config.min_budget, config.max_budget, config.budget_tilt)
         check_numbers(config, {"steps": 0, "warmup_steps": 0}, ("learning_rate", "max_gradient_norm"))

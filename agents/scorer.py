@@ -117,9 +117,10 @@ class Scorer(nn.Module):
         self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(config.blocks))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         nn.init.zeros_(self.out[1].weight)  # type: ignore[arg-type]  # starts as uniform sampling
-        self.interaction = Interaction(width) if config.in_turn else None
         for block in self.blocks:
             _match_and_pass_on(block.multihead_attn)  # type: ignore[arg-type]
+        # last: the other weights of a seed are the same with it and without
+        self.interaction = Interaction(width) if config.in_turn else None
 
     def forward(
         self,
@@ -224,6 +225,13 @@ class Scorer(nn.Module):
         if self.interaction is None:
             return KSubset(scores, kept, mask=token_mask, validate_args=False)
         return Succession(scores, self.interaction(features, positions) / temperature, kept, token_mask)
+
+    def check_in_turn(self, wanted: bool | None) -> None:
+        """Raise ValueError unless this scorer chooses as options say; ``None`` is content with either."""
+        if wanted not in (None, self.config.in_turn):
+            raise ValueError(
+                f"in_turn={wanted}, and the scorer was made with in_turn={self.config.in_turn}: give both the same"
+            )
 
     def check_width(self, width: int, folder: Path, vlm: str) -> None:
         """Raise ValueError unless this scorer, from ``folder``, is for the visual tokens of ``vlm``, ``width`` wide."""

@@ -287,6 +287,26 @@ def test_weights_follow_from_the_seed(on_the_fake: None, kind: type[Relaxation],
 
 
 @KIND
+def test_choosing_in_turn_changes_nothing_in_training(on_the_fake: None, kind: type[Relaxation]) -> None:
+    """Gates follow from the scores alone: the interaction stays as it was made, and the rest does not know of it."""
+    weights = []
+    for in_turn in (False, True):
+        torch.manual_seed(0)
+        scorer = Scorer(dataclasses.replace(SMALL, in_turn=in_turn))
+        before = {name: value.clone() for name, value in scorer.state_dict().items()}
+        config = KINDS[kind](steps=3, instances=8, warmup_steps=2, pool=16, teacher="relevance", in_turn=in_turn)
+        for _ in kind(FakeVLM(), ExamplePool(FakeVLM(), FakeTask(40), size=16), scorer, config).train():  # type: ignore[arg-type]
+            pass
+        weights.append(scorer.state_dict())
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+    extra = weights[1].keys() - weights[0].keys()
+    assert extra
+    assert all(weights[1][name].equal(before[name]) for name in extra)
+    with pytest.raises(ValueError, match="in_turn=True, and the scorer was made with in_turn=False"):
+        kind(FakeVLM(), ExamplePool(FakeVLM(), FakeTask(40), size=16), Scorer(SMALL), config)  # type: ignore[arg-type]
+
+
+@KIND
 def test_warm_up_is_that_of_grpo(on_the_fake: None, kind: type[Relaxation]) -> None:
     algorithm = trainer(kind, steps=0, warmup_steps=4)
     torch.manual_seed(0)

@@ -315,3 +315,12 @@ def test_candidates_orders_are_cut_to_the_rows_that_stay(monkeypatch: pytest.Mon
     for metrics in algorithm.train():
         assert math.isfinite(metrics.values["gradient_norm"])
     assert any(more < first for first, more in zip(widths[::2], widths[1::2], strict=True))
+
+
+def test_weights_of_a_seed_are_the_same_with_an_interaction_and_without() -> None:
+    weights = []
+    for in_turn in (False, True):
+        torch.manual_seed(3)
+        weights.append(Scorer(dataclasses.replace(SMALL, in_turn=in_turn)).state_dict())
+    assert weights[0].keys() < weights[1].keys()
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
