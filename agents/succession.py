@@ -120,7 +120,9 @@ def _log_prob(scores: Tensor, interaction: Tensor, mask: Tensor, orders: Tensor)
     """Return the log-probability of orders (G, k) of one row with scores (N,): float (G,)."""
     taken = interaction.T[orders]  # (G, k, N): what each choice takes
     taken = taken.cumsum(1) - taken  # what those before it took
-    chosen = torch.zeros_like(taken, dtype=torch.bool).scatter_(2, orders[..., None], True)
-    before = (chosen.cumsum(1) > 0) & ~chosen
-    logits = (scores - taken).masked_fill(before | ~mask, -torch.inf)
+    turns = torch.arange(orders.shape[1], device=orders.device)
+    chosen = torch.full((len(orders), len(scores)), len(turns), device=orders.device)  # (G, N), the turn of each token
+    chosen.scatter_(1, orders, turns.expand_as(orders))
+    gone = (chosen[:, None] < turns[:, None]) | ~mask
+    logits = (scores - taken).masked_fill(gone, -torch.inf)
     return logits.log_softmax(-1).gather(2, orders[..., None])[..., 0].sum(1)

@@ -132,7 +132,7 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
         model.lm_head.weight[image] = 0  # random weights never answer with an image
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    scorer = Scorer(ScorerConfig(token_width=width)).eval()
+    scorer = Scorer(ScorerConfig(token_width=width, in_turn=True)).eval()
     torch.nn.init.normal_(scorer.out[1].weight)  # type: ignore[arg-type]  # not always the first tokens
     return HuggingFaceVLM(model, processor, f"LLaVA-1.5 shape, {width} x {layers}"), ScorerSelector(scorer)
 

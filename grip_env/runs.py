@@ -35,8 +35,12 @@ class Run:
     def label(self) -> str:
         """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
         algo = self.config["algo"]
-        preset = self.config.get(algo.replace("-", "_"), {}).get("preset")
-        return algo + (f" ({preset})" if preset not in (None, "default", algo) else "")
+        options = self.config.get(algo.replace("-", "_"), {})
+        preset, in_turn = options.get("preset"), options.get("in_turn")
+        notes = [preset] if preset not in (None, "default", algo) else []
+        if in_turn is not None and in_turn != (preset == "default"):  # which choice is the usual one
+            notes.append("in turn" if in_turn else "at once")
+        return algo + (f" ({', '.join(notes)})" if notes else "")
 
     def training_cost(self) -> dict[str, float] | None:
         """Return the "seconds" and "forwards" that its logs tell of; ``None`` where they do not."""

@@ -242,13 +242,21 @@ def test_rows_of_runs() -> None:
         return Run(Path("runs") / name, {"config": content})
 
     runs = [run("a", 0), run("b", 1), run("c", 1), run("d", 0, steps=3), run("e", algo="rloo", preset="rloo")]
-    runs += [run("f", preset="dapo"), run("g", 1, preset="dapo")]
+    runs += [run("f", preset="dapo", in_turn=False), run("g", 1, preset="dapo", in_turn=False)]
+    runs += [run("h", preset="default", in_turn=True), run("i", preset="default", in_turn=False)]
+    runs += [run("j", algo="sigmoid", in_turn=False), run("k", algo="sigmoid", in_turn=True)]
+    runs += [run("l", preset="dapo", in_turn=True)]
     assert group_runs(runs) == {
         "grpo, 2 seeds": ["runs/a", "runs/b"],
         "grpo [c]": ["runs/c"],  # a seed again is none more
         "grpo [d]": ["runs/d"],
         "rloo": ["runs/e"],
         "grpo (dapo), 2 seeds": ["runs/f", "runs/g"],
+        "grpo [h]": ["runs/h"],  # the usual choice of this preset
+        "grpo (at once)": ["runs/i"],
+        "sigmoid": ["runs/j"],
+        "sigmoid (in turn)": ["runs/k"],
+        "grpo (dapo, in turn)": ["runs/l"],
     }
 
 
