@@ -82,7 +82,7 @@ class GRPOConfig:
     in_turn: Annotated[bool | None, _decided("in_turn", bool)] = None
     """Choose tokens one after another, each choice taking something from the scores of those near it and like it, and
     learn how much (Luce 1959, Plackett 1975; see agents.succession); otherwise scores do not depend on choices, and the
-    k-subset law of the scores is exact."""
+    k-subset law of the scores is exact. In turn takes memory for each pair of tokens of an image."""
     probes: int = 4
     """Subsets, of the group's, that each of several candidates gets; without effect for one."""
     min_budget: float = 0.03

@@ -13,6 +13,9 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["ScorerPolicy", "ScorerSelector"]
 
+MOST_PAIRS = 2**24
+"""Pairs of tokens looked at together where tokens are chosen in turn: 64 MiB for each number that a pair has."""
+
 
 class ScorerSelector:
     """Keeps the tokens a scorer would: the mode of its policy.
@@ -29,7 +32,11 @@ class ScorerSelector:
         self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
-        return self.scorer.policy(encoded, kept).mode
+        rows = len(encoded)
+        if self.scorer.config.in_turn:
+            rows = max(1, MOST_PAIRS // encoded.token_mask.shape[1] ** 2)
+        parts = [slice(start, start + rows) for start in range(0, len(encoded), rows)]
+        return torch.cat([self.scorer.policy(encoded[part], kept[part]).mode for part in parts])
 
 
 class ScorerPolicy:

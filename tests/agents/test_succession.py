@@ -217,6 +217,15 @@ def test_what_pads_a_batch_is_never_chosen_and_changes_no_choice() -> None:
         assert ScorerSelector(scorer)(FakeVLM(), alone, kept[[row]], torch.Generator())[0].equal(chosen[row, :count])
 
 
+def test_choices_do_not_depend_on_how_many_rows_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, encoded = random_scorer(), encode(padded=True)
+    kept = torch.tensor([4, 4, 3, 2, 2])
+    chosen = ScorerSelector(scorer)(FakeVLM(), encoded, kept, torch.Generator())
+    for most in (1, 2 * 16 * 16):
+        monkeypatch.setattr("agents.selectors.MOST_PAIRS", most)
+        assert ScorerSelector(scorer)(FakeVLM(), encoded, kept, torch.Generator()).equal(chosen)
+
+
 def test_policy_on_observations_chooses_what_the_selector_does() -> None:
     scorer, encoded = random_scorer(), encode(padded=True)
     kept = torch.tensor([4, 4, 3, 2, 2])
