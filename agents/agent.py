@@ -216,7 +216,8 @@ class ScorerAgent:
     @classmethod
     def chooses_in_turn(cls, options: Any) -> bool:
         """Return whether the scorer is one that chooses tokens one after another; see ScorerConfig."""
-        return getattr(options, "in_turn", False)
+        decided = options.objective() if hasattr(options, "objective") else options  # where a preset may decide
+        return bool(getattr(decided, "in_turn", False))
 
     def learn(self) -> Iterator[Any]:
         """Train; see :class:`Agent`."""

@@ -25,30 +25,22 @@ __all__ = [
 ]
 
 
-class _RewardedAgent(ScorerAgent):
-    """A scorer trained on rewards for whole selections, which may therefore be made in turn."""
-
-    @classmethod
-    def chooses_in_turn(cls, options: GRPOConfig) -> bool:
-        return options.objective().in_turn
-
-
 @register("grpo")
-class GRPOAgent(_RewardedAgent):
+class GRPOAgent(ScorerAgent):
     """A scorer trained by :class:`~agents.grpo.GRPO`."""
 
     Options, Algorithm = GRPOConfig, GRPO
 
 
 @register("rloo")
-class RLOOAgent(_RewardedAgent):
+class RLOOAgent(ScorerAgent):
     """A scorer trained by :class:`~agents.grpo.RLOO`."""
 
     Options, Algorithm = RLOOConfig, RLOO
 
 
 @register("reinforce")
-class ReinforceAgent(_RewardedAgent):
+class ReinforceAgent(ScorerAgent):
     """A scorer trained by :class:`~agents.grpo.Reinforce`."""
 
     Options, Algorithm = ReinforceConfig, Reinforce

@@ -119,6 +119,8 @@ def policy_objective(
 ) -> torch.Tensor:
     """Return what one update maximises, a scalar: mean surrogate - KL to the reference + entropy per kept token.
 
+    The last two are for the k-subset law, and left out for tokens chosen in turn, where neither is known.
+
     Args:
         policy: Over the subsets of B examples.
         log_prob: The policy's log-probabilities of the subsets drawn, (G, B).
@@ -180,7 +182,8 @@ class GRPO:
     Args:
         vlm: The frozen model.
         pool: Training examples.
-        scorer: What is trained, in place.
+        scorer: What is trained, in place. Where neither ``in_turn`` nor a preset other than "default" is given, it is
+            trained to choose as it was made to.
         config: Hyperparameters; ``self.config`` has those that a preset decides filled in.
         reward: A reward, or a text that stands for one: see :func:`~grip_env.envs.rewards.resolve_reward`. All subsets
             of a group have one size, so that :class:`~grip_env.envs.rewards.KeptFraction` changes nothing but numbers.
@@ -189,10 +192,11 @@ class GRPO:
     Raises:
         ValueError: If a setting is impossible, or settings contradict each other.
 
-    Logged at every step, beside reward, accuracy and entropy: ``group_std``, the mean over groups of their rewards'
-    standard deviation, and ``flat_groups``, the share of groups where it is below ``flat_below`` (both absent where a
-    group is one subset); ``value_loss`` with a learned baseline; ``seconds`` of the step, and ``forwards``, what the
-    language model was run for from the beginning on: see :class:`~agents.compute.Compute`.
+    Logged at every step, beside reward and accuracy: ``group_std``, the mean over groups of their rewards' standard
+    deviation, and ``flat_groups``, the share of groups where it is below ``flat_below`` (both absent where a group is
+    one subset); ``entropy_per_token``, exact for the k-subset law, and for tokens chosen in turn that of their order,
+    estimated from what was drawn, which is higher; ``value_loss`` with a learned baseline; ``seconds`` of the step, and
+    ``forwards``, what the language model was run for from the beginning on: see :class:`~agents.compute.Compute`.
     """
 
     phase = "grpo"
@@ -208,13 +212,15 @@ class GRPO:
         seed: int = 0,
     ) -> None:
         in_turn = scorer.config.in_turn
-        scorer.check_in_turn(config.in_turn)
+        free = config.in_turn is None and config.preset == "default"  # to choose as the scorer does
+        scorer.check_in_turn(None if free else config.objective().in_turn)
         config = replace(config, in_turn=in_turn)
         self.config, self.settings = config.resolved(), config.objective()
         if in_turn and (self.settings.kl_weight or self.settings.entropy_weight):
             raise ValueError(
-                "kl_weight and entropy_weight are for policies whose KL and entropy are known, which those of tokens "
-                "chosen in turn are not: set them to 0, or in_turn to False"
+                f"got kl_weight={self.settings.kl_weight} and entropy_weight={self.settings.entropy_weight}, but KL "
+                "and entropy are not known where tokens are chosen in turn: set both to 0, or choose all at once "
+                "(in_turn=False, --grpo.no-in-turn)"
             )
         check_batch(config.instances, pool.size, self.settings.candidates)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
@@ -301,7 +307,8 @@ class GRPO:
                 norm = learner.minimise(-objective)
             value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, kept, reward, step)}
             with torch.no_grad():
-                entropy = policy.entropy() if isinstance(policy, KSubset) else -log_prob.mean(0)  # of orders: estimated
+                assert old is not None  # there is one epoch at least
+                entropy = policy.entropy() if isinstance(policy, KSubset) else -old.mean(0)
             yield Metrics(
                 self.phase,
                 step,

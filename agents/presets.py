@@ -66,8 +66,8 @@ class GRPOConfig:
     preset: PresetName = "default"
     """Decides the options that are not given: "grpo" (Shao et al. 2024), "dr-grpo" (no scaling; Liu et al. 2025),
     "dapo" (wider clip upwards, groups that teach nothing left out; Yu et al. 2025), "rloo" (leave-one-out baseline;
-    Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own: candidates,
-    advantages over the batch's deviation, no KL."""
+    Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own: choosing
+    in turn, candidates, advantages over the batch's deviation, no KL."""
     steps: int = 400
     """Policy updates with rewards."""
     instances: int = 24
@@ -98,7 +98,7 @@ class GRPOConfig:
     """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
     temperature: float = 1.0
     """The policy trained is that of the scores divided by this: above 1 it explores more. Subsets are drawn from the
-    policy itself, so gradients stay unbiased; what a trained agent keeps, the best scores, does not depend on it."""
+    policy itself, so gradients stay unbiased; what a trained agent keeps does not depend on it."""
     baseline: Annotated[Baseline | None, _decided("baseline", Baseline)] = None
     """What rewards are compared with: the group's mean (GRPO, Shao et al. 2024), the mean of the others in the group
     (RLOO; Kool et al. 2019, Ahmadian et al. 2024, arXiv 2402.14740), or a network's prediction from the example and
@@ -119,9 +119,11 @@ class GRPOConfig:
     """Updates per batch of rewards (PPO, Schulman et al. 2017). With one epoch, a group's
     baseline and no KL the surrogate's value is 0 whatever is learnt, though its gradient is not: watch the reward."""
     kl_weight: Annotated[float | None, _decided("kl_weight", float)] = None
-    """Weight of KL(policy || warmed-up policy), exact, in nats per subset (GRPO, Shao et al. 2024, who estimate it)."""
+    """Weight of KL(policy || warmed-up policy), exact, in nats per subset (GRPO, Shao et al. 2024, who estimate it);
+    0 where tokens are chosen in turn."""
     entropy_weight: Annotated[float | None, _decided("entropy_weight", float)] = None
-    """Weight of an entropy bonus, in nats per kept token (A3C, Mnih et al. 2016; exact here)."""
+    """Weight of an entropy bonus, in nats per kept token (A3C, Mnih et al. 2016; exact here); 0 where tokens are
+    chosen in turn."""
     drop_flat: Annotated[bool | None, _decided("drop_flat", bool)] = None
     """Leave groups out whose rewards' standard deviation is below flat_below (dynamic sampling: DAPO, Yu et al. 2025,
     who draw others in their place; here the mean is over the rest, at no further cost)."""

@@ -36,9 +36,10 @@ class Run:
         """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
         algo = self.config["algo"]
         options = self.config.get(algo.replace("-", "_"), {})
-        preset, in_turn = options.get("preset"), options.get("in_turn")
-        notes = [preset] if preset not in (None, "default", algo) else []
-        if in_turn is not None and in_turn != (preset == "default"):  # which choice is the usual one
+        preset, in_turn = options.get("preset"), options.get("in_turn", False)
+        usual = "default" if algo == "grpo" else algo
+        notes = [preset] if preset not in (None, usual) else []
+        if in_turn != (preset == "default"):  # as the preset has it
             notes.append("in turn" if in_turn else "at once")
         return algo + (f" ({', '.join(notes)})" if notes else "")
 
@@ -74,6 +75,8 @@ def load_run(path: Path) -> Run:
         saved["config"]["vlm"], saved["config"]["task"], saved["config"]["algo"], saved["vlm"]["checksum"]
         if saved["config"].get("data"):
             saved["config"]["skip_bad"], saved["data"]["fingerprint"]
+        # runs made before there was a choice
+        saved["config"].get(saved["config"]["algo"].replace("-", "_"), {}).setdefault("in_turn", False)
     except (ValueError, KeyError, TypeError):
         raise CommandError(f"{path / 'config.json'} is not as grip_env.train wrote it: train again") from None
     return Run(path, saved)

@@ -245,7 +245,8 @@ def test_rows_of_runs() -> None:
     runs += [run("f", preset="dapo", in_turn=False), run("g", 1, preset="dapo", in_turn=False)]
     runs += [run("h", preset="default", in_turn=True), run("i", preset="default", in_turn=False)]
     runs += [run("j", algo="sigmoid", in_turn=False), run("k", algo="sigmoid", in_turn=True)]
-    runs += [run("l", preset="dapo", in_turn=True)]
+    runs += [run("l", preset="dapo", in_turn=True), run("m", preset="grpo", in_turn=False)]
+    runs += [run("n", algo="rloo", preset="default", in_turn=True), run("o", 5, preset="default")]
     assert group_runs(runs) == {
         "grpo, 2 seeds": ["runs/a", "runs/b"],
         "grpo [c]": ["runs/c"],  # a seed again is none more
@@ -257,6 +258,9 @@ def test_rows_of_runs() -> None:
         "sigmoid": ["runs/j"],
         "sigmoid (in turn)": ["runs/k"],
         "grpo (dapo, in turn)": ["runs/l"],
+        "grpo (grpo)": ["runs/m"],
+        "rloo (default)": ["runs/n"],
+        "grpo (at once) [o]": ["runs/o"],  # from before there was a choice, and not read from a folder
     }
 
 

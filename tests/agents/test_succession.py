@@ -110,13 +110,21 @@ def test_orders_become_sets() -> None:
 
 def test_rows_do_not_depend_on_what_they_are_batched_with_nor_on_padding() -> None:
     policy = law(k=(2, 4, 1))
+    size = [4, 5, 5]  # the first row has padding
     alone = [
-        Succession(policy.scores[[row], :4], policy.interaction[[row], :4, :4], policy.k[[row]], policy.mask[[row], :4])
-        for row in (0,)
+        Succession(
+            policy.scores[[row], :tokens],
+            policy.interaction[[row], :tokens, :tokens],
+            policy.k[[row]],
+            policy.mask[[row], :tokens],
+        )
+        for row, tokens in enumerate(size)
     ]
     orders = policy.sample((7,), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(policy.log_prob(orders)[:, 0], alone[0].log_prob(orders[:, :1, :2])[:, 0])
-    assert policy.mode[0, :4].equal(alone[0].mode[0])
+    for row, (one, tokens) in enumerate(zip(alone, size, strict=True)):
+        own = orders[:, [row], : int(policy.k[row])]
+        torch.testing.assert_close(policy.log_prob(orders)[:, row], one.log_prob(own)[:, 0])
+        assert policy.mode[row, :tokens].equal(one.mode[0])
 
 
 def test_large_rows_are_computed_again_for_their_gradient_which_is_the_same() -> None:
@@ -234,17 +242,59 @@ def test_policy_on_observations_chooses_what_the_selector_does() -> None:
         assert ScorerPolicy(scorer).select(observation).tolist() == chosen[row].tolist()
 
 
-def test_of_two_near_tokens_of_like_scores_only_one_is_chosen_at_first() -> None:
-    scorer, encoded = random_scorer(), encode(1)
-    interaction = Scorer(SMALL).interaction  # as it is before training
+def test_untrained_interaction_takes_2_on_the_spot_and_less_further_away() -> None:
+    interaction = Scorer(SMALL).interaction
     assert interaction is not None
+    positions = encode(1).positions
     with torch.no_grad():
-        features = torch.zeros(1, 16, SMALL.width)
-        takes = interaction(features, encoded.positions)[0]
+        takes = interaction(torch.zeros(1, 16, SMALL.width), positions)[0]
     assert float(takes[0, 0]) == pytest.approx(2)
-    distances = torch.cdist(encoded.positions[0], encoded.positions[0])
+    distances = torch.cdist(positions[0], positions[0])
     assert (takes[distances < 0.3] > takes[distances > 0.4].max()).all()
-    assert isinstance(scorer.policy(encoded, torch.tensor([2])), Succession)
+
+
+def test_of_two_near_tokens_with_the_best_scores_one_is_chosen_and_then_one_far_away() -> None:
+    scorer = Scorer(SMALL)
+    assert scorer.interaction is not None
+    positions = encode(1).positions
+    with torch.no_grad():
+        takes = scorer.interaction(torch.zeros(1, 16, SMALL.width), positions)
+    scores = torch.zeros(1, 16)
+    scores[0, :3] = torch.tensor([3.0, 2.9, 0.0])  # neighbours in the first row of the grid
+    scores[0, 15] = 2.7  # the opposite corner
+    mask = torch.ones(1, 16, dtype=torch.bool)
+    assert Succession(scores, takes, torch.tensor([2]), mask).order.tolist() == [[0, 15]]
+    assert Succession(scores, 0 * takes, torch.tensor([2]), mask).order.tolist() == [[0, 1]]
+
+
+def test_how_much_a_token_loses_is_its_own_and_grows_with_likeness() -> None:
+    """Entry [i, j] is what i loses when j is chosen: with the strength of i, and more where j is what i asks for."""
+    interaction = Scorer(SMALL).interaction
+    assert interaction is not None
+    features = torch.zeros(1, 3, SMALL.width)
+    features[0, 0, 0] = features[0, 1, 1] = features[0, 2, 2] = 1.0
+    positions = torch.zeros(1, 3, 2)
+    with torch.no_grad():
+        interaction.strength.weight[0, 0] = 3.0  # token 0 loses more than the others
+        interaction.pair.weight.zero_()
+        interaction.pair.weight[0, 0] = 8.0  # what token 0 asks for ...
+        interaction.pair.weight[16, 1] = 8.0  # ... token 1 is
+        takes = interaction(features, positions)[0]
+    assert takes[0, 2] > 2 * takes[2, 0]  # the strength is that of the one that loses
+    assert takes[0, 1] > 1.9 * takes[0, 2]  # alike: 2 rather than 1
+    assert float(takes[2, 1]) == pytest.approx(float(takes[2, 0]))  # token 2 asks for nothing
+
+
+def test_temperature_divides_scores_and_what_choices_take() -> None:
+    scorer, encoded = random_scorer(), encode()
+    kept = torch.full((5,), 4)
+    with torch.no_grad():
+        one, hot = scorer.policy(encoded, kept), scorer.policy(encoded, kept, temperature=4.0)
+    assert isinstance(one, Succession)
+    assert isinstance(hot, Succession)
+    torch.testing.assert_close(hot.scores, one.scores / 4)
+    torch.testing.assert_close(hot.interaction, one.interaction / 4)
+    assert hot.mode.equal(one.mode)
 
 
 def test_scorer_that_chooses_in_turn_is_saved_as_such(tmp_path: Path) -> None:
@@ -294,7 +344,7 @@ def test_grpo_learns_in_turn_what_scores_alone_cannot_say() -> None:
 def test_what_needs_a_known_entropy_is_refused(settings: dict[str, float]) -> None:
     vlm: Any = FakeVLM()
     pool = ExamplePool(vlm, FakeTask(40), size=16)
-    with pytest.raises(ValueError, match="set them to 0, or in_turn to False"):
+    with pytest.raises(ValueError, match="set both to 0, or choose all at once"):
         GRPO(vlm, pool, Scorer(SMALL), GRPOConfig(instances=4, **settings))  # type: ignore[arg-type]
 
 
@@ -303,6 +353,8 @@ def test_scorer_and_options_must_agree_and_the_scorer_decides_where_none_is_give
     pool = ExamplePool(vlm, FakeTask(40), size=16)
     with pytest.raises(ValueError, match="in_turn=False, and the scorer was made with in_turn=True"):
         GRPO(vlm, pool, Scorer(SMALL), GRPOConfig(instances=4, in_turn=False))
+    with pytest.raises(ValueError, match="in_turn=False, and the scorer was made with in_turn=True"):
+        GRPO(vlm, pool, Scorer(SMALL), GRPOConfig(instances=4, preset="dapo"))  # which chooses all at once
     for in_turn in (True, False):
         algorithm = GRPO(vlm, pool, Scorer(dataclasses.replace(SMALL, in_turn=in_turn)), GRPOConfig(instances=4))
         assert algorithm.config.in_turn is algorithm.settings.in_turn is in_turn
