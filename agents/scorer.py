@@ -20,8 +20,6 @@ from grip_env.vlms.base import Encoded
 
 __all__ = ["Interaction", "Scorer", "ScorerConfig"]
 
-PAIR = 16  # width in which the features of two tokens are compared
-
 
 @dataclass(frozen=True)
 class ScorerConfig:
@@ -40,6 +38,8 @@ class ScorerConfig:
     in_turn: bool = False
     """Choose tokens one after another, each choice knowing of those before (:class:`~agents.succession.Succession`),
     rather than all at once by their scores (:class:`~agents.subset.KSubset`)."""
+    pair_width: int = 16
+    """Width in which two tokens are compared where they are chosen in turn."""
 
 
 def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
@@ -60,12 +60,13 @@ class Interaction(nn.Module):
 
     Args:
         width: Of the tokens' features.
+        pair_width: Of what is compared.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, pair_width: int) -> None:
         super().__init__()
         self.strength = nn.Linear(width, 1)
-        self.pair = nn.Linear(width, 2 * PAIR, bias=False)
+        self.pair = nn.Linear(width, 2 * pair_width, bias=False)
         # at first 2 on the spot, and half of it at 0.16 of the picture's side
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.strength.bias, math.log(math.exp(2) - 1))
@@ -79,7 +80,7 @@ class Interaction(nn.Module):
             positions: float (B, N, 2) in [0, 1].
         """
         asks, answers = self.pair(features).chunk(2, -1)
-        alike = 2 * (asks @ answers.transpose(1, 2) / math.sqrt(PAIR)).sigmoid()
+        alike = 2 * (asks @ answers.transpose(1, 2) / math.sqrt(asks.shape[-1])).sigmoid()
         apart = (positions[:, :, None] - positions[:, None]).square().sum(-1)
         near = (-0.5 * apart * (-2 * self.log_reach).exp()).exp()
         return nn.functional.softplus(self.strength(features)) * alike * near
@@ -120,7 +121,7 @@ class Scorer(nn.Module):
         for block in self.blocks:
             _match_and_pass_on(block.multihead_attn)  # type: ignore[arg-type]
         # last: the other weights of a seed are the same with it and without
-        self.interaction = Interaction(width) if config.in_turn else None
+        self.interaction = Interaction(width, config.pair_width) if config.in_turn else None
 
     def forward(
         self,

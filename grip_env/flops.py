@@ -74,7 +74,8 @@ def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:
     question = _layer_flops(memory, width, 4 * width)
     cross = 2 * (2 * tokens + 2 * memory) * width**2 + 4 * tokens * memory * width
     blocks = config.blocks * (_layer_flops(tokens, width, 4 * width) + cross)
-    return embed + places + question + blocks + 2 * tokens * width
+    pairs = 2 * tokens * (width + 2 * width * config.pair_width + tokens * config.pair_width) * config.in_turn
+    return embed + places + question + blocks + pairs + 2 * tokens * width
 
 
 def _layer_flops(length: int, width: int, mlp: int) -> int:
