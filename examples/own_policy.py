@@ -1,4 +1,4 @@
-"""A policy of your own, trained with REINFORCE through the environment and compared with the baselines.
+"""A policy of your own, trained with REINFORCE through the environment and compared with random choice.
 
 Run with ``python examples/own_policy.py [steps]`` (default 150, about two minutes on two CPU cores).
 """
@@ -6,7 +6,6 @@ Run with ``python examples/own_policy.py [steps]`` (default 150, about two minut
 import sys
 
 import gymnasium
-import numpy as np
 import torch
 
 import grip_env
@@ -19,39 +18,29 @@ from grip_env.comparison import compare
 class Matcher(torch.nn.Module):
     """Scores a token by how well it matches the best-matching word of the question."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.token, self.word = torch.nn.Linear(width, 32), torch.nn.Linear(width, 32)
 
-    def forward(self, seen: dict[str, np.ndarray]) -> torch.Tensor:
+    def forward(self, seen):
         match = self.token(torch.as_tensor(seen["tokens"])) @ self.word(torch.as_tensor(seen["question"])).mT
         return match.masked_fill(torch.as_tensor(seen["question_mask"])[..., None, :] == 0, -30).logsumexp(-1)
 
-    def select(self, seen: dict[str, np.ndarray]) -> np.ndarray:
-        """All that grip_env asks of a policy: a bool mask over the tokens."""
+    def select(self, seen):  # all that grip_env asks of a policy: a bool mask over the tokens
         return keep_best(self(seen).detach().numpy(), seen)
 
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 150
 torch.manual_seed(0)
-vlm, task = grip_env.load_vlm("tiny"), grip_env.SceneTask()
+vlm, task, steps = grip_env.load_vlm("tiny"), grip_env.SceneTask(), int((sys.argv[1:] or [150])[0])
 envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=64, vlm=vlm, task=task, budget=0.1)
-policy = Matcher(vlm.width)
+policy, (seen, _) = Matcher(vlm.width), envs.reset(seed=0)
 optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
-seen, _ = envs.reset(seed=0)
-for step in range(steps):
-    kept = torch.as_tensor(seen["budget"][:, 0] * seen["token_mask"].sum(1)).round().long()
-    subsets = KSubset(policy(seen), kept, mask=torch.as_tensor(seen["token_mask"]))
+for _ in range(steps):
+    subsets = KSubset(policy(seen), 14, mask=torch.as_tensor(seen["token_mask"]))  # a tenth of 144 tokens
     action = subsets.sample()
-    log_prob = subsets.log_prob(action)
-    seen, reward, *_ = envs.step(action.numpy().astype(np.int8))
-    advantage = torch.as_tensor(reward - reward.mean()).float()
-    loss = -(advantage * log_prob).mean()
+    seen, reward, *_ = envs.step(action.numpy())
     optimizer.zero_grad()
-    loss.backward()
+    (-torch.as_tensor(reward - reward.mean()) * subsets.log_prob(action)).mean().backward()
     optimizer.step()
-    if step % 25 == 0:
-        print(f"step {step}: reward {reward.mean():.3f}")
-
-methods = {"my policy": PolicySelector(policy), "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
+methods = {"my policy": PolicySelector(policy), "random": BASELINES["random"]}
 print(compare(vlm, task, methods, split="validation", examples=96, budgets=(0.05, 0.1, 0.2)).markdown())
