@@ -212,8 +212,8 @@ class GRPO:
         seed: int = 0,
     ) -> None:
         in_turn = scorer.config.in_turn
-        free = config.in_turn is None and config.preset == "default"  # to choose as the scorer does
-        scorer.check_in_turn(None if free else config.objective().in_turn)
+        if config.in_turn is not None or config.preset != "default":
+            scorer.check_in_turn(config.objective().in_turn)
         config = replace(config, in_turn=in_turn)
         self.config, self.settings = config.resolved(), config.objective()
         if in_turn and (self.settings.kl_weight or self.settings.entropy_weight):
@@ -248,8 +248,8 @@ class GRPO:
 
     def _score(self, encoded: Encoded, full: Scores, actions: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
         """Return scores and rewards, (B, G), of what was drawn, and the seconds that scoring took."""
-        started = time.perf_counter()
         subsets = as_subsets(actions, encoded.token_mask.shape[1]) if self.settings.in_turn else actions  # (G, B, N)
+        started = time.perf_counter()
         scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
         seconds = time.perf_counter() - started
         self.pool.compute.add(scores.log_likelihood.numel())

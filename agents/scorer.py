@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from agents.subset import KSubset
 from agents.succession import Succession
 from grip_env.vlms.base import Encoded
 
-__all__ = ["Interaction", "Scorer", "ScorerConfig"]
+__all__ = ["Interaction", "Scorer", "ScorerConfig", "ScorerInputs"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,29 @@ class ScorerConfig:
     rather than all at once by their scores (:class:`~agents.subset.KSubset`)."""
     pair_width: int = 16
     """Width in which two tokens are compared where they are chosen in turn."""
+
+
+class ScorerInputs(NamedTuple):
+    """What a scorer reads of B examples: the arguments of :meth:`Scorer.forward`, which says what each is."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    token_mask: torch.Tensor
+    question: torch.Tensor
+    question_mask: torch.Tensor
+    budget: torch.Tensor
+
+    @classmethod
+    def of(cls, encoded: Encoded, kept: torch.Tensor) -> ScorerInputs:
+        """Return those of encoded examples at the given counts, long (B,)."""
+        return cls(
+            encoded.tokens.float(),
+            encoded.positions.float(),
+            encoded.token_mask,
+            encoded.question.float(),
+            encoded.question_mask,
+            (kept / encoded.token_mask.sum(1)).float(),
+        )
 
 
 def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
@@ -197,7 +220,7 @@ class Scorer(nn.Module):
 
     def score(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
         """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
-        return self(*_read(encoded, kept))
+        return self(*ScorerInputs.of(encoded, kept))
 
     def policy(self, encoded: Encoded, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | Succession:
         """Return the distribution over selections of encoded examples at the given counts (B,), as ``in_turn`` says.
@@ -207,29 +230,19 @@ class Scorer(nn.Module):
             kept: Tokens to keep, long (B,).
             temperature: What scores, and what choices take from them, are divided by.
         """
-        return self.decide(*_read(encoded, kept), kept, temperature)
+        return self.decide(ScorerInputs.of(encoded, kept), kept, temperature)
 
-    def decide(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        token_mask: torch.Tensor,
-        question: torch.Tensor,
-        question_mask: torch.Tensor,
-        budget: torch.Tensor,
-        kept: torch.Tensor,
-        temperature: float = 1.0,
-    ) -> KSubset | Succession:
-        """Return the same from the arguments of :meth:`forward`; see :meth:`policy`."""
-        features = self.features(tokens, positions, token_mask, question, question_mask, budget)
-        scores = self.rate(features, token_mask) / temperature
+    def decide(self, inputs: ScorerInputs, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | Succession:
+        """Return the same from what the scorer reads; see :meth:`policy`."""
+        features = self.features(*inputs)
+        scores = self.rate(features, inputs.token_mask) / temperature
         if self.interaction is None:
-            return KSubset(scores, kept, mask=token_mask, validate_args=False)
-        return Succession(scores, self.interaction(features, positions) / temperature, kept, token_mask)
+            return KSubset(scores, kept, mask=inputs.token_mask, validate_args=False)
+        return Succession(scores, self.interaction(features, inputs.positions) / temperature, kept, inputs.token_mask)
 
-    def check_in_turn(self, wanted: bool | None) -> None:
-        """Raise ValueError unless this scorer chooses as options say; ``None`` is content with either."""
-        if wanted not in (None, self.config.in_turn):
+    def check_in_turn(self, wanted: bool) -> None:
+        """Raise ValueError unless this scorer chooses as options say."""
+        if wanted != self.config.in_turn:
             raise ValueError(
                 f"in_turn={wanted}, and the scorer was made with in_turn={self.config.in_turn}: give both the same"
             )
@@ -267,17 +280,3 @@ class Scorer(nn.Module):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()
-
-
-def _read(
-    encoded: Encoded, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a scorer is given of encoded examples, the arguments of :meth:`Scorer.forward`."""
-    return (
-        encoded.tokens.float(),
-        encoded.positions.float(),
-        encoded.token_mask,
-        encoded.question.float(),
-        encoded.question_mask,
-        (kept / encoded.token_mask.sum(1)).float(),
-    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from agents.scorer import Scorer
+from agents.scorer import Scorer, ScorerInputs
 from grip_env.envs.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
@@ -61,5 +61,7 @@ class ScorerPolicy:
         mask = row("token_mask").bool()
         budget = row("budget")[:, 0]
         kept = tokens_in_budget(float(budget), int(mask.sum()))
-        seen = (row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget)
-        return self.scorer.decide(*seen, torch.tensor([kept], device=device)).mode[0].cpu().numpy()
+        inputs = ScorerInputs(
+            row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget
+        )
+        return self.scorer.decide(inputs, torch.tensor([kept], device=device)).mode[0].cpu().numpy()

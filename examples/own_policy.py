@@ -1,4 +1,4 @@
-"""A policy of your own, trained with REINFORCE through the environment and compared with random choice.
+"""A policy of your own, trained with REINFORCE through the environment and compared with the baselines.
 
 Run with ``python examples/own_policy.py [steps]`` (default 150, about two minutes on two CPU cores).
 """
@@ -35,12 +35,14 @@ vlm, task, steps = grip_env.load_vlm("tiny"), grip_env.SceneTask(), int((sys.arg
 envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=64, vlm=vlm, task=task, budget=0.1)
 policy, (seen, _) = Matcher(vlm.width), envs.reset(seed=0)
 optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
-for _ in range(steps):
+for step in range(steps):
     subsets = KSubset(policy(seen), 14, mask=torch.as_tensor(seen["token_mask"]))  # a tenth of 144 tokens
     action = subsets.sample()
     seen, reward, *_ = envs.step(action.numpy())
     optimizer.zero_grad()
     (-torch.as_tensor(reward - reward.mean()) * subsets.log_prob(action)).mean().backward()
     optimizer.step()
-methods = {"my policy": PolicySelector(policy), "random": BASELINES["random"]}
+    if step % 25 == 0:
+        print(f"step {step}: reward {reward.mean():.3f}")
+methods = {"my policy": PolicySelector(policy), "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
 print(compare(vlm, task, methods, split="validation", examples=96, budgets=(0.05, 0.1, 0.2)).markdown())

@@ -48,6 +48,7 @@ class Margin:
 
         Where both have as many seeds, the worst of them is of pairs in the order they were given.
         """
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
         gains = ours.mean(0) - theirs.mean(0)  # (examples,)
         each = ours - (theirs if len(ours) == len(theirs) else theirs.mean(0))
         spread = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf

@@ -32,11 +32,16 @@ class Run:
         return found
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Those of its algorithm; none where that is a class of the user's own."""
+        found: dict[str, Any] = self.config.get(self.config["algo"].replace("-", "_"), {})
+        return found
+
+    @property
     def label(self) -> str:
         """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
         algo = self.config["algo"]
-        options = self.config.get(algo.replace("-", "_"), {})
-        preset, in_turn = options.get("preset"), options.get("in_turn", False)
+        preset, in_turn = self.options.get("preset"), self.options.get("in_turn", False)
         usual = "default" if algo == "grpo" else algo
         notes = [preset] if preset not in (None, usual) else []
         if in_turn != (preset == "default"):  # as the preset has it
@@ -75,11 +80,11 @@ def load_run(path: Path) -> Run:
         saved["config"]["vlm"], saved["config"]["task"], saved["config"]["algo"], saved["vlm"]["checksum"]
         if saved["config"].get("data"):
             saved["config"]["skip_bad"], saved["data"]["fingerprint"]
-        # runs made before there was a choice
-        saved["config"].get(saved["config"]["algo"].replace("-", "_"), {}).setdefault("in_turn", False)
-    except (ValueError, KeyError, TypeError):
+        run = Run(path, saved)
+        run.options.setdefault("in_turn", False)  # in runs made before there was a choice
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandError(f"{path / 'config.json'} is not as grip_env.train wrote it: train again") from None
-    return Run(path, saved)
+    return run
 
 
 def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent") -> Selector:

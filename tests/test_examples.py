@@ -37,7 +37,8 @@ def test_quickstart_plays_an_episode_and_draws_it(tmp_path: Path) -> None:
 
 def test_own_policy_trains_and_is_compared(tmp_path: Path) -> None:
     out = run(tmp_path, "own_policy.py", "2")
-    for method in ("my policy", "random", "all tokens"):
+    assert re.search(r"^step 0: reward -?\d+\.\d+$", out, re.MULTILINE)
+    for method in ("my policy", "random", "oracle", "all tokens"):
         assert re.search(rf"^\| {method} \|( -?\d+\.\d+ \|){{3}}$", out, re.MULTILINE)
     assert "96 examples of the validation split" in out
 

@@ -58,3 +58,14 @@ def random_counts(encoded: Encoded, seed: int) -> torch.Tensor:
     """Return a count from 1 to all for each example, long (B,)."""
     share = torch.rand(len(encoded), generator=torch.Generator().manual_seed(seed))
     return (share * encoded.token_mask.sum(1)).long() + 1
+
+
+def encode(count: int = 5, padded: bool = False) -> Encoded:
+    """Return examples of :class:`FakeTask` with random tokens at their places; rows of 16, 14, ... if ``padded``."""
+    task = FakeTask()
+    examples = [task.example("train", index) for index in range(count)]
+    sizes = {example.key: 16 - 2 * index for index, example in enumerate(examples)}
+    encoded = FakeVLM(count=(lambda example: sizes[example.key]) if padded else None).encode(examples)
+    noise = torch.randn(encoded.tokens.shape, generator=torch.Generator().manual_seed(7))
+    encoded.tokens = noise * encoded.token_mask[..., None]
+    return encoded

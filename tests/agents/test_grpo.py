@@ -19,6 +19,7 @@ from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
 from agents.warmup import TEACHERS, warmup_loss
 from grip_env.vlms.base import Encoded, Scores
+from tests.agents.batches import encode
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 
 SMALL = ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2)
@@ -36,16 +37,6 @@ def trainer(seed: int = 0, reward: str = "log_likelihood", **changes: Any) -> GR
     settings = config(**changes)
     pool = ExamplePool(vlm, FakeTask(40), "train", settings.pool, settings.reuse, seed)
     return GRPO(vlm, pool, Scorer(SMALL), settings, reward, seed)
-
-
-def encode(count: int = 5, padded: bool = False) -> Encoded:
-    task = FakeTask()
-    examples = [task.example("train", index) for index in range(count)]
-    sizes = {example.key: 16 - 2 * index for index, example in enumerate(examples)}
-    encoded = FakeVLM(count=(lambda example: sizes[example.key]) if padded else None).encode(examples)
-    noise = torch.randn(encoded.tokens.shape, generator=torch.Generator().manual_seed(7))
-    encoded.tokens = noise * encoded.token_mask[..., None]
-    return encoded
 
 
 def random_scorer(**changes: Any) -> Scorer:

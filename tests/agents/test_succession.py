@@ -18,6 +18,7 @@ from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerPolicy, ScorerSelector
 from agents.succession import LARGE, Succession, as_subsets
 from grip_env.vlms.base import Encoded, Scores
+from tests.agents.batches import encode
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 
 SMALL = ScorerConfig(token_width=WIDTH, width=32, blocks=1, heads=2, in_turn=True)
@@ -180,16 +181,6 @@ def test_leave_one_out_gradients_are_unbiased_over_all_groups_of_two() -> None:
 
 
 # -- scorers that choose in turn ---------------------------------------------------------------------------
-
-
-def encode(count: int = 5, padded: bool = False) -> Encoded:
-    task = FakeTask()
-    examples = [task.example("train", index) for index in range(count)]
-    sizes = {example.key: 16 - 2 * index for index, example in enumerate(examples)}
-    encoded = FakeVLM(count=(lambda example: sizes[example.key]) if padded else None).encode(examples)
-    noise = torch.randn(encoded.tokens.shape, generator=torch.Generator().manual_seed(7))
-    encoded.tokens = noise * encoded.token_mask[..., None]
-    return encoded
 
 
 def random_scorer() -> Scorer:
