@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from grip_env.vlms.huggingface import HuggingFaceVLM
+from grip_env.vlms.last_layer import STAGED_DECODERS, STAGED_FAMILIES, decoder_in
 
-__all__ = ["STAGED_DECODERS", "STAGED_FAMILIES", "decoder_of"]
-
-STAGED_FAMILIES = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm")
-"""Families (``config.model_type``) that hand visual tokens to a causal decoder at positions of one axis."""
-STAGED_DECODERS = ("llama", "mistral", "qwen2")
-"""Language models (``config.text_config.model_type``) made of the same layers."""
+__all__ = ["decoder_of"]
 
 
 def decoder_of(vlm: Any) -> Any:
@@ -24,16 +20,16 @@ def decoder_of(vlm: Any) -> Any:
     if not isinstance(vlm, HuggingFaceVLM):
         given = f"{getattr(vlm, 'name', vlm)!r} is a {type(vlm).__name__}, whose layers are out of reach"
     else:
+        decoder = decoder_in(vlm.model)
+        if decoder is not None:
+            return decoder
         config = vlm.model.config
         text = config.get_text_config()
         if config.model_type in STAGED_FAMILIES and text.model_type in STAGED_DECODERS:
-            if text._attn_implementation not in ("eager", "sdpa"):
-                raise NotImplementedError(
-                    f"running single layers needs attention of 'eager' or 'sdpa', not {text._attn_implementation!r}: "
-                    "load the model with one of them"
-                )
-            inner = vlm.model.model
-            return inner.text_model if hasattr(inner, "text_model") else inner.language_model
+            raise NotImplementedError(
+                f"running single layers needs attention of 'eager' or 'sdpa', not {text._attn_implementation!r}: "
+                "load the model with one of them"
+            )
         given = f"{vlm.name!r} is of family {config.model_type!r} with a language model {text.model_type!r}"
     raise NotImplementedError(
         f"running the layers of the language model one by one is there for HuggingFaceVLM models of the families "

@@ -25,14 +25,13 @@ from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
 from grip_env.vlms.families import family_of
 from grip_env.vlms.family import Picture
+from grip_env.vlms.last_layer import CAPTURING, logits_at, trunk_of
 from grip_env.vlms.loading import read_pretrained
 from grip_env.vlms.prompts import prompt_ids, prompt_texts
 from grip_env.vlms.replies import GREEDY, Reply, timed_reply
 from grip_env.vlms.tower import known_images
 
 __all__ = ["HuggingFaceVLM"]
-
-_CAPTURING = "transformers.utils.output_capturing"
 
 
 class HuggingFaceVLM:
@@ -115,7 +114,7 @@ class HuggingFaceVLM:
         model, family = copy.deepcopy((self.model, self.family), memo)
         for module in model.modules():
             for key, hook in list(module._forward_hooks.items()):
-                if getattr(hook, "__module__", "") == _CAPTURING:
+                if getattr(hook, "__module__", "") == CAPTURING:
                     del module._forward_hooks[key]
             module.__dict__.pop("_output_capturing_hooks_installed", None)
         return self.__dict__ | {"model": model, "family": family, "_attended": {}}
@@ -352,27 +351,34 @@ class HuggingFaceVLM:
         self._check(encoded, selection)
         if not bool(encoded.answer_lengths.all()):
             raise ValueError("there are no answers to score: encode the examples with their answers")
-        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths)
+        # an id is predicted one column earlier, so that nothing is read where the last one is: it stays out
+        stays, example, lengths = self._sequences(encoded, selection, encoded.lengths - 1)
+        begin = encoded.lengths - encoded.answer_lengths
+        at, real = answer_columns(begin, encoded.answer_lengths, elsewhere=0)  # (B, T)
+        answers = encoded.input_ids.gather(1, at).masked_fill(~real, -100)
         flat = selection.flatten(0, 1)
+        trunk = trunk_of(self.model)
         for rows in _by_length(lengths, self.token_budget):
             ids, mask, places = self._compact(encoded, stays[rows], example[rows])
             answer = encoded.answer_lengths[example[rows]]  # (R,)
-            begin = mask.sum(1) - answer
-            first = int(begin.min()) - 1  # logits before this column predict no answer
-            outputs = self.model(
-                input_ids=ids,
-                attention_mask=mask.long(),  # explicit: without it, gapped positions are read as packed sequences
-                position_ids=places,
-                use_cache=False,
-                logits_to_keep=ids.shape[1] - first,
-                **self.family.token_types(ids, torch.arange(ids.shape[1], device=self.device) >= begin[:, None]),
+            before = mask.sum(1) - answer  # (R,), where the prompt ends
+            column = torch.arange(ids.shape[1], device=self.device)
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": mask.long(),  # explicit: without it, gapped positions are read as packed sequences
+                "position_ids": places,
+                "use_cache": False,
+                **self.family.token_types(ids, column > before[:, None]),
                 **self._images(encoded, features, flat[rows], example[rows]),
-            )
-            logits = outputs.logits.float()
-            at, real = answer_columns(begin, answer, elsewhere=1 + first)  # (R, T)
-            targets = ids.gather(1, at).masked_fill(~real, -100)
-            spread = (at - 1 - first)[..., None].expand(-1, -1, logits.shape[-1])
-            yield rows, logits.gather(1, spread), targets
+            }
+            first = int(before.min())  # logits before this column predict no answer
+            read = answer_columns(before, answer, elsewhere=first)[0]
+            if trunk is not None:
+                logits = logits_at(self.model, trunk(**inputs).last_hidden_state, places, read)
+            else:
+                logits = self.model(**inputs, logits_to_keep=ids.shape[1] - first).logits.float()
+                logits = logits.gather(1, (read - first)[..., None].expand(-1, -1, logits.shape[-1]))
+            yield rows, logits, answers[example[rows], : read.shape[1]]
 
     def _compact(
         self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor, left: bool = False

@@ -210,7 +210,8 @@ def test_keeping_everything_equals_the_untouched_model(vlm: HuggingFaceVLM) -> N
         more = answer_ids(encoded, 0)
         (found,) = answer_logits(vlm, encoded, encoded.full_selection())
         expected = full_sequence(vlm, example, more)[-1 - len(more) : -1]
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-6)
+        # not to the last bit: the whole sequence has the answer's last id as well, whose column nothing is read from
+        torch.testing.assert_close(found, expected, atol=5e-6, rtol=1e-6)
 
 
 def test_reindexed_positions_count_what_is_kept(vlm: HuggingFaceVLM) -> None:

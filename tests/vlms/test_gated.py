@@ -7,7 +7,7 @@ import torch
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
-from grip_env.vlms.decoders import STAGED_FAMILIES
+from grip_env.vlms.last_layer import STAGED_FAMILIES
 from grip_env.vlms.families import FAMILIES
 from grip_env.vlms.gated import check_gates, gated_log_likelihood
 from grip_env.vlms.huggingface import HuggingFaceVLM

@@ -1,0 +1,122 @@
+"""The last layer of a language model, where the answer is read and nowhere else.
+
+Scoring reads the few columns that predict the answer. To them the last layer brings keys and values of every column,
+and what else it makes of the others goes nowhere. So it runs by its parts here, on the columns that are read, after
+the family's own forward pass has run all layers before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import rotate_half
+
+__all__ = ["STAGED_DECODERS", "STAGED_FAMILIES", "decoder_in", "logits_at", "trunk_of"]
+
+STAGED_FAMILIES = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm")
+"""Families (``config.model_type``) that hand visual tokens to a causal decoder at positions of one axis."""
+STAGED_DECODERS = ("llama", "mistral", "qwen2")
+"""Language models (``config.text_config.model_type``) made of the same layers."""
+CAPTURING = "transformers.utils.output_capturing"
+"""Where the hooks come from that transformers leaves on modules once attention or hidden states were asked for."""
+
+
+def decoder_in(model: Any) -> Any:
+    """Return the decoder of a model of transformers, or ``None`` if its layers are others than can be run one by one.
+
+    It has ``embed_tokens``, ``layers``, ``rotary_emb`` and ``norm``.
+    """
+    text = model.config.get_text_config()
+    if model.config.model_type not in STAGED_FAMILIES or text.model_type not in STAGED_DECODERS:
+        return None
+    if text._attn_implementation not in ("eager", "sdpa"):
+        return None
+    return getattr(model.model, _place(model.model))
+
+
+def trunk_of(model: Any) -> Any:
+    """Return a model's inside without the last layer and the norm after it, or ``None`` where that cannot be had.
+
+    It shares every weight with the model, which stays as it is, and its ``last_hidden_state`` is what goes into the
+    last layer. There is none where :func:`decoder_in` finds no decoder, and where somebody changed how its modules
+    run: with hooks, by compiling them, or by putting another ``forward`` in place.
+    """
+    decoder = decoder_in(model)
+    if decoder is None:
+        return None
+    changed = (model, model.model, decoder, decoder.layers[-1], *decoder.layers[-1].modules())
+    if any(_is_altered(module) for module in changed):
+        return None
+    shorter = _twin(decoder, layers=decoder.layers[:-1], norm=torch.nn.Identity())
+    return _twin(model.model, **{_place(model.model): shorter})
+
+
+def logits_at(
+    model: Any,
+    hidden: torch.Tensor,
+    places: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the last layer, the norm after it and the head where they are read: float32 (R, T, vocabulary).
+
+    Args:
+        model: The model, one in which :func:`decoder_in` finds a decoder.
+        hidden: What goes into the last layer, (R, L, D).
+        places: Position ids, long (R, L).
+        columns: Which columns are read, long (R, T).
+        bias: Added to the attention of each column to each, (R or 1, 1, L, L); by default a column sees itself and
+            those before it.
+    """
+    decoder = decoder_in(model)
+    block = decoder.layers[-1]
+    attention = block.self_attn
+
+    def at(values: torch.Tensor) -> torch.Tensor:
+        return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
+
+    def heads(values: torch.Tensor) -> torch.Tensor:
+        return values.view(*values.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+    def rotated(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return values * cos[:, None] + rotate_half(values) * sin[:, None]
+
+    normed = block.input_layernorm(hidden)
+    cos, sin = (part.expand(len(hidden), -1, -1) for part in decoder.rotary_emb(hidden, position_ids=places))
+    query = rotated(heads(attention.q_proj(at(normed))), at(cos), at(sin))  # (R, heads, T, head_dim)
+    key = rotated(heads(attention.k_proj(normed)), cos, sin).repeat_interleave(attention.num_key_value_groups, 1)
+    value = heads(attention.v_proj(normed)).repeat_interleave(attention.num_key_value_groups, 1)
+    if bias is None:
+        seen = torch.arange(hidden.shape[1], device=hidden.device) <= columns[..., None]  # (R, T, L)
+    else:
+        seen = at(bias[:, 0].expand(len(hidden), -1, -1))
+    found = scaled_dot_product_attention(query, key, value, seen[:, None], scale=attention.scaling)
+    states = at(hidden) + attention.o_proj(found.transpose(1, 2).flatten(2))
+    states = states + block.mlp(block.post_attention_layernorm(states))
+    logits: torch.Tensor = model.get_output_embeddings()(decoder.norm(states))
+    return logits.float()
+
+
+def _place(inner: Any) -> str:
+    """Return under which name the decoder is in a model's inside."""
+    return "text_model" if hasattr(inner, "text_model") else "language_model"
+
+
+def _twin(module: torch.nn.Module, **parts: torch.nn.Module) -> torch.nn.Module:
+    """Return a module of its own that shares everything with ``module`` but the parts given."""
+    twin = copy.copy(module)
+    twin._modules = module._modules | parts
+    return twin
+
+
+def _is_altered(module: torch.nn.Module) -> bool:
+    """Return whether a module does anything but run its class's ``forward``."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return (
+        "forward" in vars(module)
+        or module._compiled_call_impl is not None
+        or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+    )
