@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 
 from grip_env.envs.features import Features
-from grip_env.envs.instances import Instance, InstanceStore
+from grip_env.envs.instances import Instance, InstanceStore, read_only
 from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
 from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
 from grip_env.tasks import load_task
@@ -263,10 +263,7 @@ class EpisodeRules(ABC):
 
     def glimpse(self, episode: Episode) -> Observation:
         """Return an observation of an episode that shares memory with others and cannot be written to."""
-        shared = {key: value.view() for key, value in self.view(episode).items()}
-        for value in shared.values():
-            value.setflags(write=False)
-        return shared
+        return {key: read_only(value) for key, value in self.view(episode).items()}
 
     def start_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset."""

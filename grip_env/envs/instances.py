@@ -14,7 +14,7 @@ from grip_env.envs.features import Features
 from grip_env.tasks.base import Example, Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
-__all__ = ["Instance", "InstanceStore", "RoomError", "fit", "to_array"]
+__all__ = ["Instance", "InstanceStore", "RoomError", "fit", "read_only", "to_array"]
 
 
 class RoomError(ValueError):
@@ -35,7 +35,7 @@ class Instance:
     cells: np.ndarray | None
     """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
     observed: dict[str, np.ndarray]
-    """The part of an observation that is the same at every step and budget. Not to be written to."""
+    """The part of an observation that is the same at every step and budget: read-only views."""
     full: Scores | None = None
     """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
 
@@ -162,6 +162,9 @@ class InstanceStore:
 
         Joining texts of different lengths takes three times as long as joining equal ones; so it happens once.
         """
+        kept = [(each.encoded.input_ids.shape[1], each.encoded.question.shape[1]) for each in instances]
+        if all(lengths == (batch.input_ids.shape[1], batch.question.shape[1]) for lengths in kept):
+            return
         text = {name: getattr(batch, name) for name in ("input_ids", "places", "question", "question_mask")}
         text = {name: tensor for name, tensor in text.items() if tensor is not None}
         for row, instance in enumerate(instances):
@@ -194,7 +197,9 @@ class InstanceStore:
         if self.max_question_tokens is not None:
             observed["question"] = self.features(fit(to_array(encoded.question[0]), room))
             observed["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), room).astype(np.int8)
-        return Instance(index, encoded, real, positions, cells, observed)
+        for value in observed.values():
+            value.setflags(write=False)
+        return Instance(index, encoded, real, positions, cells, {key: value.view() for key, value in observed.items()})
 
     def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
         if count > room:
@@ -207,6 +212,14 @@ class InstanceStore:
 def to_array(tensor: torch.Tensor) -> np.ndarray:
     """Return a tensor's values as float32."""
     return tensor.detach().float().cpu().numpy()
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view of an array that cannot be written to; the array itself if it is such a view."""
+    if array.flags.writeable or array.base is None:
+        array = array.view()
+        array.setflags(write=False)
+    return array
 
 
 def fit(rows: np.ndarray, length: int) -> np.ndarray:

@@ -365,7 +365,9 @@ class HuggingFaceVLM:
             column = torch.arange(ids.shape[1], device=self.device)
             inputs = {
                 "input_ids": ids,
-                "attention_mask": mask.long(),  # explicit: without it, gapped positions are read as packed sequences
+                # always given: without it, gapped positions are read as packed sequences. Where attention is causal
+                # nothing looks at the padding at the end, and a mask of ones lets fused attention do without any
+                "attention_mask": (mask if trunk is None else torch.ones_like(mask)).long(),
                 "position_ids": places,
                 "use_cache": False,
                 **self.family.token_types(ids, column > before[:, None]),

@@ -84,11 +84,14 @@ def logits_at(
     def rotated(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return values * cos[:, None] + rotate_half(values) * sin[:, None]
 
+    def shared(values: torch.Tensor) -> torch.Tensor:  # keys and values may serve several heads
+        groups = attention.num_key_value_groups
+        return values if groups == 1 else values.repeat_interleave(groups, 1)
+
     normed = block.input_layernorm(hidden)
     cos, sin = (part.expand(len(hidden), -1, -1) for part in decoder.rotary_emb(hidden, position_ids=places))
     query = rotated(heads(attention.q_proj(at(normed))), at(cos), at(sin))  # (R, heads, T, head_dim)
-    key = rotated(heads(attention.k_proj(normed)), cos, sin).repeat_interleave(attention.num_key_value_groups, 1)
-    value = heads(attention.v_proj(normed)).repeat_interleave(attention.num_key_value_groups, 1)
+    key, value = shared(rotated(heads(attention.k_proj(normed)), cos, sin)), shared(heads(attention.v_proj(normed)))
     if bias is None:
         seen = torch.arange(hidden.shape[1], device=hidden.device) <= columns[..., None]  # (R, T, L)
     else:
