@@ -303,11 +303,17 @@ class StagedForward:
 
     def _answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the last layer predicts for the answers (B, T, V), and their ids (B, T), -100 where one ends."""
-        at, real = answer_columns(self._present.sum(1) - self._answers, self._answers)  # (B, T)
-        before = (at - 1)[..., None].expand(-1, -1, self._hidden.shape[-1])  # an id is predicted one column earlier
-        final = decoder_of(self.vlm).norm(self._hidden.gather(1, before))
+        read, targets = self._read()
+        final = decoder_of(self.vlm).norm(
+            self._hidden.gather(1, read[..., None].expand(-1, -1, self._hidden.shape[-1]))
+        )
         logits: torch.Tensor = self.vlm.model.get_output_embeddings()(final).float()
-        return logits, self._ids.gather(1, at).masked_fill(~real, -100)
+        return logits, targets
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return in which columns the answers are predicted (B, T), and their ids (B, T), -100 where one ends."""
+        at, real = answer_columns(self._present.sum(1) - self._answers, self._answers)
+        return at - 1, self._ids.gather(1, at).masked_fill(~real, -100)  # an id is predicted one column earlier
 
     def _chunks(self) -> Iterator[slice]:
         """Split the rows so that no call of a layer gets more tokens than the model's ``token_budget``."""
