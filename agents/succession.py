@@ -69,24 +69,27 @@ class Succession:
     def _choose(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Return ``count`` orders per row, (count, B, K): draws, or without a generator the best choice each time."""
         rows, tokens = self.scores.shape
-        left = self.mask.repeat(count, 1, 1)
-        logits = self.scores.repeat(count, 1, 1)
+        first = self.k.argsort(descending=True, stable=True)  # rows that are done are the last ones, and left out
+        choosing = [int((self.k > turn).sum()) for turn in range(int(self.k.max()))]
+        left = self.mask[first].repeat(count, 1, 1)
+        logits = self.scores[first].repeat(count, 1, 1)
         takes = self.interaction.transpose(1, 2)  # row j: what choosing j takes
-        row = torch.arange(rows, device=logits.device)
-        orders = torch.full((count, rows, int(self.k.max())), -1, device=logits.device)
-        for turn in range(orders.shape[-1]):
+        orders = torch.full((count, rows, len(choosing)), -1, device=logits.device)
+        for turn, busy in enumerate(choosing):
+            left, logits, row = left[:, :busy], logits[:, :busy], first[:busy]
             open_logits = logits.masked_fill(~left, -torch.inf)
             if generator is None:
                 choice = open_logits.argmax(-1)
             else:
                 share = open_logits.softmax(-1).cumsum(-1)
-                point = torch.rand((count, rows, 1), generator=generator).to(share.device) * share[..., -1:]
+                # one number for each row, also for those that are done: what is drawn for one depends on no other's k
+                luck = torch.rand((count, rows, 1), generator=generator).to(share.device)
+                point = luck[:, row] * share[..., -1:]
                 choice = (share <= point).sum(-1)
                 # rounding: the sum may end in tokens of no probability
                 choice = torch.where(choice < tokens, choice, open_logits.argmax(-1))
-            acts = turn < self.k
-            orders[..., turn] = choice.masked_fill(~acts, -1)
-            left.scatter_(-1, choice[..., None], ~acts[:, None].expand(count, -1, -1))
+            orders[:, row, turn] = choice
+            left.scatter_(-1, choice[..., None], False)
             logits -= takes[row, choice]
         return orders
 
