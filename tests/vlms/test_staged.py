@@ -16,9 +16,9 @@ from grip_env.flops import flops_saved, prefill_flops, staged_flops
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.decoders import decoder_of
-from grip_env.vlms.last_layer import STAGED_FAMILIES
 from grip_env.vlms.families import FAMILIES
 from grip_env.vlms.huggingface import HuggingFaceVLM
+from grip_env.vlms.last_layer import STAGED_FAMILIES
 from grip_env.vlms.staged import StagedForward
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms import tiny_models
