@@ -47,7 +47,7 @@ def trunk_of(model: Any) -> Any:
     decoder = decoder_in(model)
     if decoder is None:
         return None
-    changed = (model, model.model, decoder, decoder.layers[-1], *decoder.layers[-1].modules())
+    changed = (model, model.model, decoder, *decoder.layers[-1].modules())
     if any(_is_altered(module) for module in changed):
         return None
     shorter = _twin(decoder, layers=decoder.layers[:-1], norm=torch.nn.Identity())
