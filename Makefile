@@ -1,4 +1,4 @@
-# make train   set up, then train the GRPO agent on the embedded model and report (about ten minutes)
+# make train   set up, then train the GRPO agent on the embedded model and report (about seven minutes)
 # make test    set up, then run the tests
 # make lint    set up, then check style and types
 # make test-floor   the tests with the lowest versions that pyproject.toml allows, in an environment of their own;

@@ -49,7 +49,9 @@ class HuggingFaceVLM:
     Raises:
         ValueError: If the model's family is not supported, cannot do this, or the processor has no chat template.
 
-    Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32).
+    Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32). When
+    scoring, Llama-type language models run their last layer only where the answer is read
+    (:mod:`grip_env.vlms.last_layer`); one whose modules have hooks, are compiled or have another ``forward`` runs whole.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ def _place(inner: Any) -> str:
 def _twin(module: torch.nn.Module, **parts: torch.nn.Module) -> torch.nn.Module:
     """Return a module of its own that shares everything with ``module`` but the parts given."""
     twin = copy.copy(module)
-    twin._modules = module._modules | parts
+    twin._modules = {**module._modules, **parts}
     return twin
 
 
