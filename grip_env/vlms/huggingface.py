@@ -51,7 +51,7 @@ class HuggingFaceVLM:
 
     Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32). When
     scoring, Llama-type language models run their last layer only where the answer is read
-    (:mod:`grip_env.vlms.last_layer`); one whose modules have hooks, are compiled or have another ``forward`` runs whole.
+    (:mod:`grip_env.vlms.last_layer`); a model with hooks, compiled, or with another ``forward`` runs whole.
     """
 
     def __init__(
