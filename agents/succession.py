@@ -70,7 +70,8 @@ class Succession:
         """Return ``count`` orders per row, (count, B, K): draws, or without a generator the best choice each time."""
         rows, tokens = self.scores.shape
         first = self.k.argsort(descending=True, stable=True)  # rows that are done are the last ones, and left out
-        choosing = [int((self.k > turn).sum()) for turn in range(int(self.k.max()))]
+        counts = self.k.tolist()
+        choosing = [sum(count > turn for count in counts) for turn in range(max(counts))]
         left = self.mask[first].repeat(count, 1, 1)
         logits = self.scores[first].repeat(count, 1, 1)
         takes = self.interaction.transpose(1, 2)  # row j: what choosing j takes

@@ -95,18 +95,27 @@ def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torc
     visual = (ids == vlm.family.image_token_id) & inside
     mask = inside.clone()
     mask[visual] = selection.flatten()
-    with torch.no_grad():
-        output = vlm.model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=encoded.places,
-            use_cache=False,
-            mm_encoder_outputs={"image": vlm.family.outputs(encoded.tokens.flatten(0, 1), None)},
-        )
-        chosen = output.logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     column = torch.arange(1, ids.shape[1], device=ids.device)
     answer = (column >= (lengths - encoded.answer_lengths)[:, None]) & (column < lengths[:, None])
-    return (chosen * answer).sum(1) / answer.sum(1)
+    first = int(answer.int().argmax(1).min())  # what comes before predicts no answer
+    values = []
+    # as many tokens in a call as the model takes when it scores, and logits only where they are read
+    for rows in torch.arange(len(ids)).split(max(1, vlm.token_budget // ids.shape[1])):
+        assert encoded.places is not None
+        with torch.no_grad():
+            output = vlm.model(
+                input_ids=ids[rows],
+                attention_mask=mask[rows].long(),
+                position_ids=encoded.places[rows],
+                use_cache=False,
+                logits_to_keep=ids.shape[1] - first,
+                mm_encoder_outputs={"image": vlm.family.outputs(encoded.tokens[rows].flatten(0, 1), None)},
+            )
+        targets = ids[rows, first + 1 :, None]
+        chosen = output.logits[:, :-1].float().log_softmax(-1).gather(2, targets)[..., 0]
+        wanted = answer[rows, first:]
+        values.append((chosen * wanted).sum(1) / wanted.sum(1))
+    return torch.cat(values)
 
 
 @dataclass

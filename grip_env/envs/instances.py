@@ -35,7 +35,7 @@ class Instance:
     cells: np.ndarray | None
     """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
     observed: dict[str, np.ndarray]
-    """The part of an observation that is the same at every step and budget: read-only views."""
+    """The part of an observation that is the same at every step and budget: read-only arrays."""
     full: Scores | None = None
     """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
 
@@ -199,7 +199,7 @@ class InstanceStore:
             observed["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), room).astype(np.int8)
         for value in observed.values():
             value.setflags(write=False)
-        return Instance(index, encoded, real, positions, cells, {key: value.view() for key, value in observed.items()})
+        return Instance(index, encoded, real, positions, cells, observed)
 
     def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
         if count > room:
@@ -215,11 +215,11 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
-    """Return a view of an array that cannot be written to; the array itself if it is such a view."""
-    if array.flags.writeable or array.base is None:
-        array = array.view()
-        array.setflags(write=False)
-    return array
+    """Return a view of an array that cannot be written to."""
+    view = array.view()
+    if view.flags.writeable:
+        view.setflags(write=False)
+    return view
 
 
 def fit(rows: np.ndarray, length: int) -> np.ndarray:

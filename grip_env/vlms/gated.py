@@ -14,7 +14,7 @@ import torch
 from grip_env.vlms.answers import mean_log_likelihood
 from grip_env.vlms.base import Encoded, FrozenVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.last_layer import logits_at
+from grip_env.vlms.last_layer import logits_at, trunk_of
 from grip_env.vlms.staged import StagedForward, decoder_of
 
 __all__ = ["check_gates", "gated_log_likelihood"]
@@ -108,7 +108,11 @@ def _likelihood(run: StagedForward, gates: torch.Tensor) -> torch.Tensor:
     # padding ends a row, where no token of the row looks
     bias = torch.where(itself, 0.0, let_in[:, None, None, :]).masked_fill(later, torch.finfo(hidden.dtype).min)
     rotary = decoder.rotary_emb(hidden, position_ids=places)
-    for block in decoder.layers[:-1]:
+    narrow = trunk_of(run.vlm.model) is not None  # else somebody has to see all of the last layer
+    for block in decoder.layers[:-1] if narrow else decoder.layers:
         hidden = block(hidden, attention_mask=bias, position_ids=places, position_embeddings=rotary)
-    read, targets = run._read()
-    return mean_log_likelihood(logits_at(run.vlm.model, hidden, places, read, bias), targets)
+    if narrow:
+        read, targets = run._read()
+        return mean_log_likelihood(logits_at(run.vlm.model, hidden, places, read, bias), targets)
+    run._hidden = hidden
+    return mean_log_likelihood(*run._answer())

@@ -51,7 +51,8 @@ class HuggingFaceVLM:
 
     Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32). When
     scoring, Llama-type language models run their last layer only where the answer is read
-    (:mod:`grip_env.vlms.last_layer`); a model with hooks, compiled, or with another ``forward`` runs whole.
+    (:mod:`grip_env.vlms.last_layer`), unless somebody changed how they run. Rotary embeddings of types "dynamic" and
+    "longrope" look at the longest sequence of a batch, and so do scores where a model has them.
     """
 
     def __init__(

@@ -11,8 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.llama.modeling_llama import rotate_half
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = ["STAGED_DECODERS", "STAGED_FAMILIES", "decoder_in", "logits_at", "trunk_of"]
 
@@ -41,14 +40,22 @@ def trunk_of(model: Any) -> Any:
     """Return a model's inside without the last layer and the norm after it, or ``None`` where that cannot be had.
 
     It shares every weight with the model, which stays as it is, and its ``last_hidden_state`` is what goes into the
-    last layer. There is none where :func:`decoder_in` finds no decoder, and where somebody changed how its modules
-    run: with hooks, by compiling them, or by putting another ``forward`` in place.
+    last layer. There is one where :func:`logits_at` does what the model would: for a decoder that
+    :func:`decoder_in` finds, in eval mode, of transformers' own classes, and where nobody changed how its modules run
+    with hooks, by compiling them or by putting another ``forward`` in place.
     """
     decoder = decoder_in(model)
-    if decoder is None:
+    if decoder is None or not _is_usual(decoder.config) or not _is_usual(model.config):
         return None
-    changed = (model, model.model, decoder, *decoder.layers[-1].modules())
-    if any(_is_altered(module) for module in changed):
+    if decoder.config.num_hidden_layers != len(decoder.layers) or not len(decoder.layers):
+        return None
+    block = decoder.layers[-1]
+    if not all(_is_transformers_own(module) for module in (model, model.model, decoder, block)):
+        return None
+    if not _is_transformers_own(block.self_attn):
+        return None
+    involved = (model, model.model, decoder, *block.modules(), decoder.norm, model.get_output_embeddings())
+    if block.training or any(_is_altered(module) for module in involved):
         return None
     shorter = _twin(decoder, layers=decoder.layers[:-1], norm=torch.nn.Identity())
     return _twin(model.model, **{_place(model.model): shorter})
@@ -64,7 +71,7 @@ def logits_at(
     """Run the last layer, the norm after it and the head where they are read: float32 (R, T, vocabulary).
 
     Args:
-        model: The model, one in which :func:`decoder_in` finds a decoder.
+        model: The model, one that :func:`trunk_of` has a trunk of.
         hidden: What goes into the last layer, (R, L, D).
         places: Position ids, long (R, L).
         columns: Which columns are read, long (R, T).
@@ -81,26 +88,28 @@ def logits_at(
     def heads(values: torch.Tensor) -> torch.Tensor:
         return values.view(*values.shape[:2], -1, attention.head_dim).transpose(1, 2)
 
-    def rotated(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return values * cos[:, None] + rotate_half(values) * sin[:, None]
-
-    def shared(values: torch.Tensor) -> torch.Tensor:  # keys and values may serve several heads
-        groups = attention.num_key_value_groups
-        return values if groups == 1 else values.repeat_interleave(groups, 1)
-
     normed = block.input_layernorm(hidden)
     cos, sin = (part.expand(len(hidden), -1, -1) for part in decoder.rotary_emb(hidden, position_ids=places))
-    query = rotated(heads(attention.q_proj(at(normed))), at(cos), at(sin))  # (R, heads, T, head_dim)
-    key, value = shared(rotated(heads(attention.k_proj(normed)), cos, sin)), shared(heads(attention.v_proj(normed)))
+    query = _rotated(heads(attention.q_proj(at(normed))), at(cos), at(sin))  # (R, heads, T, head_dim)
+    key, value = _rotated(heads(attention.k_proj(normed)), cos, sin), heads(attention.v_proj(normed))
     if bias is None:
         seen = torch.arange(hidden.shape[1], device=hidden.device) <= columns[..., None]  # (R, T, L)
     else:
         seen = at(bias[:, 0].expand(len(hidden), -1, -1))
-    found = scaled_dot_product_attention(query, key, value, seen[:, None], scale=attention.scaling)
-    states = at(hidden) + attention.o_proj(found.transpose(1, 2).flatten(2))
+    # fused also where the other layers are not, which is the same up to rounding
+    found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        attention, query, key, value, seen[:, None], dropout=0.0, scaling=attention.scaling
+    )
+    states = at(hidden) + attention.o_proj(found.flatten(2))
     states = states + block.mlp(block.post_attention_layernorm(states))
     logits: torch.Tensor = model.get_output_embeddings()(decoder.norm(states))
     return logits.float()
+
+
+def _rotated(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys (R, heads, L, head_dim) by their positions' angles (R, L, head_dim)."""
+    first, second = values.chunk(2, -1)
+    return values * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
 
 def _place(inner: Any) -> str:
@@ -115,9 +124,26 @@ def _twin(module: torch.nn.Module, **parts: torch.nn.Module) -> torch.nn.Module:
     return twin
 
 
+def _is_usual(config: Any) -> bool:
+    """Return whether a config leaves attention causal, and asks for nothing that is captured on the way."""
+    captures = any(getattr(config, f"output_{kind}", False) for kind in ("attentions", "hidden_states"))
+    return getattr(config, "is_causal", True) is not False and not captures
+
+
+def _is_transformers_own(module: torch.nn.Module) -> bool:
+    """Return whether the ``forward`` of a module's class, and the class itself, are of a model of transformers."""
+    own = "transformers.models."
+    return type(module).__module__.startswith(own) and type(module).forward.__module__.startswith(own)
+
+
 def _is_altered(module: torch.nn.Module) -> bool:
     """Return whether a module does anything but run its class's ``forward``."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = (
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    )
     return (
         "forward" in vars(module)
         or module._compiled_call_impl is not None

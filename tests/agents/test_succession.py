@@ -84,6 +84,22 @@ def test_draws_are_as_frequent_as_their_probabilities_say() -> None:
             assert abs(count / 30_000 - likely) < 5 * math.sqrt(likely * (1 - likely) / 30_000) + 1e-4, order
 
 
+def test_each_turn_draws_a_number_for_every_row_whether_it_is_done_or_not() -> None:
+    """So that the draws of a seed are what they were when all rows went through every turn."""
+    policy = law(tokens=7, k=(2, 6, 1, 4), padded=False)
+    drawn = policy.sample((3,), generator=torch.Generator().manual_seed(5))
+    numbers = torch.Generator().manual_seed(5)
+    luck = [torch.rand((3, 4, 1), generator=numbers) for _ in range(6)]  # (turn, draw, row)
+    for draw, row in itertools.product(range(3), range(4)):
+        logits, left, order = policy.scores[row].clone(), torch.ones(7, dtype=torch.bool), []
+        for turn in range(int(policy.k[row])):
+            shares = logits.masked_fill(~left, -torch.inf).softmax(-1).cumsum(-1)
+            order.append(int((shares <= luck[turn][draw, row] * shares[-1]).sum()))
+            left[order[-1]] = False
+            logits = logits - policy.interaction[row, :, order[-1]]
+        assert drawn[draw, row].tolist() == order + [-1] * (6 - len(order))
+
+
 def test_mode_takes_the_best_that_is_left_each_time() -> None:
     policy = law(seed=5)
     for row in range(2):

@@ -143,6 +143,17 @@ def test_final_observations_cannot_spoil_what_is_shared() -> None:
         np.testing.assert_array_equal(final[key], value)
 
 
+def test_final_observations_are_arrays_of_their_own() -> None:
+    envs = make(2)
+    envs.reset(seed=0, options={"index": 0})
+    _, _, _, _, infos = envs.step(np.zeros((2, 16), dtype=np.int8))
+    first, second = (final["tokens"] for final in infos["final_obs"])
+    assert np.shares_memory(first, second)  # of the same image
+    first.shape = (-1,)
+    observations, _ = envs.reset(options={"index": 0})
+    assert observations["tokens"][0].shape == second.shape
+
+
 def test_a_limit_of_one_step_truncates_as_gymnasium_does() -> None:
     kwargs = DEFAULTS | {"vlm": FakeVLM(), "max_episode_steps": 1}
     theirs: SyncVectorEnv = SyncVectorEnv(

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from grip_env.vlms import huggingface
 from grip_env.vlms.base import Encoded, Scores
 from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.gated import gated_log_likelihood
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.last_layer import STAGED_FAMILIES, decoder_in, trunk_of
 from tests.vlms.test_families import examples, make, subsets
@@ -37,7 +38,7 @@ def close(found: Scores, expected: Scores) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", sorted(STAGED_FAMILIES))
 def test_scores_are_those_of_the_whole_model(kind: str, attention: str, layers: int) -> None:
-    """Pictures of several sizes, answers of several lengths, budgets from nothing to everything, heads in groups."""
+    """Pictures of several sizes, answers of several lengths, budgets from nothing to everything."""
     vlm = build(kind, layers)
     vlm.model.set_attn_implementation(attention)
     encoded = vlm.encode(examples())
@@ -47,6 +48,15 @@ def test_scores_are_those_of_the_whole_model(kind: str, attention: str, layers: 
     found = vlm.score(encoded, selection, first_token=True)
     close(found, whole(lambda: vlm.score(encoded, selection, first_token=True)))
     assert (found.log_likelihood[:, 0] - found.log_likelihood[:, -1]).abs().max() > 1e-3, "tokens must matter"
+
+
+@pytest.mark.parametrize("kind", ["internvl", "llava", "llava_next"])
+def test_heads_may_share_keys_in_several_groups(kind: str) -> None:
+    vlm = build(kind, language={"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4})
+    encoded = vlm.encode(examples())
+    assert trunk_of(vlm.model) is not None
+    found = vlm.score(encoded, subsets(encoded), first_token=True)
+    close(found, whole(lambda: vlm.score(encoded, subsets(encoded), first_token=True)))
 
 
 def test_positions_may_be_renumbered() -> None:
@@ -85,7 +95,7 @@ def test_the_columns_that_are_not_read_are_spared() -> None:
             vlm.score(encoded, selection)
         return counter.get_total_flops()
 
-    text, block = vlm.model.config.text_config, vlm.model.model.language_model.layers[-1]
+    text, block = vlm.model.config.text_config, decoder_of(vlm).layers[-1]
     columns = (len(encoded), int(encoded.lengths.max()) - 1)  # the answer's last id is in no sequence
     unread = columns[0] * (columns[1] - int(encoded.answer_lengths.max()))
     queries_and_outputs = 2 * text.hidden_size * block.self_attn.q_proj.weight.shape[0]
@@ -93,45 +103,171 @@ def test_the_columns_that_are_not_read_are_spared() -> None:
     assert spared <= whole(count) - count() <= 1.3 * spared  # attention of these columns comes on top
 
 
-def hook_on_the_last_layer(vlm: HuggingFaceVLM, seen: list[int]) -> None:
-    layer = vlm.model.model.language_model.layers[-1]
-    layer.register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
+def decoder_of(vlm: HuggingFaceVLM) -> Any:
+    return vlm.model.model.language_model
+
+
+Alteration = Callable[[HuggingFaceVLM, list[int]], None]
+"""Has something put into a model note the length of every sequence that it sees."""
+
+
+def hook(find: Callable[[HuggingFaceVLM], Any]) -> Alteration:
+    def alter(vlm: HuggingFaceVLM, seen: list[int]) -> None:
+        def note(_: Any, __: Any, output: Any) -> None:
+            seen.append((output if isinstance(output, torch.Tensor) else output[0]).shape[1])
+
+        find(vlm).register_forward_hook(note)
+
+    return alter
+
+
+def another_forward(find: Callable[[HuggingFaceVLM], Any]) -> Alteration:
+    def alter(vlm: HuggingFaceVLM, seen: list[int]) -> None:
+        module = find(vlm)
+        own = module.forward
+
+        def forward(*args: Any, **options: Any) -> Any:
+            output = own(*args, **options)
+            seen.append((output if isinstance(output, torch.Tensor) else output[0]).shape[1])
+            return output
+
+        module.forward = forward
+
+    return alter
 
 
 def pre_hook_inside_the_last_layer(vlm: HuggingFaceVLM, seen: list[int]) -> None:
-    layer = vlm.model.model.language_model.layers[-1]
-    layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    decoder_of(vlm).layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
 
 
-def another_forward(vlm: HuggingFaceVLM, seen: list[int]) -> None:
-    decoder = vlm.model.model.language_model
-    own = decoder.forward
+def wrapper_around_the_last_layer(vlm: HuggingFaceVLM, seen: list[int]) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
 
-    def forward(*args: Any, **options: Any) -> Any:
-        output = own(*args, **options)
-        seen.append(output.last_hidden_state.shape[1])
-        return output
+        def forward(self, hidden: torch.Tensor, **options: Any) -> Any:
+            seen.append(hidden.shape[1])
+            return self.inner(hidden, **options)
 
-    decoder.forward = forward
+    layers = decoder_of(vlm).layers
+    layers[-1] = Wrapper(layers[-1])
 
 
-@pytest.mark.parametrize("alter", [hook_on_the_last_layer, pre_hook_inside_the_last_layer, another_forward])
-def test_what_somebody_put_into_the_model_sees_every_column(alter: Callable[[HuggingFaceVLM, list[int]], None]) -> None:
+def layer_of_a_class_of_ones_own(vlm: HuggingFaceVLM, seen: list[int]) -> None:
+    block = decoder_of(vlm).layers[-1]
+
+    class Layer(type(block)):  # type: ignore[misc]
+        def forward(self, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+            seen.append(hidden.shape[1])
+            return super().forward(hidden, *args, **options)
+
+    block.__class__ = Layer
+
+
+ALTERATIONS = {
+    "hook on the last layer": hook(lambda vlm: decoder_of(vlm).layers[-1]),
+    "hook on the norm": hook(lambda vlm: decoder_of(vlm).norm),
+    "hook on the decoder": hook(decoder_of),
+    "hook on the inside": hook(lambda vlm: vlm.model.model),
+    "pre-hook inside the last layer": pre_hook_inside_the_last_layer,
+    "forward of the last layer": another_forward(lambda vlm: decoder_of(vlm).layers[-1]),
+    "forward of the decoder": another_forward(decoder_of),
+    "forward of the inside": another_forward(lambda vlm: vlm.model.model),
+    "wrapper": wrapper_around_the_last_layer,
+    "class of one's own": layer_of_a_class_of_ones_own,
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_what_somebody_put_into_the_model_sees_every_column(name: str) -> None:
     vlm = build("llava")
     encoded = vlm.encode(examples())
     selection = subsets(encoded)
     before = vlm.score(encoded, selection, first_token=True)
     seen: list[int] = []
-    alter(vlm, seen)
+    ALTERATIONS[name](vlm, seen)
     assert trunk_of(vlm.model) is None
     close(vlm.score(encoded, selection, first_token=True), before)
     assert max(seen) == int(encoded.lengths.max()) - 1
 
 
+@pytest.mark.parametrize("place", ["the whole", "head"])
+def test_hooks_on_logits_see_those_of_the_models_own_forward(place: str) -> None:
+    vlm = build("llava")
+    encoded = vlm.encode(examples())
+    module = vlm.model if place == "the whole" else vlm.model.lm_head
+    seen: list[int] = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    assert trunk_of(vlm.model) is None
+    vlm.score(encoded, subsets(encoded))
+    assert seen
+
+
+@pytest.mark.parametrize("kind", ["forward", "full_backward"])
+def test_hooks_of_gradients_fire(kind: str) -> None:
+    vlm = build("llava")
+    encoded = vlm.encode(examples())
+    seen: list[int] = []
+    getattr(decoder_of(vlm).layers[-1], f"register_{kind}_hook")(lambda *_: seen.append(1))
+    tokens = encoded.tokens.clone().requires_grad_()
+    vlm.log_likelihood(encoded, encoded.full_selection(), tokens).sum().backward()
+    assert seen
+
+
+def test_gates_run_what_somebody_put_into_the_last_layer() -> None:
+    vlm = build("llava")
+    encoded = vlm.encode(examples())
+    ramp = torch.linspace(-1, 1, vlm.width)
+    plain = gated_log_likelihood(vlm, encoded, encoded.full_selection().float())
+    decoder_of(vlm).layers[-1].register_forward_hook(lambda _, __, output: output * ramp)
+    gated = gated_log_likelihood(vlm, encoded, encoded.full_selection().float())
+    torch.testing.assert_close(gated, vlm.log_likelihood(encoded, encoded.full_selection()), atol=1e-4, rtol=0)
+    assert (gated - plain).abs().max() > 0.1
+
+
 def test_compiled_layers_run_whole() -> None:
     vlm = build("llava")
-    vlm.model.model.language_model.layers[-1].compile(backend="eager")
+    decoder_of(vlm).layers[-1].compile(backend="eager")
     assert trunk_of(vlm.model) is None
+
+
+def fewer_layers_than_there_are(vlm: HuggingFaceVLM) -> None:
+    vlm.model.config.text_config.num_hidden_layers -= 1
+
+
+def training(vlm: HuggingFaceVLM) -> None:
+    vlm.model.train()
+
+
+def attention_to_what_comes_after(vlm: HuggingFaceVLM) -> None:
+    vlm.model.config.text_config.is_causal = False
+
+
+@pytest.mark.parametrize("change", [fewer_layers_than_there_are, training, attention_to_what_comes_after])
+def test_models_that_run_otherwise_run_whole(change: Callable[[HuggingFaceVLM], None]) -> None:
+    vlm = build("llava")
+    change(vlm)
+    assert trunk_of(vlm.model) is None
+
+
+def test_layers_that_the_config_leaves_out_are_left_out() -> None:
+    vlm, short = build("llava"), build("llava", layers=2)
+    short.model.load_state_dict(vlm.model.state_dict(), strict=False)
+    vlm.model.config.text_config.num_hidden_layers = 2
+    encoded = vlm.encode(examples())
+    close(*(each.score(encoded, subsets(encoded), first_token=True) for each in (vlm, short)))
+
+
+def test_capturing_by_the_config_leaves_no_hooks_behind() -> None:
+    vlm = build("llava")
+    vlm.model.config.text_config.output_hidden_states = True
+    encoded = vlm.encode(examples())
+    counts = []
+    for _ in range(3):
+        vlm.score(encoded, encoded.full_selection())
+        counts.append(sum(len(module._forward_hooks) for module in vlm.model.modules()))
+    assert counts[0] == counts[-1]
 
 
 def test_hooks_that_transformers_leaves_are_no_obstacle() -> None:
@@ -139,7 +275,7 @@ def test_hooks_that_transformers_leaves_are_no_obstacle() -> None:
     encoded = vlm.encode(examples())
     embeddings = vlm.model.get_input_embeddings()(encoded.input_ids[:1, :4])
     vlm.model.model.language_model(inputs_embeds=embeddings, output_hidden_states=True)
-    assert vlm.model.model.language_model.layers[-1]._forward_hooks
+    assert decoder_of(vlm).layers[-1]._forward_hooks
     assert trunk_of(vlm.model) is not None
 
 
@@ -164,8 +300,8 @@ def test_weights_that_change_are_seen(random_vlm: HuggingFaceVLM) -> None:
 
     before = score()
     with torch.no_grad():
-        vlm.model.model.language_model.layers[-1].mlp.down_proj.weight.mul_(3)
-        vlm.model.model.language_model.layers[0].mlp.down_proj.weight.mul_(3)
+        decoder_of(vlm).layers[-1].mlp.down_proj.weight.mul_(3)
+        decoder_of(vlm).layers[0].mlp.down_proj.weight.mul_(3)
     assert (score() - before).abs().max() > 1e-3
     torch.testing.assert_close(score(), whole(score), atol=1e-5, rtol=0)
 

@@ -26,13 +26,12 @@ from tests.vlms.plain import run_prompt
 from tests.vlms.test_families import answer_ids, examples, process
 
 
-def build(kind: str, layers: int = 3, **options: Any) -> HuggingFaceVLM:
+def build(kind: str, layers: int = 3, language: Mapping[str, Any] | None = None, **options: Any) -> HuggingFaceVLM:
     """A tiny model of a family, with a deeper language model, so that there are inner boundaries."""
+    config = {"num_hidden_layers": layers, **(language or {})}
     with pytest.MonkeyPatch.context() as patch:
-        language = tiny_models._language
-        patch.setattr(
-            tiny_models, "_language", lambda *args, **more: language(*args, **{**more, "num_hidden_layers": layers})
-        )
+        shared = tiny_models._language
+        patch.setattr(tiny_models, "_language", lambda *args, **more: shared(*args, **{**more, **config}))
         return HuggingFaceVLM(*tiny_models.build(kind), kind, **options)
 
 
