@@ -149,9 +149,11 @@ def test_final_observations_are_arrays_of_their_own() -> None:
     _, _, _, _, infos = envs.step(np.zeros((2, 16), dtype=np.int8))
     first, second = (final["tokens"] for final in infos["final_obs"])
     assert np.shares_memory(first, second)  # of the same image
+    shape = first.shape
     first.shape = (-1,)
+    assert second.shape == shape
     observations, _ = envs.reset(options={"index": 0})
-    assert observations["tokens"][0].shape == second.shape
+    assert observations["tokens"][0].shape == shape
 
 
 def test_a_limit_of_one_step_truncates_as_gymnasium_does() -> None:

@@ -154,15 +154,18 @@ def wrapper_around_the_last_layer(vlm: HuggingFaceVLM, seen: list[int]) -> None:
     layers[-1] = Wrapper(layers[-1])
 
 
-def layer_of_a_class_of_ones_own(vlm: HuggingFaceVLM, seen: list[int]) -> None:
-    block = decoder_of(vlm).layers[-1]
+def class_of_ones_own(find: Callable[[HuggingFaceVLM], Any]) -> Alteration:
+    def alter(vlm: HuggingFaceVLM, seen: list[int]) -> None:
+        module = find(vlm)
 
-    class Layer(type(block)):  # type: ignore[misc]
-        def forward(self, hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
-            seen.append(hidden.shape[1])
-            return super().forward(hidden, *args, **options)
+        class Own(type(module)):  # type: ignore[misc]
+            def forward(self, *args: Any, **options: Any) -> Any:
+                seen.append((args[0] if args else options["hidden_states"]).shape[1])
+                return super().forward(*args, **options)
 
-    block.__class__ = Layer
+        module.__class__ = Own
+
+    return alter
 
 
 ALTERATIONS = {
@@ -175,7 +178,8 @@ ALTERATIONS = {
     "forward of the decoder": another_forward(decoder_of),
     "forward of the inside": another_forward(lambda vlm: vlm.model.model),
     "wrapper": wrapper_around_the_last_layer,
-    "class of one's own": layer_of_a_class_of_ones_own,
+    "class of the last layer": class_of_ones_own(lambda vlm: decoder_of(vlm).layers[-1]),
+    "class of its attention": class_of_ones_own(lambda vlm: decoder_of(vlm).layers[-1].self_attn),
 }
 
 
