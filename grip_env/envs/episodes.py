@@ -42,8 +42,7 @@ _OPTIONS = ("budget", "index")
 _MEANING = {"binary": "0 or 1", "scores": "score"}
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What the model made of a selection."""
 
     log_likelihood: float
@@ -72,7 +71,7 @@ class Episode:
     over: bool = False
 
     def __post_init__(self) -> None:
-        self.selection = np.zeros_like(self.instance.real)
+        self.selection = self.instance.nothing
 
 
 class Decision(NamedTuple):

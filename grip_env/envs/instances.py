@@ -54,6 +54,13 @@ class Instance:
         """Where they are, long (count,), ascending."""
         return np.flatnonzero(self.real)
 
+    @cached_property
+    def nothing(self) -> np.ndarray:
+        """No token at all, bool (N,), read-only: what every episode begins with."""
+        empty = np.zeros_like(self.real)
+        empty.setflags(write=False)
+        return empty
+
     @cached_property  # every step tells it
     def full_log_likelihood(self) -> float:
         """Log-likelihood of the answer with every token kept, nats per answer token."""
@@ -147,7 +154,7 @@ class InstanceStore:
         batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
         self._level(batch, [instance for instance, _ in jobs])
         length = batch.token_mask.shape[1]
-        chosen = torch.from_numpy(np.stack([fit(selection, length) for _, selection in jobs]))[:, None]
+        chosen = torch.from_numpy(fit(np.stack([selection for _, selection in jobs], 1), length).T)[:, None]
         with torch.no_grad():
             return self.vlm.score(
                 batch,

@@ -45,11 +45,13 @@ def joined_infos(infos: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     ([3, 0], [True, False], [None, [1, 2]])
     """
     joined: dict[str, Any] = {}
-    for key in dict.fromkeys(key for info in infos if info is not None for key in info):
-        known = np.array([info is not None and key in info for info in infos])
-        values = [info[key] for info in infos if info is not None and key in info]
+    given = [{} if info is None else info for info in infos]
+    alike = all(info.keys() == given[0].keys() for info in given)  # as a rule
+    for key in given[0] if alike else dict.fromkeys(key for info in given for key in info):
+        known = np.ones(len(given), dtype=bool) if alike else np.array([key in info for info in given])
+        values = [info[key] for info in given if alike or key in info]
         joined[key] = (
-            joined_infos([None if info is None else info.get(key) for info in infos])
+            joined_infos([info.get(key) for info in given])
             if isinstance(values[0], dict) and key != "final_obs"
             else _column(values, known)
         )
