@@ -1,11 +1,13 @@
 """What the environments cost beside the model they call: ``python -m grip_env.benchmark speed``.
 
-Everything is a ratio of two kinds of work done in turn in one run, as absolute times depend on the machine.
+Everything is a ratio of two kinds of work done in turn in one run, as absolute times depend on the machine. Each round
+has its own order, as what ran before makes a call slower or faster by some percent.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,7 @@ class Config:
     budget: float = 0.1
     """Share of the visual tokens kept."""
     rounds: int = 24
-    """Rounds, each with every kind of work in turn; the first is not counted. Ratios are medians over rounds."""
+    """Rounds, each with every kind of work in an order of its own; the first is not counted. Ratios are medians."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     scaling: bool = True
@@ -158,7 +160,7 @@ def clock(work: Callable[[], object]) -> float:
 
 
 def measure(config: Config) -> Measured:
-    """Do every kind of work in turn, in each of the rounds."""
+    """Do every kind of work in each of the rounds, in an order that the round's number decides."""
     import gymnasium
     import torch
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -196,20 +198,24 @@ def measure(config: Config) -> Measured:
         selection = _subsets(config.num_envs, encoded.tokens.shape[1], kept, generator)
         action = selection.numpy().astype(np.int8)
         batch = encoded[torch.as_tensor(infos["index"])]
-        spent = {"raw": clock(lambda: vlm.log_likelihood(batch, selection[:, None]))}  # noqa: B023 (called at once)
         rows = [(batch[[row]], selection[[row], None]) for row in range(len(batch))]
-        spent["raw, one by one"] = clock(lambda: [vlm.log_likelihood(*row) for row in rows])  # noqa: B023
-        began = time.perf_counter()
-        _, rewards, _, _, infos = envs.step(action)
-        spent["vector"] = (time.perf_counter() - began) * 1e3
-        spent["vector, images all new"] = clock(lambda: fresh.step(action))  # noqa: B023
-        spent["SyncVectorEnv"] = clock(lambda: sync.step(action))  # noqa: B023
-        spent["kept only"] = clock(lambda: vlm.log_likelihood(batch, selection[:, None]))  # noqa: B023
-        spent["masked"] = clock(lambda: masked_log_likelihood(vlm, batch, selection))  # noqa: B023
-        spent["observations"] = clock(lambda: [envs.rules.observe(episode) for episode in envs._episodes])
-        for count in SUBSETS:
-            spent[f"k-subset N={count}"] = _subset_time(count, generator)
-        spent["GRPO step"] = clock(lambda: next(updates))
+        stepped: list[Any] = []
+        works: dict[str, Callable[[], object]] = {
+            "raw": lambda: vlm.log_likelihood(batch, selection[:, None]),  # noqa: B023 (called in this round)
+            "raw, one by one": lambda: [vlm.log_likelihood(*row) for row in rows],  # noqa: B023
+            "vector": lambda: stepped.extend(envs.step(action)),  # noqa: B023
+            "vector, images all new": lambda: fresh.step(action),  # noqa: B023
+            "SyncVectorEnv": lambda: sync.step(action),  # noqa: B023
+            "kept only": lambda: vlm.log_likelihood(batch, selection[:, None]),  # noqa: B023
+            "masked": lambda: masked_log_likelihood(vlm, batch, selection),  # noqa: B023
+            "observations": lambda: [envs.rules.observe(episode) for episode in envs._episodes],
+            **{f"k-subset N={count}": _subset_work(count, generator) for count in SUBSETS},
+            "GRPO step": lambda: next(updates),
+        }
+        spent = dict.fromkeys(works, 0.0)
+        for name in random.Random(turn).sample(list(works), len(works)):
+            spent[name] = clock(works[name])
+        _, rewards, _, _, infos = stepped
         if turn:
             for name, value in spent.items():
                 times.setdefault(name, []).append(value)
@@ -232,8 +238,8 @@ def _subsets(rows: int, count: int, kept: int, generator: torch.Generator) -> to
     return torch.rand(rows, count, generator=generator).argsort(1).argsort(1) < kept
 
 
-def _subset_time(count: int, generator: torch.Generator) -> float:
-    """Return the milliseconds of the law's part in a GRPO step of 32 x 16 subsets: draw, log-probability, gradient."""
+def _subset_work(count: int, generator: torch.Generator) -> Callable[[], None]:
+    """Return the law's part in a GRPO step of 32 x 16 subsets: draw, log-probability, gradient."""
     import torch
 
     from agents.subset import KSubset
@@ -247,7 +253,7 @@ def _subset_time(count: int, generator: torch.Generator) -> float:
         law = KSubset(theta, kept, validate_args=False)
         law.log_prob(law.sample((16,), generator=generator)).mean().backward()
 
-    return clock(work)
+    return work
 
 
 def _held(vlm: HuggingFaceVLM, task: Task) -> dict[str, float]:
