@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,8 @@ class InstanceStore:
         self.max_question_tokens = max_question_tokens
         self._cache: OrderedDict[int, Instance] = OrderedDict()
         self._cache_size = cache_size
+        self._parts: list[Encoded] = []
+        self._batch: Encoded | None = None
 
     def load(self, indices: Iterable[int]) -> dict[int, Instance]:
         """Return instances by index; those that are not in memory are encoded together.
@@ -151,8 +154,7 @@ class InstanceStore:
             reference: ``first_token`` of their scores with every token kept, (R, 1, V): the scores then have
                 ``agreement``. Without it they have ``first_token``, if this store asks for that.
         """
-        batch = Encoded.concatenate([instance.encoded for instance, _ in jobs])
-        self._level(batch, [instance for instance, _ in jobs])
+        batch = self.join([instance for instance, _ in jobs])
         length = batch.token_mask.shape[1]
         chosen = torch.from_numpy(fit(np.stack([selection for _, selection in jobs], 1), length).T)[:, None]
         with torch.no_grad():
@@ -162,6 +164,20 @@ class InstanceStore:
                 first_token=self.first_token and reference is None,
                 reference=reference,
             ).cpu()
+
+    def join(self, instances: Sequence[Instance]) -> Encoded:
+        """Return instances in one batch, which is remembered: the next call is often about the same ones.
+
+        So it is in every step of an episode. Where each step begins new episodes, those who just looked at their tokens
+        had better join them at once, before they leave the processor's caches.
+        """
+        parts = [instance.encoded for instance in instances]
+        if len(parts) != len(self._parts) or any(map(operator.is_not, parts, self._parts)):
+            self._batch = Encoded.concatenate(parts)
+            self._level(self._batch, instances)
+            self._parts = [instance.encoded for instance in instances]
+        assert self._batch is not None
+        return self._batch
 
     @staticmethod
     def _level(batch: Encoded, instances: Sequence[Instance]) -> None:

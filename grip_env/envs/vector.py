@@ -188,7 +188,9 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         return self.rules.request(stream, fixed)
 
     def _observe(self) -> Observation:
-        return joined_observations([self.rules.view(episode) for episode in self._episodes])
+        observations = joined_observations([self.rules.view(episode) for episode in self._episodes])
+        self.rules.look_ahead(self._episodes)
+        return observations
 
 
 class TokenSelectionVectorEnv(EpisodeVectorEnv):

@@ -276,7 +276,9 @@ class HuggingFaceVLM:
     ) -> Scores:
         """Score every selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
         shape = selection.shape[:2]
-        likelihood = torch.empty(shape.numel(), device=self.device)  # float32, whatever the model's precision
+        likelihood = torch.empty(
+            shape.numel(), device=encoded.lengths.device
+        )  # float32, whatever the model's precision
         correct = torch.empty_like(likelihood, dtype=torch.bool)
         first: torch.Tensor | None = None
         agreement: torch.Tensor | None = None

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.envs.vector import TokenSelectionVectorEnv
+from grip_env.vlms.base import Encoded
 from tests.fakes import FakeTask, FakeVLM, expected_log_likelihood
 
 DEFAULTS: dict[str, Any] = {"task": FakeTask(), "budget": (0.1, 0.6)}
@@ -141,6 +142,43 @@ def test_final_observations_cannot_spoil_what_is_shared() -> None:
         envs.step(np.ones((2, 16), dtype=np.int8))
     for key, value in before.items():
         np.testing.assert_array_equal(final[key], value)
+
+
+def test_instances_are_joined_once_for_each_list_of_them() -> None:
+    store = make(2).rules.store
+    one, two, three = store.load([0, 1, 2]).values()
+    batch = store.join([one, two])
+    assert store.join([one, two]) is batch
+    for others in ([two, one], [one, three], [one], [one, two, three], [one, two]):
+        joined = store.join(others)
+        expected = Encoded.concatenate([instance.encoded for instance in others])
+        assert joined is not batch
+        assert [example.key for example in joined.examples] == [instance.example.key for instance in others]
+        assert joined.tokens.equal(expected.tokens)
+    one.encoded = one.encoded[[0]]  # encoded anew, as after it left the memory
+    again = store.join([one, two])
+    assert again is not joined
+    assert store.join([one, two]) is again
+
+
+def test_what_was_joined_for_observations_is_what_the_next_step_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = make(3, task=FakeTask(size=3))
+    envs.reset(seed=0)
+    for _ in range(3):  # until all three images are in memory
+        envs.step(np.zeros((3, 16), dtype=np.int8))
+    joined: list[int] = []
+    own = Encoded.concatenate
+    monkeypatch.setattr(Encoded, "concatenate", staticmethod(lambda parts: (joined.append(len(parts)), own(parts))[1]))
+    scored: list[Encoded] = []
+    score = envs.rules.vlm.score
+    monkeypatch.setattr(
+        envs.rules.vlm, "score", lambda *args, **more: (scored.append(args[0]), score(*args, **more))[1]
+    )
+    for step in range(1, 4):
+        ready = envs.rules.store.join([episode.instance for episode in envs._episodes])
+        envs.step(np.zeros((3, 16), dtype=np.int8))
+        assert scored.pop() is ready
+        assert len(joined) <= step  # at most once a step, and that for the observations
 
 
 def test_final_observations_are_arrays_of_their_own() -> None:
