@@ -235,10 +235,6 @@ class EpisodeRules(ABC):
             Episode(instances[index], tokens_in_budget(budget, instances[index].count)) for index, budget in requests
         ]
 
-    def look_ahead(self, episodes: Sequence[Episode]) -> None:
-        """Get ready what the next :meth:`advance` is likely to need, where that is cheaper now: see ``store.join``."""
-        self.store.join([episode.instance for episode in episodes])
-
     def _judge(self, scores: Scores, full: Scores) -> list[Outcome]:
         """Return what each row of the scores (R, 1) is worth."""
         columns = (scores.log_likelihood, scores.correct, judge(self.reward, scores, full))

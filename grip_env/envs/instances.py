@@ -166,11 +166,7 @@ class InstanceStore:
             ).cpu()
 
     def join(self, instances: Sequence[Instance]) -> Encoded:
-        """Return instances in one batch, which is remembered: the next call is often about the same ones.
-
-        So it is in every step of an episode. Where each step begins new episodes, those who just looked at their tokens
-        had better join them at once, before they leave the processor's caches.
-        """
+        """Return instances in one batch, which is remembered: all steps of an episode are about the same ones."""
         parts = [instance.encoded for instance in instances]
         if len(parts) != len(self._parts) or any(map(operator.is_not, parts, self._parts)):
             self._batch = Encoded.concatenate(parts)

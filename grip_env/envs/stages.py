@@ -16,6 +16,7 @@ from grip_env.envs.instances import fit, to_array
 from grip_env.envs.sampling import Budget, tokens_in_budget
 from grip_env.envs.schedule import PruningSchedule, total_budget
 from grip_env.flops import flops_saved
+from grip_env.vlms.base import Encoded
 from grip_env.vlms.decoders import decoder_of
 from grip_env.vlms.staged import StagedForward
 
@@ -176,7 +177,7 @@ class StageRules(SelectionRules):
         return list(begun)
 
     def _begin(self, episodes: Sequence[StagedEpisode]) -> Boundary:
-        run = StagedForward(self.model, self.store.join([episode.instance for episode in episodes]))
+        run = StagedForward(self.model, Encoded.concatenate([episode.instance.encoded for episode in episodes]))
         run.advance(self.schedule.stages[0])
         return self._seen(run)
 

@@ -188,9 +188,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         return self.rules.request(stream, fixed)
 
     def _observe(self) -> Observation:
-        observations = joined_observations([self.rules.view(episode) for episode in self._episodes])
-        self.rules.look_ahead(self._episodes)
-        return observations
+        return joined_observations([self.rules.view(episode) for episode in self._episodes])
 
 
 class TokenSelectionVectorEnv(EpisodeVectorEnv):

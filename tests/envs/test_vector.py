@@ -161,26 +161,6 @@ def test_instances_are_joined_once_for_each_list_of_them() -> None:
     assert store.join([one, two]) is again
 
 
-def test_what_was_joined_for_observations_is_what_the_next_step_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    envs = make(3, task=FakeTask(size=3))
-    envs.reset(seed=0)
-    for _ in range(3):  # until all three images are in memory
-        envs.step(np.zeros((3, 16), dtype=np.int8))
-    joined: list[int] = []
-    own = Encoded.concatenate
-    monkeypatch.setattr(Encoded, "concatenate", staticmethod(lambda parts: (joined.append(len(parts)), own(parts))[1]))
-    scored: list[Encoded] = []
-    score = envs.rules.vlm.score
-    monkeypatch.setattr(
-        envs.rules.vlm, "score", lambda *args, **more: (scored.append(args[0]), score(*args, **more))[1]
-    )
-    for step in range(1, 4):
-        ready = envs.rules.store.join([episode.instance for episode in envs._episodes])
-        envs.step(np.zeros((3, 16), dtype=np.int8))
-        assert scored.pop() is ready
-        assert len(joined) <= step  # at most once a step, and that for the observations
-
-
 def test_final_observations_are_arrays_of_their_own() -> None:
     envs = make(2)
     envs.reset(seed=0, options={"index": 0})
