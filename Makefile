@@ -3,6 +3,7 @@
 # make lint    set up, then check style and types
 # make test-floor   the tests with the lowest versions that pyproject.toml allows, in an environment of their own;
 #                   PyPI's torch of that age brings CUDA along (gigabytes), FLOOR_PIP can name another index
+# make fuzz    set up, then try some 20,000 invented inputs on every door (tests/fuzz)
 # Options reach the command through ARGS:  make train ARGS="--seed 1"
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FLOOR := .venv-floor/.ready
 
-.PHONY: train test test-floor lint clean
+.PHONY: train test test-floor fuzz lint clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -33,6 +34,9 @@ $(FLOOR): pyproject.toml .ci/floor.txt
 
 test-floor: $(FLOOR)
 	.venv-floor/bin/python -m pytest $(ARGS)
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/fuzz $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
