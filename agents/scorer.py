@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agents.subset import KSubset
 from agents.succession import Succession
+from grip_env.finite import check_finite
 from grip_env.vlms.base import Encoded
+from grip_env.vlms.sealed import seal, unseal, write_atomically
 
 __all__ = ["Interaction", "Scorer", "ScorerConfig", "ScorerInputs"]
+
+SEAL = "scorer"
 
 
 @dataclass(frozen=True)
@@ -257,12 +258,19 @@ class Scorer(nn.Module):
             )
 
     def save(self, folder: Path) -> None:
-        """Write ``scorer.safetensors`` and ``scorer.json``; a crash while writing leaves the previous ones whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "scorer.safetensors.part"
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, part)
-        (folder / "scorer.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        os.replace(part, folder / "scorer.safetensors")
+        """Write ``scorer.safetensors`` and ``scorer.json``; a crash while writing leaves the previous ones whole.
+
+        The first holds a digest of every weight and of the configuration, which the second repeats for readers.
+
+        Raises:
+            NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+            OSError: If the files cannot be written.
+        """
+        weights = self.state_dict()
+        check_finite(weights, "the scorer")
+        config = json.dumps(asdict(self.config), indent=2) + "\n"
+        write_atomically(folder / "scorer.json", config.encode())
+        write_atomically(folder / "scorer.safetensors", seal(SEAL, weights, {"config": config}))
 
     @classmethod
     def load(cls, folder: Path) -> Scorer:
@@ -270,14 +278,18 @@ class Scorer(nn.Module):
 
         Raises:
             FileNotFoundError: If there is no scorer in ``folder``.
-            ValueError: If there is one, but it cannot be read.
+            ValueError: If there is one, but it cannot be read, or is not what was written.
         """
         if not (folder / "scorer.json").is_file() or not (folder / "scorer.safetensors").is_file():
             raise FileNotFoundError(f"no scorer in {folder}: expected scorer.json and scorer.safetensors")
         try:
-            scorer = cls(ScorerConfig(**json.loads((folder / "scorer.json").read_text())))
-            scorer.load_state_dict(load_file(folder / "scorer.safetensors"))
-        except (SafetensorError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+            weights, texts = unseal(SEAL, (folder / "scorer.safetensors").read_bytes())
+            if (folder / "scorer.json").read_bytes() != texts["config"].encode():
+                raise ValueError("scorer.json is not the one that was written with the weights")
+            scorer = cls(ScorerConfig(**json.loads(texts["config"])))
+            scorer.load_state_dict(weights)
+            check_finite(weights, "it")
+        except (KeyError, ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()

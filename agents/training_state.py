@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from grip_env.finite import check_finite
+from grip_env.vlms.sealed import seal, unseal, write_atomically
+
 __all__ = ["TrainingState"]
+
+SEAL = "training state"
 
 
 class TrainingState(NamedTuple):
@@ -60,13 +62,16 @@ class TrainingState(NamedTuple):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def write(self, path: Path) -> None:
-        """Write it to a file, whose folder is made; a crash while writing leaves the previous one whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write it to a file, whose folder is made; a crash while writing leaves the previous one whole.
+
+        Raises:
+            NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+            OSError: If the file cannot be written.
+        """
+        check_finite(self.weights, "the agent")
         tensors = {f"weights/{name}": value for name, value in self.weights.items()}
         tensors |= {f"moments/{name}": value for name, value in self.moments.items()}
-        part = path.with_name(path.name + ".part")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, part, {"about": json.dumps(self.about)})
-        os.replace(part, path)
+        write_atomically(path, seal(SEAL, tensors, {"about": json.dumps(self.about)}))
 
     @classmethod
     def read(cls, path: Path) -> TrainingState:
@@ -74,18 +79,19 @@ class TrainingState(NamedTuple):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read.
+            ValueError: If it cannot be read, or is not what was written.
         """
         if not path.is_file():
             raise FileNotFoundError(f"no state of a training in {path.parent}: expected {path.name}")
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "moments": {}}
-                for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                    kind, _, name = key.partition("/")
-                    parts[kind][name] = file.get_tensor(key)
-        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            tensors, texts = unseal(SEAL, path.read_bytes())
+            about = json.loads(texts["about"])
+            parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "moments": {}}
+            for key, tensor in tensors.items():
+                kind, _, name = key.partition("/")
+                parts[kind][name] = tensor
+            check_finite(parts["weights"], "it")
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"{path} is damaged ({reason}): train again or copy it anew") from error
         return cls(about, parts["weights"], parts["moments"])

@@ -1,4 +1,4 @@
-"""Files of tensors that tell when they are not what was written: for caches that several processes share.
+"""Files of tensors that tell when they are not what was written: agents, and caches that several processes share.
 
 A file is safetensors with a digest of its name, its texts and every bit of its tensors; it appears whole or not at all.
 """
@@ -71,13 +71,13 @@ def unseal(key: str, data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, st
         ValueError: If it is not what was written under this key.
     """
     try:
-        texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        digest, tensors = texts.pop(DIGEST), load(data)
+        texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        digest, tensors = texts.pop(DIGEST, None), load(data)
         if _digest(key, texts, tensors) == digest:
             return tensors, texts
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        raise ValueError("the entry cannot be read") from error
-    raise ValueError("the entry is not what was written")
+        raise ValueError("the file cannot be read") from error
+    raise ValueError("it has no digest" if digest is None else "its content is not what was written")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
