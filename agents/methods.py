@@ -122,7 +122,7 @@ METHODS: dict[str, Method] = {
         'Zhang et al., "Beyond text-visual attention: exploiting visual cues for effective token pruning in VLMs", '
         "ICCV 2025",
         ("CLS attention",),
-        "half by attention, half by diversity, of projected tokens",
+        "half by attention, half by diversity, of the tower's features before the projector",
     ),
     "divprune": Method(
         "max-min diversity",

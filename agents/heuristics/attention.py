@@ -39,13 +39,20 @@ class VisPruner:
     """Keeps important tokens, and of the others those that are no duplicates.
 
     The first int(k * ratio) places go to the tokens of highest CLS attention. The others are listed by falling
-    attention, and in each round the (at most ``pace``) tokens at even places of the list which are most similar to one
-    at an odd place leave it, until as many are left as there are places. Ties go to the lower index in the first
-    step and to the earlier place in the list in the second. What is at an even place depends on all attentions, but
-    not on the order of the tokens: without ties, the choice moves with the tokens if they are permuted.
+    attention, and rounds follow until as many are left as there are places. In each, the (at most ``pace``) tokens at
+    even places of the list, counted from 0, that are most similar to one at an odd place leave it. The list is then
+    what is left of the even places, in the order of falling similarity, and behind it all of the odd places: the next
+    round counts on that. Of equal attentions the lower index is the more important one, but the list has the higher
+    index first (the published code leaves it to an unstable sort; so its results in the tests have it); of equal
+    similarities, the earlier place in the list leaves first. Without ties, the choice moves with the tokens if they are
+    permuted.
 
-    Departure: similarity is the cosine of the tokens as the language model gets them, behind the projector; the paper
-    compares the tower's features before it.
+    Similarity is the cosine of the tower's features before the projector, as in the paper, where the model gives them
+    for each token (a CLIP tower in LLaVA; blocks of it by their mean); elsewhere, as with ``kind="received"`` on towers
+    without CLS, it is that of the tokens behind the projector.
+
+    The published code cannot run for many k, where what is left to remove is odd or the list short; here a round then
+    removes fewer.
 
     Args:
         ratio: Share of important tokens among the kept, in [0, 1].
@@ -74,14 +81,16 @@ class VisPruner:
         mask = encoded.token_mask
         attention = vlm.attention(encoded, self.kind).masked_fill(~mask, -torch.inf)
         order = attention.argsort(dim=1, descending=True, stable=True)  # (B, N), padding last
-        similarity = cosine(encoded.tokens, encoded.tokens)  # (B, N, N)
+        listing = attention.argsort(dim=1, stable=True).flip(1)  # the same, but for the order of equals
+        features = _compared(vlm, encoded)
+        similarity = cosine(features, features)  # (B, N, N)
         chosen = torch.zeros_like(mask)
-        counts = mask.sum(1)
-        for row, count in enumerate(torch.minimum(kept, counts).tolist()):
-            ranked = order[row, : int(counts[row])]
+        for row, count in enumerate(torch.minimum(kept, mask.sum(1)).tolist()):
             first = int(count * self.ratio)
-            chosen[row, ranked[:first]] = True
-            chosen[row, self._distinct(ranked[first:], similarity[row], count - first)] = True
+            chosen[row, order[row, :first]] = True
+            listed = listing[row]
+            listed = listed[(mask[row] & ~chosen[row])[listed]]
+            chosen[row, self._distinct(listed, similarity[row], count - first)] = True
         return chosen
 
     def _distinct(self, listed: torch.Tensor, similarity: torch.Tensor, count: int) -> torch.Tensor:
@@ -90,8 +99,18 @@ class VisPruner:
             return listed[:0]
         while (surplus := len(listed) - count) > 0:
             nearest = similarity[listed[::2]][:, listed[1::2]].amax(1)  # of the tokens at even places
-            order = nearest.argsort(descending=True, stable=True)[: min(self.pace, surplus)]
-            stays = torch.ones_like(listed, dtype=torch.bool)
-            stays[2 * order] = False
-            listed = listed[stays]
+            order = nearest.argsort(descending=True, stable=True)
+            listed = torch.cat([listed[::2][order[min(self.pace, surplus) :]], listed[1::2]])
         return listed
+
+
+def _compared(vlm: FrozenVLM, encoded: Encoded) -> torch.Tensor:
+    """Return what duplicates are known by, float (B, N, W): features before the projector, or tokens behind it."""
+    before = getattr(vlm, "tower_features", None)
+    if before is None:
+        return encoded.tokens
+    try:
+        features: torch.Tensor = before(encoded)
+    except NotImplementedError:
+        return encoded.tokens
+    return features

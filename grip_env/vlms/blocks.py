@@ -198,6 +198,18 @@ class BlockVLM:
         blocks = _blocks(encoded)
         return blocks.pool(self.vlm.attention(blocks.whole, kind))
 
+    def tower_features(self, encoded: Encoded) -> torch.Tensor:
+        """Return the mean of the vision tower's features of each block's tokens, float (B, M, W).
+
+        Raises:
+            NotImplementedError: If the model inside does not give them for each visual token.
+        """
+        blocks = _blocks(encoded)
+        inside = getattr(self.vlm, "tower_features", None)
+        if inside is None:
+            raise NotImplementedError(f"{self.vlm.name} gives no features before its projector")
+        return blocks.pool(inside(blocks.whole))
+
 
 def _blocks(encoded: Encoded) -> BlockEncoded:
     if not isinstance(encoded, BlockEncoded):

@@ -519,17 +519,41 @@ class HuggingFaceVLM:
         """
         if kind in self._attended and self._attended[kind][0]() is encoded:
             return self._attended[kind][1].clone()
-        images = known_images(encoded.examples)
         if kind == "cls":
-            rows = [view.attention for view in self.family.views(images)]
+            self._view(encoded)
         elif kind == "received":
-            rows = self.family.received_attention(images)
+            self._remember(kind, encoded, self.family.received_attention(known_images(encoded.examples)))
         else:
             raise NotImplementedError(f"attention {kind!r} is not available for {self.name}: use 'cls' or 'received'")
+        return self._attended[kind][1].clone()
+
+    @torch.no_grad()
+    def tower_features(self, encoded: Encoded) -> torch.Tensor:
+        """Return what the vision tower made of each visual token, before the projector, float32 (B, N, W).
+
+        Args:
+            encoded: The examples; the vision tower runs on them once more, unless they are those of the last call.
+
+        Raises:
+            NotImplementedError: If the tower has no CLS token, or its patches are not the visual tokens.
+            ValueError: If the images are not known.
+        """
+        if "features" not in self._attended or self._attended["features"][0]() is not encoded:
+            self._view(encoded)
+        return self._attended["features"][1].clone()
+
+    def _view(self, encoded: Encoded) -> None:
+        """Remember CLS attention and features of a batch, which one look at the tower gives."""
+        views = self.family.views(known_images(encoded.examples))
+        self._remember("cls", encoded, [view.attention for view in views])
+        self._remember("features", encoded, [view.features[1:] for view in views])  # without the CLS token
+
+    def _remember(self, kind: str, encoded: Encoded, rows: Sequence[torch.Tensor]) -> None:
+        """Remember what is known of each token, (n, ...) in each row, as float32 (B, N, ...)."""
         padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
-        result = torch.nn.functional.pad(padded, (0, encoded.token_mask.shape[1] - padded.shape[1]))
-        self._attended[kind] = weakref.ref(encoded), result.clone()
-        return result
+        result = padded.new_zeros(*encoded.token_mask.shape, *padded.shape[2:])
+        result[:, : padded.shape[1]] = padded
+        self._attended[kind] = weakref.ref(encoded), result
 
 
 def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:

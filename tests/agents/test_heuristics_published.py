@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from agents.heuristics import (
 from agents.methods import METHODS
 from grip_env.vlms.base import Encoded
 from tests.agents.batches import AttentiveVLM, random_batch, random_counts
+from tests.fakes import FakeVLM
 
 VLM = AttentiveVLM()
 
@@ -92,9 +95,10 @@ class Slow:
         return chosen
 
     def vispruner(self, count: int, ratio: float, pace: int, column: int = 0) -> list[int]:
-        ranked = self.attention(len(self.tokens), column)
         important = math.floor(count * ratio)
-        chosen, listed = ranked[:important], ranked[important:]
+        chosen = self.attention(important, column)
+        left = [index for index in self.tokens if index not in chosen]
+        listed = sorted(left, key=lambda index: (self.tokens[index][column], index), reverse=True)
         wanted = count - important
         while len(listed) > wanted and wanted:
             odd = [listed[place] for place in range(1, len(listed), 2)]
@@ -102,8 +106,9 @@ class Slow:
             for place in range(0, len(listed), 2):
                 token = self.tokens[listed[place]]
                 closeness.append((-max(cosine(token, self.tokens[other]) for other in odd), place))
-            going = sorted(closeness)[: min(pace, len(listed) - wanted)]
-            listed = [token for place, token in enumerate(listed) if place not in {place for _, place in going}]
+            gone = {place for _, place in sorted(closeness)[: min(pace, len(listed) - wanted)]}
+            # those that stay of the even places, most similar first; then the odd ones
+            listed = [listed[place] for _, place in sorted(closeness) if place not in gone] + odd
         return chosen + (listed if wanted else [])
 
     def relevance(self, sign: int) -> dict[int, float]:
@@ -169,6 +174,27 @@ def test_pruners_do_what_their_descriptions_say(name: str, ties: bool) -> None:
                 expected = reference(Slow(encoded, row), count)
                 assert len(set(expected)) == count
                 assert indices(chosen[row]) == set(expected), (seed, row, count)
+
+
+def test_vispruner_keeps_what_its_authors_code_keeps() -> None:
+    """Two to four rounds: what is at an even place in the second depends on how the first leaves the list."""
+    cases = json.loads((Path(__file__).parent / "vispruner.json").read_text())["cases"]
+    assert len(cases) == 4
+    for case in cases:
+        features, attention = torch.tensor(case["features"]), torch.tensor(case["attention"])
+        encoded = random_batch(0, batch=1, tokens=len(features))
+        encoded.token_mask[:] = True
+
+        class Looking(FakeVLM):
+            def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
+                return attention.mean(0, keepdim=True)  # noqa: B023 (called in this turn of the loop)
+
+            def tower_features(self, encoded: Encoded) -> torch.Tensor:
+                return features[None]  # noqa: B023
+
+        pruner = VisPruner(case["important_ratio"])
+        chosen = pruner(Looking(), encoded, torch.tensor([case["k"]]), torch.Generator())
+        assert chosen[0].nonzero().flatten().tolist() == case["kept"]
 
 
 def test_a_determinantal_process_keeps_the_set_of_largest_volume_among_pairs() -> None:

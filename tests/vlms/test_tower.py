@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from agents.heuristics import VisPruner
+from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.families import FAMILIES
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.shrinking import grid_within, shrink
@@ -123,6 +125,47 @@ def test_keys_and_features_are_those_of_the_selected_layer() -> None:
         torch.testing.assert_close(view.attention, weights[:, 0, 1:].mean(0), atol=1e-6, rtol=1e-4)
         tokens = vlm.encode([example]).tokens[0]
         torch.testing.assert_close(vlm.family.project(view.features[1:]), tokens, atol=1e-5, rtol=1e-4)
+
+
+def test_features_of_tokens_are_what_the_projector_reads() -> None:
+    vlm = make("llava")
+    shown = examples(3)
+    encoded = vlm.encode(shown)
+    features = vlm.tower_features(encoded)
+    assert features.shape == (*encoded.token_mask.shape, vlm.model.config.vision_config.hidden_size)
+    with torch.no_grad():
+        projected = vlm.model.model.multi_modal_projector(features)
+    torch.testing.assert_close(projected, encoded.tokens, atol=1e-5, rtol=1e-4)
+    features[:] = 7.0  # a copy
+    with torch.no_grad():
+        tower = vlm.model.model.vision_tower(**vlm.family.pixels([shown[1].image]), output_hidden_states=True)
+    torch.testing.assert_close(vlm.tower_features(encoded)[1], tower.hidden_states[-2][0, 1:], atol=1e-5, rtol=1e-4)
+    blocks = BlockVLM(vlm, 3, 2)
+    pooled = blocks.tower_features(blocks.encode(shown))
+    by_hand = vlm.tower_features(encoded)[2].reshape(3, 2, 2, 3, -1).mean((1, 3)).flatten(0, 1)  # of 6 x 6 tokens
+    torch.testing.assert_close(pooled[2], by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_towers_without_a_cls_token_have_no_features_for_tokens() -> None:
+    vlm = make("gemma3")
+    with pytest.raises(NotImplementedError, match="gemma3"):
+        vlm.tower_features(vlm.encode(examples(1)))
+
+
+def test_vispruner_compares_what_comes_before_the_projector() -> None:
+    """A projector that makes all tokens alike changes nothing; of a tower without features, tokens are compared."""
+    vlm = make("llava")
+    encoded = vlm.encode(examples(2))
+    kept = torch.tensor([9, 12])
+    chosen = VisPruner()(vlm, encoded, kept, torch.Generator())
+    encoded.tokens = torch.ones_like(encoded.tokens)
+    assert chosen.equal(VisPruner()(vlm, encoded, kept, torch.Generator()))
+    vlm = make("gemma3")
+    encoded = vlm.encode(examples(2))
+    before = VisPruner(kind="received")(vlm, encoded, kept, torch.Generator())
+    assert before.sum(1).equal(kept)
+    encoded.tokens = torch.ones_like(encoded.tokens)
+    assert not before.equal(VisPruner(kind="received")(vlm, encoded, kept, torch.Generator()))
 
 
 def test_feature_layers_count_from_both_ends() -> None:
