@@ -100,10 +100,19 @@ class Pruner:
         return cls(vlm, load_agent(vlm, vlm.name, agent))
 
     def encode(self, images: Sequence[np.ndarray | Image], questions: Sequence[str]) -> Encoded:
-        """Run the vision encoder on images, one question each: RGB, uint8 (height, width, 3), or of Pillow."""
+        """Run the vision encoder on images, one question each.
+
+        Args:
+            images: Of Pillow, or arrays: whatever :func:`~grip_env.tasks.pictures.as_pixels` takes.
+            questions: One for each.
+
+        Raises:
+            ValueError: If there are not as many of both, or an image is no picture.
+        """
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images and {len(questions)} questions: give one question for each image")
-        examples = [Example(_pixels(image), question, "") for image, question in zip(images, questions, strict=True)]
+        pairs: Any = zip(images, questions, strict=True)
+        examples = [Example(image, question, "") for image, question in pairs]
         return self.vlm.encode(examples, with_answers=False)
 
     def select(self, encoded: Encoded, budget: float | Sequence[float]) -> torch.Tensor:
@@ -226,10 +235,3 @@ def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) 
     scorer = Scorer.load(folder / "agent" if (folder / "agent").is_dir() else folder)
     scorer.check_width(vlm.width, folder, name)
     return ScorerSelector(scorer.to(vlm.device))
-
-
-def _pixels(image: np.ndarray | Image) -> np.ndarray:
-    pixels = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"an image is uint8 (height, width, 3); got {pixels.dtype} of shape {pixels.shape}")
-    return pixels

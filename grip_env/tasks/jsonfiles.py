@@ -177,9 +177,12 @@ def read_list(path: Path, limit: int) -> Iterator[Row]:
             return Row(f"{path.name}:{window.line}", faults=[fault], fatal=True)
 
         first = window.peek()
+        if first == "{" and (keys := _keys_of_line(parser, window.text[window.at :])) is None:
+            yield from read_lines(path, limit)  # one object per line, whatever the file is called
+            return
         if first and first != "[":
-            begins = f"begins with {shown(first)}: a .json file is one list"
-            yield broken(f"{begins}; call a file with one object per line .jsonl")
+            told = f"is one object with the keys {keys}" if first == "{" and keys else f"begins with {shown(first)}"
+            yield broken(f"{told}: a .json file is one list of rows, [{{...}}, {{...}}], or has one row per line")
         if first != "[":
             return
         window.move(window.at + 1)
@@ -200,6 +203,19 @@ def read_list(path: Path, limit: int) -> Iterator[Row]:
             window.move(window.at + 1)
         if window.peek():
             yield broken("there is more after the end of the list: the file must be one list")
+
+
+def _keys_of_line(parser: _Parser, text: str) -> str | None:
+    """Return the keys of the object that a text begins with; ``None`` if it is a row on a line of its own."""
+    line = text.partition("\n")[0].strip()
+    try:
+        value, end = parser.parse(line, 0)
+    except ValueError:  # it goes on in the next line
+        return ", ".join(shown(key, 20) for key in re.findall(r'^\s*"(\w+)"\s*:', text, re.MULTILINE)[:8])
+    rest = text[text.find(line) + len(line) :].strip() or line[end:].strip()
+    if rest or "image" in value or "question" in value:
+        return None
+    return ", ".join(shown(key, 20) for key in list(value)[:8])
 
 
 def _parse_item(parser: _Parser, window: _Window, place: str, limit: int) -> Row:

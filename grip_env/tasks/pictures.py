@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import stat
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "PictureError", "digest", "locate", "read_picture", "resize", "shown"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "PictureError",
+    "as_pixels",
+    "digest",
+    "locate",
+    "read_picture",
+    "resize",
+    "shown",
+]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is read, by content and not by suffix. Pillow knows more, but some of those start other programs."""
@@ -20,10 +32,20 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 """Most pixels a picture may have where nobody says otherwise."""
 
+MAX_SIDE = 1024
+"""Longest side, in pixels, of the pictures that models get, where nobody says otherwise."""
+
 _SLIMMEST = 100
 """Most times one side may be as long as the other: processors that fit the short side would blow up the long one."""
 _SMALLEST = 8
 """Fewest pixels along a side that reach a processor: those with 1, 3 or 4 are taken for colour channels."""
+_MOST_SCANS = 100
+"""Most scans of a JPEG file; encoders write some ten."""
+_MOST_SCANNED = 1_000_000_000
+"""Most pixels that all scans of a JPEG file go over; a decoder takes some 10 seconds for so many."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+_CHANNELS = (1, 3, 4)
+"""How many colours a pixel may have: grey, RGB, RGBA."""
 
 
 class PictureError(ValueError):
@@ -41,7 +63,9 @@ def locate(folder: Path, name: str) -> Path:
     Raises:
         PictureError: If there is no such file, or it is not inside ``folder`` (links followed).
     """
-    if "://" in name or name.startswith("data:"):
+    if name.startswith("data:") or (len(name) > 255 and _BASE64.fullmatch(name)):
+        raise PictureError("is the image itself as text (base64): save it beside the data file and give its path")
+    if "://" in name:
         raise PictureError("is an address, not a file: save the image beside the data file and give its path")
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
         raise PictureError(f"is an absolute path: keep images in {folder} and write paths relative to it")
@@ -103,15 +127,8 @@ def _decode(file: BinaryIO, max_pixels: int) -> np.ndarray:
             warnings.simplefilter("ignore")  # such as damaged EXIF, which changes no pixel
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise PictureError(
-                        f"has {width} x {height} pixels, more than the limit of {max_pixels:,}: save it smaller"
-                    )
-                if min(width, height) < 1 or max(width, height) > _SLIMMEST * min(width, height):
-                    raise PictureError(
-                        f"has {width} x {height} pixels: one side may be at most {_SLIMMEST} times the other"
-                    )
+                _check_size(*image.size, max_pixels)
+                _check_scans(image, file)
                 image.load()
                 return _rgb(image)
     except PictureError:
@@ -122,6 +139,96 @@ def _decode(file: BinaryIO, max_pixels: int) -> np.ndarray:
         raise PictureError(f"is not an image: expected the contents of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise all sorts of things on damaged files, SyntaxError among them
         raise PictureError(f"is damaged ({_reason(error)}): save it again") from None
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise PictureError(f"has {width} x {height} pixels, more than the limit of {max_pixels:,}: save it smaller")
+    if min(width, height) < 1 or max(width, height) > _SLIMMEST * min(width, height):
+        raise PictureError(f"has {width} x {height} pixels: one side may be at most {_SLIMMEST} times the other")
+
+
+def _check_scans(image: Image.Image, file: BinaryIO) -> None:
+    """Refuse a progressive JPEG whose decoder would go over all of its pixels for each of thousands of scans."""
+    if image.format != "JPEG":
+        return
+    place = file.tell()
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda")  # in the data of a scan, a zero follows each 0xff
+    file.seek(place)
+    most = min(_MOST_SCANS, _MOST_SCANNED // (image.width * image.height))
+    if scans > most:
+        raise PictureError(
+            f"is a JPEG of {scans:,} scans, more than the limit of {most}: save it again, not progressive"
+        )
+
+
+def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return a picture of any kind as models get it: whatever door it comes through, the same pixels.
+
+    Args:
+        image: A picture of Pillow, or an array, also of another library, on the CPU: uint8 RGB (height, width, 3);
+            grey (height, width) or (height, width, 1); RGBA (height, width, 4); or with the channels first, (3, height,
+            width) and alike, where the last axis cannot be the channels. Arrays of 16 bits, uint16, keep their upper
+            eight, and of bool, True is white.
+        max_side: Pictures with a longer side are shrunk; ``None`` leaves them as they are.
+        max_pixels: Most pixels it may have.
+
+    Returns:
+        RGB, uint8 (height, width, 3): upright as EXIF says, over white where it is transparent, no side shorter than 8
+        pixels.
+
+    Raises:
+        PictureError: If it is no picture, too large or too slim, or it cannot be told what is in it.
+    """
+    if isinstance(image, Image.Image):
+        _check_size(*image.size, max_pixels)
+        try:
+            if getattr(image, "fp", None) is not None:
+                _check_scans(image, image.fp)  # type: ignore[attr-defined] # of files that are opened and not read
+            pixels = _rgb(image)
+        except PictureError:
+            raise
+        except Exception as error:  # a file that Pillow opened and has not decoded yet
+            raise PictureError(f"is damaged ({_reason(error)}): save it again") from None
+    else:
+        pixels = _rgb_of_array(image)
+        _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
+    return resize(pixels, max_side)
+
+
+def _rgb_of_array(image: Any) -> np.ndarray:
+    """Return the same for an array, of its own size."""
+    wanted = "give uint8 RGB of shape (height, width, 3), or a picture of Pillow"
+    if isinstance(image, str | bytes | Path) or not hasattr(image, "__array__"):
+        given = "a path" if isinstance(image, str | bytes | Path) else f"of type {type(image).__name__}"
+        raise PictureError(f"is {given}: {wanted}")
+    try:
+        pixels = np.asarray(image.detach() if hasattr(image, "detach") else image)
+    except (TypeError, ValueError, RuntimeError) as error:  # such as tensors on a GPU
+        raise PictureError(f"cannot be read ({_reason(error)}): {wanted}") from None
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    elif pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    elif pixels.dtype != np.uint8:
+        raise PictureError(f"has values of {pixels.dtype}, whose range is not known: {wanted}")
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim != 3:
+        raise PictureError(f"has the shape {pixels.shape}: {wanted}")
+    first, last = pixels.shape[0] in _CHANNELS, pixels.shape[2] in _CHANNELS
+    if first and last and pixels.shape[2] != 3 and image.ndim == 3:
+        raise PictureError(f"has the shape {pixels.shape}, of which the first or the last may be colours: {wanted}")
+    if not last:
+        if not first:
+            raise PictureError(f"has the shape {pixels.shape}: {wanted}")
+        pixels = np.moveaxis(pixels, 0, 2)
+    if 0 in pixels.shape:
+        raise PictureError(f"has the shape {pixels.shape}, no pixel: {wanted}")
+    if pixels.shape[2] == 4:
+        return _rgb(Image.fromarray(np.ascontiguousarray(pixels), "RGBA"))
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, 2)
 
 
 def _reason(error: Exception) -> str:

@@ -61,6 +61,7 @@ def to_row(value: Any, place: str, faults: list[str] | None = None, image: Any =
         return row
     if image is None:
         row.image = _image(value, row.faults)
+    _check_markers(value, row.faults)
     if "conversations" in value:
         row.turns = _conversations(value["conversations"], row.faults)
     else:
@@ -84,12 +85,14 @@ def _kind(value: Any) -> str:
 
 def _image(value: dict[str, Any], faults: list[str]) -> str | None:
     image = value.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
     if isinstance(image, str) and image.strip():
         return image
     if "image" not in value:
         faults.append(f'"image" is missing: give the path of an image (the row has {_keys(value)})')
     elif isinstance(image, list):
-        faults.append('"image" is a list: write a row for each image')
+        faults.append(f'"image" is a list of {len(image)}: a question is about one image, give the path of one')
     else:
         given = "empty" if isinstance(image, str) else _kind(image)
         faults.append(f'"image" is {given}: give the path of an image')
@@ -98,6 +101,18 @@ def _image(value: dict[str, Any], faults: list[str]) -> str | None:
 
 def _keys(value: dict[str, Any]) -> str:
     return ", ".join(shown(key, 20) for key in list(value)[:8]) or "no keys"
+
+
+def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
+    """Note a fault if the row's questions show more images than the one it has."""
+    turns = value.get("conversations", [{"value": value.get("question")}])
+    turns = turns if isinstance(turns, list) else []
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
+    count = sum(text.count(_MARKER) for text in texts[::2] if isinstance(text, str))
+    if count > 1:
+        faults.append(
+            f"the marker {_MARKER} is there {count} times, and the row has one image: give it once, or not at all"
+        )
 
 
 def _without_marker(value: dict[str, Any], key: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from grip_env.vlms.family import Family, Picture, centres_of, lay_out_tiles, side_of_square
+from grip_env.vlms.family import CHANNELS_LAST, Family, Picture, centres_of, lay_out_tiles, side_of_square
 from grip_env.vlms.shrinking import grid_within
 from grip_env.vlms.tower import TowerView, attention_of_layer, clip_views, layer_index, qwen_received_attention
 
@@ -75,11 +75,15 @@ class TiledLlavaFamily(Family):
             )
         cells = torch.full_like(whole, 1 / side)
         rows = int(newline.sum())
-        columns = len(newline) // max(1, rows) - 1
-        if not columns:  # a single tile is the whole image, and one newline ends it
+        if not rows:  # of banners, cutting off the padding leaves no row of any tile
+            return whole, cells
+        columns = len(newline) // rows - 1
+        if len(newline) == 1:  # a single tile is the whole image, and one newline ends it
             return torch.cat([whole, whole.new_ones(1, 2)]), torch.cat([cells, whole.new_zeros(1, 2)])
-        shown = whole.new_tensor(self._shown(size, side))  # of the image's height and width, in all rows and columns
         ends = torch.stack([(torch.arange(rows, device=whole.device) + 0.5) / rows, whole.new_ones(rows)], -1)
+        if not columns:  # of tall ones, no column, and the newlines stay
+            return torch.cat([whole, ends]), torch.cat([cells, torch.zeros_like(ends)])
+        shown = whole.new_tensor(self._shown(size, side))  # of the image's height and width, in all rows and columns
         tiles = centres_of(rows, columns, whole.device).reshape(rows, columns, 2)
         places = torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)
         places = ((places - 0.5) * shown + 0.5).clamp(0, 1)
@@ -163,7 +167,7 @@ class QwenFamily(Family):
                 np.asarray(Image.fromarray(image).resize((columns * side, rows * side), Image.Resampling.BICUBIC))
             )
         # they are of the right size already, and the processor would enlarge the smallest
-        pixels = self.processor.image_processor(images=small, do_resize=False, return_tensors="pt")
+        pixels = self.processor.image_processor(images=small, do_resize=False, **CHANNELS_LAST)
         return self.see(dict(pixels.to(self.model.device)), [image.shape[:2] for image in images])
 
     def places(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
@@ -202,7 +206,7 @@ class SplitFamily(Family):
         """Return what the image processor makes of images; each is a sample of its own."""
         nested = [[image] for image in images]
         return dict(
-            self.processor.image_processor(images=nested, return_row_col_info=True, return_tensors="pt").to(
+            self.processor.image_processor(images=nested, return_row_col_info=True, **CHANNELS_LAST).to(
                 self.model.device
             )
         )
@@ -257,7 +261,7 @@ class InternVLFamily(Family):
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
         """Return the tiles of all images; the image processor makes them only when it is told to."""
         processor = self.processor.image_processor
-        return dict(processor(images=list(images), crop_to_patches=True, return_tensors="pt").to(self.model.device))
+        return dict(processor(images=list(images), crop_to_patches=True, **CHANNELS_LAST).to(self.model.device))
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
         """Run the vision encoder on what the image processor made of images."""

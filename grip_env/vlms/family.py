@@ -17,7 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from grip_env.vlms.shrinking import grid_within, shrink
 from grip_env.vlms.tower import TowerView
 
-__all__ = ["Family", "Picture", "centres_of", "lay_out_tiles", "side_of_square"]
+__all__ = ["CHANNELS_LAST", "Family", "Picture", "centres_of", "lay_out_tiles", "side_of_square"]
+
+CHANNELS_LAST: dict[str, Any] = {"input_data_format": "channels_last", "return_tensors": "pt"}
+"""What image processors are told: they guess where the colours are, and take a side of 1, 3 or 4 pixels for them."""
 
 
 @dataclass
@@ -137,7 +140,7 @@ class Family:
 
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
         """Return what the image processor makes of images."""
-        return dict(self.processor.image_processor(images=list(images), return_tensors="pt").to(self.model.device))
+        return dict(self.processor.image_processor(images=list(images), **CHANNELS_LAST).to(self.model.device))
 
     def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Add to what the family's own processor made of images what only :meth:`pixels` tells.

@@ -7,6 +7,7 @@ Pruning needs neither a fork nor a patch: the encoder's output is indexed, the p
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import weakref
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from grip_env.tasks.base import Example
+from grip_env.tasks.pictures import MAX_SIDE, PictureError, as_pixels
 from grip_env.vlms.answers import answer_columns, greedy_finds, mean_log_likelihood
 from grip_env.vlms.base import Encoded, Scores, negative_divergence
 from grip_env.vlms.cache import PictureCache
@@ -45,6 +47,8 @@ class HuggingFaceVLM:
         token_budget: Most tokens, padding included, in one call of the language model; ``None`` takes 16,384, but on
             a CPU 4,096: more of them overflow its caches (the embedded model took 1.4 times as long with 16,384).
         cache: Where encoded images are kept on disk; the weights are read once for it, at the first image.
+        max_side: Images with a longer side, in pixels, are shrunk before the image processor gets them; ``None`` leaves
+            them as they are.
 
     Raises:
         ValueError: If the model's family is not supported, cannot do this, or the processor has no chat template.
@@ -63,6 +67,7 @@ class HuggingFaceVLM:
         position_policy: Literal["original", "reindex"] = "original",
         token_budget: int | None = None,
         cache: PictureCache | None = None,
+        max_side: int | None = MAX_SIDE,
     ) -> None:
         self.family = family_of(model, processor)
         if position_policy not in ("original", "reindex"):
@@ -80,6 +85,7 @@ class HuggingFaceVLM:
             token_budget = 4096 if self.device.type == "cpu" else 16384
         self.token_budget = token_budget
         self.cache = cache
+        self.max_side = max_side
         self._attended: dict[str, tuple[weakref.ref[Encoded], torch.Tensor]] = {}  # the last batch asked about
 
     @classmethod
@@ -92,6 +98,7 @@ class HuggingFaceVLM:
         token_budget: int | None = None,
         attn_implementation: str = "sdpa",
         cache: PictureCache | None = None,
+        max_side: int | None = MAX_SIDE,
     ) -> HuggingFaceVLM:
         """Load a model and its processor from a folder (or, where one is reachable, a model hub).
 
@@ -100,7 +107,7 @@ class HuggingFaceVLM:
             ValueError: If a part of it is missing or damaged, or its family is not supported.
         """
         model, processor = read_pretrained(path, dtype, attn_implementation)
-        return cls(model.to(device), processor, Path(path).name, position_policy, token_budget, cache)
+        return cls(model.to(device), processor, Path(path).name, position_policy, token_budget, cache, max_side)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
@@ -192,6 +199,14 @@ class HuggingFaceVLM:
                 "model's language model, which dropped tokens would shift: use smaller images or shorter questions"
             )
 
+    def _with_pixels(self, example: Example, number: int) -> Example:
+        """Return an example with its image as the model gets it; see :func:`~grip_env.tasks.pictures.as_pixels`."""
+        try:
+            pixels = as_pixels(example.image, self.max_side)
+        except PictureError as error:
+            raise ValueError(f"the image of {example.key or f'example {number}'} {error}") from None
+        return example if pixels is example.image else dataclasses.replace(example, image=pixels)
+
     @torch.no_grad()
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> Encoded:
         """Run the vision encoder once per example, or per image that is not in the cache.
@@ -201,10 +216,12 @@ class HuggingFaceVLM:
             with_answers: False leaves the answers out: what comes back can be answered, but not scored.
 
         Raises:
-            ValueError: If there are no examples, an answer is empty, or a sequence does not fit the model.
+            ValueError: If there are no examples, an image is no picture, an answer is empty, or a sequence does not fit
+                the model.
         """
         if not examples:
             raise ValueError("encode needs at least one example")
+        examples = [self._with_pixels(example, number) for number, example in enumerate(examples)]
         pictures = self._pictures([example.image for example in examples])
         expected = [example.answer for example in examples] if with_answers else None
         rows, answers = prompt_ids(self.family, prompt_texts(self.family, examples, pictures), expected, pictures)

@@ -95,7 +95,7 @@ def test_misuse_is_refused(pruner: Pruner, tmp_path: Path) -> None:
     image = np.zeros((96, 96, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="1 images and 2 questions"):
         pruner.answers([image], ["a?", "b?"])
-    with pytest.raises(ValueError, match=r"float64 of shape \(96, 96, 3\)"):
+    with pytest.raises(ValueError, match="has values of float64"):
         pruner.answers([image.astype(float)], ["a?"])
     with pytest.raises(ValueError, match="share"):
         pruner.answers([image], ["a?"], budget=1.5)

@@ -110,7 +110,7 @@ def test_lines_become_examples(tmp_path: Path) -> None:
 CHAT = [
     {"from": "human", "value": "<image>\nwhat is it?"},
     {"from": "gpt", "value": "a cat"},
-    {"from": "human", "value": "and <image> its color?"},
+    {"from": "human", "value": "and  its color?"},
     {"from": "gpt", "value": " black"},
 ]
 
@@ -129,6 +129,38 @@ def test_conversations_become_a_question_for_each_pair(folder: Path, suffix: str
     assert len({one.key for _, one in found}) == 3
     first = "chat.jsonl:1" if suffix == ".jsonl" else "chat.json:1 (item 1)"
     assert {one.key for _, one in found} >= {f"{first}, question 1", f"{first}, question 2"}
+
+
+def test_a_json_file_may_have_a_row_on_each_line(folder: Path) -> None:
+    """POPE's files are such."""
+    lines = [row(answer="one"), row(answer="two")]
+    (folder / "a.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert sorted(one.key for _, one in everything(FileTask(folder / "a.json"))) == ["a.json:1", "a.json:2"]
+    (folder / "one.json").write_text(json.dumps(lines[0]))
+    assert [one.answer for _, one in everything(FileTask(folder / "one.json"))] == ["one"]
+
+
+def test_a_list_of_one_image_is_an_image(folder: Path) -> None:
+    (found,) = everything(FileTask(write(folder / "a.jsonl", [row(image=["0.png"])])))
+    assert np.array_equal(found[1].image, read_picture(folder / "0.png", 10**6))
+
+
+@pytest.mark.parametrize(
+    ("questions", "count"),
+    [(["<image> and <image>: which?"], 2), (["<image>a?", "<image>b?"], 2), (["a?", "<image><image><image>b?"], 3)],
+)
+def test_markers_that_do_not_fit_the_one_image_are_faults(folder: Path, questions: list[str], count: int) -> None:
+    chat = [
+        {"from": speaker, "value": text}
+        for question in questions
+        for speaker, text in (("human", question), ("gpt", "yes"))
+    ]
+    rows: list[Any] = [row(answer="kept"), {"image": "0.png", "conversations": chat}]
+    if len(questions) == 1:
+        rows.append(row(question=questions[0]))
+    faults = refused(write(folder / "a.jsonl", rows)).faults
+    assert [fault.place for fault in faults] == [f"a.jsonl:{line}" for line in range(2, len(rows) + 1)]
+    assert all(f"the marker <image> is there {count} times, and the row has one image" in str(one) for one in faults)
 
 
 def test_byte_order_mark_line_ends_and_blank_lines_are_no_faults(folder: Path) -> None:
@@ -174,7 +206,7 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     ({"image": "0.png", "answer": "a"}, ['"question" is missing', "the row has 'image', 'answer'"]),
     ({}, ['"image" is missing', '"question" is missing', '"answer" is missing', "no keys"]),
     (row(image=""), ['"image" is empty: give the path']),
-    (row(image=["0.png", "1.png"]), ['"image" is a list: write a row for each image']),
+    (row(image=["0.png", "1.png"]), ['"image" is a list of 2: a question is about one image, give the path of one']),
     (row(image=None), ['"image" is null']),
     (["0.png", "q", "a"], ["expected an object such as", "got a list"]),
     ("null", ["expected an object such as", "got null"]),
@@ -282,7 +314,14 @@ def test_nothing_left_is_an_error_also_when_skipping(folder: Path) -> None:
         ("a.jsonl", "{}".encode("utf-16"), ["is UTF-16, not UTF-8", "iconv -f UTF-16"]),
         ("a.json", "[]".encode("utf-16"), ["is UTF-16, not UTF-8"]),
         ("a.jsonl", b"\n[\n{}\n]", ["a.jsonl:2: begins with '[', as a list does: call the file .json"]),
-        ("a.json", b'\n{"image": 1}', ["a.json:2: begins with '{'", ".jsonl"]),
+        ("a.json", b'\n{"image": 1}', ['a.json:2: "image" is a number']),
+        (
+            "a.json",
+            b'{"data": [{"image": "a.png"}]}',
+            ["a.json:1: is one object with the keys 'data': a .json file is one list of rows"],
+        ),
+        ("a.json", b'{\n "questions": [],\n "info": {}\n}', ["is one object with the keys 'questions', 'info'"]),
+        ("a.json", b'"cats"', ["begins with '\"': a .json file is one list of rows"]),
         ("a.json", b"[1", ["expected ',' or ']' after item 1, and the file ends", "mend the file"]),
         ("a.json", b"[1 2]", ["expected ',' or ']' after item 1, and got '2'"]),
         ("a.json", b"[1,]", ["expected one more item: is the file complete"]),
@@ -514,7 +553,8 @@ def test_limits_that_just_hold(tmp_path: Path) -> None:
         ("away/outside.png", "leads out of {folder}"),
         ("loop.png", "cannot be read ("),
         ("https://example.org/cat.png", "is an address, not a file"),
-        ("data:image/png;base64,AAAA", "is an address, not a file"),
+        ("data:image/png;base64,AAAA", "is the image itself as text (base64): save it beside the data file"),
+        ("iVBORw0KGgo" * 40, "is the image itself as text (base64): save it beside the data file"),
         ("sub", "is a folder: give the path of an image"),
         (".", "is a folder"),
         ("pipe.png", "is not a regular file"),
@@ -523,7 +563,7 @@ def test_limits_that_just_hold(tmp_path: Path) -> None:
         ("0.png/1.png", "cannot be read (Not a directory)"),
         ("a\0b.png", "is no path (embedded null byte)"),
         ("\ud800.png", "is no path ("),
-        ("x" * 300, "cannot be read (File name too long)"),
+        ("x" * 300 + ".png", "cannot be read (File name too long)"),
     ],
 )
 def test_paths_that_are_no_image_inside_the_folder(tmp_path: Path, name: str, message: str) -> None:
