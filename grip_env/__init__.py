@@ -131,13 +131,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-for _name, _single, _vector in (
-    ("TokenSelection", "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"),
-    ("SequentialSelection", "sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"),
-    ("ProgressivePruning", "progressive:ProgressivePruningEnv", "progressive_vector:ProgressivePruningVectorEnv"),
-    ("SmallSelection", "small:SmallSelectionEnv", "small:SmallSelectionVectorEnv"),
+_TOKENS = "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"
+
+for _name, (_single, _vector), _preset in (
+    ("TokenSelection", _TOKENS, {}),
+    ("TokenScores", _TOKENS, {"action_mode": "scores"}),  # for what can be told nothing but an id
+    ("SequentialSelection", ("sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"), {}),
+    (
+        "ProgressivePruning",
+        ("progressive:ProgressivePruningEnv", "progressive_vector:ProgressivePruningVectorEnv"),
+        {},
+    ),
+    ("SmallSelection", ("small:SmallSelectionEnv", "small:SmallSelectionVectorEnv"), {}),
 ):
     if f"GRIP/{_name}-v0" not in gymnasium.registry:  # a reload would warn
         gymnasium.register(
-            f"GRIP/{_name}-v0", f"grip_env.envs.{_single}", vector_entry_point=f"grip_env.envs.{_vector}"
+            f"GRIP/{_name}-v0",
+            f"grip_env.envs.{_single}",
+            vector_entry_point=f"grip_env.envs.{_vector}",
+            kwargs=dict(_preset),
         )

@@ -30,6 +30,7 @@ __all__ = [
     "Observation",
     "Outcome",
     "SelectionRules",
+    "best_scores",
     "check_penalty",
     "joined_full",
 ]
@@ -351,7 +352,7 @@ class SelectionRules(EpisodeRules):
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
         """Turn a checked action (N,) into a selection within the budget; the episode stays as it is.
 
-        Only an action over budget draws from ``generator``.
+        Only an action over budget, or one that leaves open which tokens are the best, draws from ``generator``.
         """
         real = episode.instance.real
         if self.action_mode == "binary":
@@ -364,13 +365,31 @@ class SelectionRules(EpisodeRules):
             return Decision(episode, selection, excess)
         selection = np.zeros(self.max_tokens, dtype=bool)
         candidates = episode.instance.candidates
-        best = (-action[candidates]).argsort(kind="stable")[: episode.k]
-        selection[candidates[best]] = True
+        selection[candidates[best_scores(action[candidates], episode.k, generator)]] = True
         return Decision(episode, selection, 0)
 
     def step_info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a step."""
         return super().step_info(episode) | {"over_budget": episode.violations}
+
+
+def best_scores(scores: np.ndarray, k: int, generator: np.random.Generator) -> np.ndarray:
+    """Return the indices of the k highest of ``scores`` (N,), long (min(k, N),) in any order.
+
+    Which of equal scores are among them is drawn from ``generator``, and nothing is drawn where that is no question:
+    by their index, tokens from the top of the picture would win.
+
+    >>> best_scores(np.array([0.5, 2.0, 1.0]), 2, np.random.default_rng(0)).tolist()
+    [1, 2]
+    """
+    if k >= len(scores):
+        return np.arange(len(scores))
+    cut = np.partition(scores, len(scores) - k)[len(scores) - k]  # the k-th highest
+    above, level = np.flatnonzero(scores > cut), np.flatnonzero(scores == cut)
+    room = k - len(above)
+    if len(level) > room:
+        level = generator.choice(level, room, replace=False)
+    return np.concatenate([above, level])
 
 
 def check_penalty(name: str, value: float) -> None:

@@ -42,8 +42,8 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
       how many. Fewer are allowed, none too.
     - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``. With ``stage_budgets``, the k surviving tokens of highest
       score are kept. With ``budget``, those of them whose score is above 0, at most k: so the agent says how much it
-      spends now and how much it leaves for later. Of equal scores, the lower index comes first. Any number but NaN is
-      accepted.
+      spends now and how much it leaves for later. Which of equal scores is drawn at random (from the environment's own
+      generator). Any number but NaN is accepted.
 
     What is dropped or padding stays so, whatever the action.
 

@@ -31,8 +31,8 @@ def as_sb3_vec_env(envs: VectorEnv[Any, Any, Any]) -> VecEnv:
     ``VecMonitor`` around it for episode statistics (its ``info_keywords`` can be ``("log_likelihood", "correct")``).
 
     With ``action_mode="scores"``, give PPO and A2C ``policy_kwargs={"log_std_init": -2.0}``: they start with a
-    standard deviation of 1 and clip actions to [-1, 1], so that more scores than the budget has room for are 1, and of
-    equal scores those of lower index are kept. For token-by-token episodes give ``gamma=1.0``, as
+    standard deviation of 1 and clip actions to [-1, 1], so that more scores than the budget has room for are 1, and
+    chance decides which of these tokens are kept. For token-by-token episodes give ``gamma=1.0``, as
     :class:`~grip_env.envs.sequential.SequentialSelectionEnv` explains.
 
     The instances share one set of rules: ``set_attr`` sets for all, ``get_attr`` returns the same value for each but

@@ -32,11 +32,19 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     - ``action_mode="binary"``: ``MultiBinary(N)``, int8 (N,), 1 = keep. If more than k are chosen, k of them
       are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` tells
       by how many. Fewer are allowed; with none kept the model answers from the question alone.
-    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``, the k highest scores are kept; of equal scores,
-      those of lower index. The bounds are there for policies that want a normalised space: any number but
-      NaN is accepted.
+    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``, the k highest scores are kept; which of equal scores
+      is drawn at random (from the environment's own generator). The bounds are there for policies that want a
+      normalised space: any number but NaN is accepted. ``GRIP/TokenScores-v0`` is this mode under an id of its own.
 
     Padding tokens are never kept, whatever the action.
+
+    For learning, prefer scores. A binary policy that has learnt nothing keeps about half of the tokens and has them cut
+    to k at random, so that its action says little about what was kept: charge ``over_budget_penalty``, or start it near
+    the budget. Scores that are *clipped* to the space lose their order where they leave it: of 144 drawn from N(0, 1),
+    23 become 1, and with k = 14 chance alone then decides. So begin with a small standard deviation
+    (Stable-Baselines3's PPO and A2C: ``policy_kwargs={"log_std_init": -2.0}``), squash with tanh rather than clip (SAC
+    does), or send the scores as they are, beyond the bounds. TD3 and DDPG are likely to end with most scores at the
+    bounds: prefer SAC or PPO.
 
     ## Observation Space
 

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from grip_env.envs.checks import check_whole
 from grip_env.envs.episodes import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget
@@ -30,10 +31,15 @@ class SequentialRules(EpisodeRules):
     The arguments are those of :class:`SequentialSelectionEnv`.
     """
 
-    def __init__(self, *, dense: bool, invalid_action_penalty: float, **common: Any) -> None:
+    def __init__(
+        self, *, dense: bool, invalid_action_penalty: float, max_invalid_actions: int | None, **common: Any
+    ) -> None:
         check_penalty("invalid_action_penalty", invalid_action_penalty)
+        if max_invalid_actions is not None:
+            check_whole("max_invalid_actions", max_invalid_actions, 1)
         super().__init__(penalty=invalid_action_penalty, **common)
         self.dense = dense
+        self.max_invalid_actions = self.max_tokens if max_invalid_actions is None else int(max_invalid_actions)
         self.action_space = spaces.Discrete(self.max_tokens)
         self.observation_space["selected"] = spaces.MultiBinary(self.max_tokens)
 
@@ -57,7 +63,9 @@ class SequentialRules(EpisodeRules):
         """Add a token to the selection, or nothing where the action is illegal; the episode stays as it is."""
         selection = episode.selection.copy()
         if not legal_actions(episode)[action]:
-            return Decision(episode, selection, violations=1, scored=False, ends=False)
+            # the model is asked about what there is: were the end free, doing nothing would pay 0, "nothing lost"
+            ends = episode.violations + 1 >= self.max_invalid_actions
+            return Decision(episode, selection, violations=1, scored=ends, ends=ends)
         selection[action] = True
         ends = bool(selection.sum() == episode.k)
         return Decision(episode, selection, scored=self.dense or ends, ends=ends)
@@ -92,7 +100,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
     real tokens that are not selected yet. sb3-contrib's MaskablePPO calls it (through wrappers:
     ``env.get_wrapper_attr("action_masks")()``); ``info["action_mask"]`` has the same as int8, as Gymnasium's own
     environments do, for ``env.action_space.sample(mask=info["action_mask"])``. An illegal action changes nothing but
-    the count ``info["invalid_actions"]``, and costs ``invalid_action_penalty``.
+    the count ``info["invalid_actions"]``, and costs ``invalid_action_penalty``; with the
+    ``max_invalid_actions``-th, the episode ends.
 
     ## Observation Space
 
@@ -122,14 +131,18 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
       with the one-shot environment's. The model is asked at every legal step.
     - ``dense=False``: the last step pays R(S_k), the others nothing. The model is asked at the last step only.
 
+    In an episode that illegal actions end early, S_k stands for the tokens that are in by then, none perhaps.
+
     Both are less ``invalid_action_penalty`` for an illegal action. Train with a discount of 1 (Stable-Baselines3:
     ``gamma=1.0``): less would pay for gaining early rather than for the final set.
 
     ## Episode End
 
-    ``terminated`` with the step that brings the k-th token in; never ``truncated``. As illegal actions are ignored,
-    a policy that does not look at the mask may go on for ever: give such a one a limit,
-    ``gymnasium.make(..., max_episode_steps=...)``.
+    ``terminated`` with the step that brings the k-th token in, or with the ``max_invalid_actions``-th illegal action;
+    never ``truncated``. So a policy that does not look at the mask, and may repeat an illegal action for ever, comes to
+    an end as well: the model then answers from the tokens that are in, and the rewards add up to R of that set. For
+    algorithms without masks, such as DQN, ``max_invalid_actions=1`` ends the episode with the first mistake, and a
+    penalty tells which action it was.
 
     ## Information
 
@@ -161,6 +174,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
         dense: Whether every token pays, or the last alone.
         invalid_action_penalty: Charged for each action that is ignored.
+        max_invalid_actions: An episode ends with this many of them, at least 1; ``None`` stands for N.
 
     Raises:
         ValueError: If an argument is none of the above; while it runs, for an example with more than
@@ -199,6 +213,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         obs_dtype: ObsDtype = "float32",
         dense: bool = True,
         invalid_action_penalty: float = 0.0,
+        max_invalid_actions: int | None = None,
     ) -> None:
         super().__init__(
             render_mode,
@@ -215,6 +230,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
             obs_dtype=obs_dtype,
             dense=dense,
             invalid_action_penalty=invalid_action_penalty,
+            max_invalid_actions=max_invalid_actions,
         )
 
     def _make_rules(self, **arguments: Any) -> SequentialRules:
@@ -255,6 +271,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         obs_dtype: Precision of those features, "float32" or "float16".
         dense: Whether every token pays, or the last alone.
         invalid_action_penalty: Charged for each action that is ignored.
+        max_invalid_actions: An episode ends with this many of them; ``None`` stands for N.
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, which
             ``gymnasium.make`` puts around the single environment for the same argument.
 
@@ -292,6 +309,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         obs_dtype: ObsDtype = "float32",
         dense: bool = True,
         invalid_action_penalty: float = 0.0,
+        max_invalid_actions: int | None = None,
         max_episode_steps: int | None = None,
     ) -> None:
         super().__init__(
@@ -311,6 +329,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
             obs_dtype=obs_dtype,
             dense=dense,
             invalid_action_penalty=invalid_action_penalty,
+            max_invalid_actions=max_invalid_actions,
         )
 
     def _make_rules(self, **arguments: Any) -> SequentialRules:

@@ -136,7 +136,7 @@ class StageRules(SelectionRules):
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
         """Turn a checked action (N,) into a selection of surviving tokens; the episode stays as it is.
 
-        Only an action over budget draws from ``generator``.
+        Only an action over budget, or one that leaves open which tokens are the best, draws from ``generator``.
         """
         assert isinstance(episode, StagedEpisode)
         candidates = episode.selection

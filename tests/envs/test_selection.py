@@ -196,13 +196,73 @@ def test_fewer_than_k_and_none_are_allowed() -> None:
     assert env.step(binary(8))[-1]["kept"] == [8]
 
 
-def test_equal_scores_keep_lower_indices_and_bounds_do_not_matter() -> None:
-    env = make(action_mode="scores")
-    env.reset(seed=0)
-    assert env.step(np.zeros(16))[-1]["kept"] == [0, 1, 2, 3]
+def test_which_of_equal_scores_is_drawn_and_bounds_do_not_matter() -> None:
+    env = make(action_mode="scores")  # k = 4
     env.reset(seed=0)
     scores = np.array([0, 5, 1e30, 5, 5, -1e30, 5, 0, 0, 0, 0, 0, 0, 0, 0, -np.inf])
-    assert env.step(scores)[-1]["kept"] == [1, 2, 3, 4]
+    seen = set()
+    for _ in range(60):
+        kept = env.step(scores)[-1]["kept"]
+        assert len(kept) == 4
+        assert 2 in kept
+        seen.add(tuple(kept))
+        env.reset()
+    assert seen == {tuple(sorted({1, 2, 3, 4, 6} - {left_out})) for left_out in (1, 3, 4, 6)}
+
+
+@pytest.mark.parametrize("extreme", [np.inf, -np.inf, 0.0])
+def test_all_equal_scores_keep_every_token_equally_often(extreme: float) -> None:
+    env = make(action_mode="scores")
+    env.reset(seed=3)
+    counts = np.zeros(16)
+    for _ in range(400):
+        counts[env.step(np.full(16, extreme))[-1]["kept"]] += 1
+        env.reset()
+    assert counts.sum() == 1600
+    assert abs(counts - 100).max() < 40  # a standard deviation of 8.7 each
+
+
+@pytest.mark.parametrize("vector", [False, True], ids=["single", "vector"])
+def test_clipped_scores_do_not_favour_the_top_of_the_picture(vector: bool) -> None:
+    """Of 144 scores drawn from N(0, 1) and clipped, 23 are 1 on average, and k = 14."""
+    arguments: dict[str, Any] = {"vlm": FakeVLM(side=12), "task": FakeTask(), "budget": 0.1}
+    policy = np.random.default_rng(5)
+    means: list[float] = []
+    edge = 0
+    if vector:
+        envs: Any = gymnasium.make_vec("GRIP/TokenScores-v0", 50, **arguments)
+        envs.reset(seed=0)
+        for _ in range(8):
+            actions = policy.standard_normal((50, 144)).clip(-1, 1)
+            edge += int((actions == 1).sum())
+            means += [float(np.mean(kept)) for kept in envs.step(actions)[-1]["final_info"]["kept"]]
+    else:
+        env: Any = gymnasium.make("GRIP/TokenScores-v0", **arguments)
+        for episode in range(400):
+            env.reset(seed=0 if episode == 0 else None)
+            action = policy.standard_normal(144).clip(-1, 1)
+            edge += int((action == 1).sum())
+            means.append(float(np.mean(env.step(action)[-1]["kept"])))
+    assert 22 < edge / 400 < 24
+    # lower indices first gave 48; the mean of 400 means of 14 places has a standard deviation of 0.55
+    assert np.mean(means) == pytest.approx(71.5, abs=2)
+
+
+def test_only_a_tie_at_the_cut_draws_from_the_generator() -> None:
+    env = make(action_mode="scores")  # k = 4
+    env.reset(seed=0)
+    before = env.np_random.bit_generator.state
+    clear = np.arange(16.0)
+    for scores in (clear, np.minimum(clear, 12.0), np.maximum(clear, 11.0), np.full(16, -np.inf) + 0 * clear):
+        draws = len(set(scores)) == 1
+        env.step(scores)
+        assert (env.np_random.bit_generator.state != before) == draws
+        env.reset()
+    everything = make(action_mode="scores", budget=1.0)
+    everything.reset(seed=0)
+    before = everything.np_random.bit_generator.state
+    assert everything.step(np.zeros(16))[-1]["kept"] == list(range(16))
+    assert everything.np_random.bit_generator.state == before
 
 
 def test_padding_is_masked_and_never_kept() -> None:

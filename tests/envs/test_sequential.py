@@ -162,11 +162,11 @@ def test_illegal_actions_are_ignored_counted_and_charged() -> None:
     env.step(4)
     _, reward, _, _, info = env.step(4)
     assert (reward, info["invalid_actions"], info["kept"]) == (-0.5, 2, [4])
-    for _ in range(20):  # it never ends this way
+    for _ in range(13):  # the sixteenth would end it
         _, _, terminated, _, info = env.step(4)
         assert not terminated
     _, info = play(env, [5, 6])
-    assert info["invalid_actions"] == 22
+    assert info["invalid_actions"] == 15
     assert env.reset()[1]["k"] == 3
     assert env.step(0)[-1]["invalid_actions"] == 0  # counted by episode
 
@@ -190,6 +190,72 @@ def test_what_is_no_index_is_refused_and_changes_nothing(action: Any, message: s
         env.step(action)
     _, _, _, _, info = env.step(np.int64(2))
     assert (info["kept"], info["invalid_actions"]) == ([1, 2], 0)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(("legal", "limit"), [([], None), ([3, 5], None), ([3], 2), ([], 1)])
+def test_repeating_an_illegal_action_ends_the_episode_and_pays_for_what_is_in(
+    dense: bool, legal: list[int], limit: int | None
+) -> None:
+    """Were the end free, doing nothing would pay 0, which stands for nothing lost."""
+    vlm = FakeVLM(count=lambda example: 13)  # 13 to 15 are padding: never legal
+    env = make(vlm=vlm, dense=dense, max_tokens=16, max_invalid_actions=limit, invalid_action_penalty=0.5)
+    env.reset(seed=0, options={"index": 2})
+    most = 16 if limit is None else limit
+    rewards, info = play(env, [*legal, *[15] * most])
+    assert info["kept"] == legal
+    assert info["invalid_actions"] == most
+    worth, same = one_shot(env, 2, 0.25, legal)
+    assert sum(rewards) == pytest.approx(worth - 0.5 * most, abs=1e-6)
+    assert info["log_likelihood"] == pytest.approx(same["log_likelihood"], abs=1e-6)
+    assert worth < -0.1
+    with pytest.raises(gymnasium.error.ResetNeeded, match=f"ended at step {len(legal) + most}"):
+        env.step(0)
+    assert env.reset()[1]["action_mask"].sum() == 13
+
+
+def test_many_end_at_the_limit_each_by_itself() -> None:
+    envs = make_vector(3, max_invalid_actions=2)
+    envs.reset(seed=0)
+    envs.step(np.array([4, 4, 4]))
+    ends = [envs.step(np.array(actions))[2].tolist() for actions in ([4, 4, 5], [4, 5, 5], [0, 4, 5])]
+    assert ends == [[False] * 3, [True, False, False], [False, True, True]]
+
+
+@pytest.mark.parametrize("case", ["single", "native", "sync", "stable-baselines"])
+def test_a_constant_policy_comes_to_an_end_everywhere(case: str) -> None:
+    arguments: dict[str, Any] = {"vlm": FakeVLM()} | DEFAULTS
+    most = 4 + 16
+    if case == "single":
+        env = make()
+        for _ in range(3):
+            env.reset()
+            assert any(env.step(7)[2] for _ in range(most))
+        return
+    if case == "stable-baselines":
+        ours: Any = grip_env.as_sb3_vec_env(make_vector(2))
+        ours.reset()
+        assert any(ours.step(np.full(2, 7))[2].all() for _ in range(most))
+        return
+    mode = {} if case == "native" else {"vectorization_mode": "sync"}
+    envs: Any = gymnasium.make_vec("GRIP/SequentialSelection-v0", 2, **mode, **arguments)
+    envs.reset(seed=0)
+    assert any(envs.step(np.full(2, 7))[2].all() for _ in range(most))
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["single", "native"])
+def test_stable_baselines_dqn_is_evaluated_though_it_repeats_itself(native: bool) -> None:
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    env: Any = grip_env.as_sb3_vec_env(make_vector(2)) if native else make()
+    model = DQN("MultiInputPolicy", env, buffer_size=64, learning_starts=8, seed=0, device="cpu")
+    model.learn(32)
+    returns, lengths = evaluate_policy(model, env, n_eval_episodes=4, return_episode_rewards=True, warn=False)
+    assert isinstance(lengths, list)
+    assert max(lengths) > 4, "it repeats itself; were it not so, this would show nothing"
+    assert max(lengths) <= 4 + 16
+    assert np.isfinite(returns).all()
 
 
 def test_step_masks_and_render_need_an_episode() -> None:
@@ -224,6 +290,7 @@ def test_arguments_are_those_of_the_other_environments() -> None:
     assert (vector.pop("num_envs").default, vector.pop("max_episode_steps").default) == (1, None)
     assert vector == single
     assert (single.pop("dense").default, single.pop("invalid_action_penalty").default) == (True, 0.0)
+    assert single.pop("max_invalid_actions").default is None
     del other["action_mode"], other["over_budget_penalty"]
     assert single == other
     assert grip_env.SequentialSelectionEnv is SequentialSelectionEnv

@@ -52,6 +52,7 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "binary": {"max_tokens": 16, "budget": (0.05, 0.6), "over_budget_penalty": 0.1},
         "scores": {"max_tokens": 16, "budget": [0.25, 1.0], "action_mode": "scores", "question_aware": False},
     },
+    "GRIP/TokenScores-v0": {"scores": {"max_tokens": 16, "budget": [0.25, 1.0]}},
     "GRIP/SequentialSelection-v0": {
         "dense": {"max_tokens": 16, "budget": (0.05, 0.5)},
         "sparse": {"max_tokens": 16, "budget": 0.3, "dense": False, "invalid_action_penalty": 0.25},
@@ -133,6 +134,16 @@ def test_every_registered_id_has_arguments_here_for_each_of_its_modes() -> None:
         spec = gymnasium.spec(name)
         assert spec.vector_entry_point is not None
         assert spec.max_episode_steps is None
+
+
+@pytest.mark.parametrize("make_one", [gymnasium.make, gymnasium.make_vec], ids=["single", "vector"])
+def test_an_id_is_enough_for_actions_that_are_real_numbers(make_one: Any) -> None:
+    env: Any = make_one("grip_env:GRIP/TokenScores-v0", max_tokens=16, **COMMON)
+    space = env.action_space if make_one is gymnasium.make else env.single_action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    assert (space.shape, space.dtype) == ((16,), np.float32)
+    named: Any = make_one("GRIP/TokenSelection-v0", action_mode="scores", max_tokens=16, **COMMON)
+    assert data_equivalence(play(seeded(env), 12, seed=3), play(seeded(named), 12, seed=3), exact=True)
 
 
 # -- one environment -------------------------------------------------------------------------------------
