@@ -87,7 +87,8 @@ class Pruner:
         """Put an agent before a model that is loaded already.
 
         Args:
-            model: An image-text model of transformers, of a supported family.
+            model: An image-text model of transformers, of a supported family, adapters merged into it. It is frozen:
+                put in eval mode, and none of its parameters requires gradients any more.
             processor: Its processor.
             agent: Folder of a run, or of its agent.
             options: Passed on to :class:`~grip_env.vlms.huggingface.HuggingFaceVLM`.

@@ -154,8 +154,10 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
         raise CommandError(
             "--attn-implementation flash_attention_2 needs the package flash-attn: install it, or use sdpa"
         )
-    if config.cache_gib <= 0:
-        raise CommandError(f"--cache-gib must be above 0; got {config.cache_gib:g}: leave out --cache to have none")
+    if not 0 < config.cache_gib <= 2**20:
+        raise CommandError(
+            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g}: to have none, leave out --cache"
+        )
     try:
         cache = None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30))
     except (OSError, ValueError) as error:

@@ -141,6 +141,7 @@ def main(config: Config) -> None:
     from grip_env.vlms.dense import DenseBatch, DenseHead, vision_tokens
     from grip_env.vlms.huggingface import HuggingFaceVLM
     from grip_env.vlms.language import PLACE_WEIGHT, LanguageStage, place_loss
+    from grip_env.vlms.loading import write_digests
     from grip_env.vlms.stage import run_stage
 
     if config.threads:
@@ -203,6 +204,7 @@ def main(config: Config) -> None:
         half.set_attn_implementation("sdpa")
         half.save_pretrained(part)
         processor.save_pretrained(part)
+        write_digests(part)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
 

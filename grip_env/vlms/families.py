@@ -395,7 +395,17 @@ def family_of(model: Any, processor: Any) -> Family:
     Raises:
         ValueError: If there is none, or it cannot serve this model.
     """
-    kind = model.config.model_type
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        raise ValueError(
+            f"expected an image-text model of transformers, got {type(model).__name__}: give the model itself"
+        )
+    adapted = hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False)
+    if adapted or any(".lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "the model has adapters of PEFT, such as LoRA, that are not merged into its weights: call "
+            "merge_and_unload() and give what that returns"
+        )
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind](model, processor)

@@ -62,7 +62,12 @@ class Family:
         self.model, self.processor = model, processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = int(model.config.image_token_id)
-        self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if not token:
+            raise ValueError(
+                f"the tokenizer does not know the image token {self.image_token_id}: save both together again"
+            )
+        self.image_token: str = token
         self.check()
 
     def check(self) -> None:

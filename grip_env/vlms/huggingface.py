@@ -35,6 +35,9 @@ from grip_env.vlms.tower import known_images
 
 __all__ = ["HuggingFaceVLM"]
 
+QUESTION = "what is there?"
+"""What a model that was just loaded is tried with."""
+
 
 class HuggingFaceVLM:
     """A frozen image-text model of transformers.
@@ -107,7 +110,33 @@ class HuggingFaceVLM:
             ValueError: If a part of it is missing or damaged, or its family is not supported.
         """
         model, processor = read_pretrained(path, dtype, attn_implementation)
-        return cls(model.to(device), processor, Path(path).name, position_policy, token_budget, cache, max_side)
+        vlm = cls(model.to(device), processor, Path(path).name, position_policy, token_budget, cache, max_side)
+        try:
+            vlm._try_processor()
+        except Exception as error:  # of a tokenizer, template or image processor with impossible settings
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+            raise ValueError(f"{path} cannot be used ({reason}): save it again") from error
+        return vlm
+
+    def _try_processor(self) -> None:
+        """Raise an error if the processor cannot make a prompt and an image of what it is given."""
+        family = self.family
+        prompt = family.prompt(QUESTION)
+        if prompt.count(family.marker) != 1 or QUESTION not in prompt:
+            raise ValueError(
+                f"the chat template of {self.name} makes {prompt[:200]!r} of an image and the question {QUESTION!r}, "
+                f"where there should be the question and one {family.marker!r}"
+            )
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = family.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if not ids or max(*ids, family.image_token_id) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer of {self.name} makes ids up to {max([0, *ids, family.image_token_id])}, and its model "
+                f"knows {vocabulary} tokens"
+            )
+        values = family.pixels([np.full((64, 64, 3), 128, np.uint8)])["pixel_values"]
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"the image processor of {self.name} makes NaN or infinities")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
