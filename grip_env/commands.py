@@ -156,7 +156,7 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
         )
     if not 0 < config.cache_gib <= 2**20:
         raise CommandError(
-            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g}: to have none, leave out --cache"
+            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g}: leave out --cache for none"
         )
     try:
         cache = None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30))
