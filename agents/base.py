@@ -76,9 +76,14 @@ def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch
     Returns:
         bool (B, N).
 
+    Raises:
+        ValueError: If the score of a real token is NaN. Infinities are scores like others.
+
     >>> top_k(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([1]), torch.ones(1, 3, dtype=torch.bool))
     tensor([[False,  True, False]])
     """
+    if bool((scores.isnan() & mask).any()):
+        raise ValueError(f"scores must be numbers; got NaN for {int((scores.isnan() & mask).sum())} tokens")
     order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
     return (rank < kept[:, None]) & mask

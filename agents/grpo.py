@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from agents.imitation import Imitation, as_warm_up
-from agents.learning import Learner, Metrics, check_batch, draw_counts, lowest_eighth
+from agents.learning import Learner, Metrics, check_batch, draw_counts, finite_rows, lowest_eighth
 from agents.pool import ExamplePool
 from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
 from agents.scorer import Scorer
@@ -34,6 +34,7 @@ from agents.subset import KSubset
 from agents.succession import Succession, as_subsets
 from agents.value import ValueBaseline
 from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
+from grip_env.finite import named_step
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = [
@@ -157,6 +158,8 @@ class Rollouts(NamedTuple):
     """For the log, of all candidates."""
     seconds: float
     """Spent on scoring."""
+    skipped: int = 0
+    """Examples that were left out, as a score or reward was not finite."""
 
 
 def _seen(scores: Scores, reward: torch.Tensor, kept: torch.Tensor, flat_below: float) -> dict[str, float]:
@@ -253,10 +256,13 @@ class GRPO:
         scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
         seconds = time.perf_counter() - started
         self.pool.compute.add(scores.log_likelihood.numel())
-        return scores, judge(self.reward, scores, full), seconds
+        return scores, judge(self.reward, scores, full, finite=False), seconds
 
-    def _draw(self) -> Rollouts:
-        """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most."""
+    def _draw(self) -> Rollouts | None:
+        """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most.
+
+        Returns ``None`` where no example is left, as none has finite scores.
+        """
         config, candidates = self.config, self.settings.candidates
         encoded, full = self.pool.batch(config.instances * candidates, needs_agreement(self.reward))
         kept = self.draw_counts(encoded)
@@ -265,17 +271,43 @@ class GRPO:
         first = config.probes if candidates > 1 else config.group
         actions = policy.sample(torch.Size((first,)), generator=self._generator)
         scores, reward, seconds = self._score(encoded, full, actions)
+        good = self._good(encoded, scores, full, reward)
+        skipped = len(encoded) - len(good)
+        if skipped:
+            if not len(good):
+                return None
+            encoded, full, kept, scores, reward = encoded[good], full[good], kept[good], scores[good], reward[good]
+            actions = self._only(actions, good, kept)
+            with torch.set_grad_enabled(candidates == 1):
+                policy = self._policy(self.scorer, encoded, kept)
         seen = _seen(scores, reward, kept, config.flat_below)
         if candidates > 1:
             rows = reward.std(1).argsort(descending=True, stable=True)[: config.instances].sort().values
             encoded, full, kept = encoded[rows], full[rows], kept[rows]
             policy = self._policy(self.scorer, encoded, kept)
             more = policy.sample(torch.Size((config.group - first,)), generator=self._generator)
-            _, its, longer = self._score(encoded, full, more)
-            actions = actions[:, rows, : more.shape[-1]]  # orders are as long as the longest in the batch
-            actions, reward = torch.cat([actions, more]), torch.cat([reward[rows], its], 1)
+            scores, its, longer = self._score(encoded, full, more)
+            actions = torch.cat([self._only(actions, rows, kept), more])
+            reward = torch.cat([reward[rows], its], 1)
             seconds += longer
-        return Rollouts(encoded, kept, policy, actions, reward, seen, seconds)
+            good = self._good(encoded, scores, full, reward)
+            if len(good) < len(encoded):
+                if not len(good):
+                    return None
+                skipped += len(encoded) - len(good)
+                encoded, kept, reward = encoded[good], kept[good], reward[good]
+                actions = self._only(actions, good, kept)
+                policy = self._policy(self.scorer, encoded, kept)
+        return Rollouts(encoded, kept, policy, actions, reward, seen, seconds, skipped)
+
+    def _good(self, encoded: Encoded, scores: Scores, full: Scores, reward: torch.Tensor) -> torch.Tensor:
+        """Return the rows whose scores and rewards are all finite, long."""
+        known = torch.cat([scores.log_likelihood, full.log_likelihood, reward.to(scores.log_likelihood)], 1)
+        return finite_rows(known, "the reward, or a log-likelihood,", encoded, self.config.on_nan).nonzero()[:, 0]
+
+    def _only(self, actions: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Return what was drawn for some rows, which keep ``kept``, long (R,): orders are as long as their longest."""
+        return actions[:, rows, : int(kept.max())] if self.settings.in_turn else actions[:, rows]
 
     def _optimise(self) -> Iterator[Metrics]:
         config, settings = self.config, self.settings
@@ -289,7 +321,11 @@ class GRPO:
         for step in range(config.steps):
             learner.begin(step)
             started = time.perf_counter()
-            encoded, kept, policy, actions, reward, seen, scoring = self._draw()
+            with named_step(self.phase, step):
+                drawn = self._draw()
+            if drawn is None:
+                continue
+            encoded, kept, policy, actions, reward, seen, scoring, skipped = drawn
             value = None if critic is None else critic.predict(encoded, kept)
             advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
             counted = reward.std(1) >= config.flat_below if settings.drop_flat else None
@@ -304,7 +340,8 @@ class GRPO:
                     with torch.no_grad():
                         reference = self._policy(self._reference, encoded, kept)
                 objective = policy_objective(policy, log_prob, old, advantage, settings, counted, reference)
-                norm = learner.minimise(-objective)
+                with named_step(self.phase, step):
+                    norm = learner.minimise(-objective)
             value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, kept, reward, step)}
             with torch.no_grad():
                 assert old is not None  # there is one epoch at least
@@ -317,6 +354,7 @@ class GRPO:
                     **value_loss,
                     "entropy_per_token": float((entropy / kept).mean()),
                     "gradient_norm": norm,
+                    **({"skipped": skipped} if config.on_nan == "skip" else {}),
                     "learning_rate": learner.learning_rate,
                     "seconds": time.perf_counter() - started,
                     "scoring_seconds": scoring,

@@ -12,11 +12,22 @@ from typing import Literal, Protocol
 
 import torch
 
-from agents.learning import Learner, Metrics, check_batch, check_budgets, check_numbers, draw_counts
+from agents.learning import (
+    Learner,
+    Metrics,
+    OnNaN,
+    check_batch,
+    check_budgets,
+    check_numbers,
+    check_on_nan,
+    draw_counts,
+    finite_rows,
+)
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.warmup import make_teacher, warmup_loss
 from grip_env.envs.rewards import Reward, resolve_reward
+from grip_env.finite import named_step
 from grip_env.vlms.base import FrozenVLM
 
 __all__ = ["Imitation", "ImitationConfig", "WarmUpOptions", "as_warm_up"]
@@ -50,6 +61,9 @@ class ImitationConfig:
     """Encoded training examples held in memory."""
     reuse: int = 4
     """About how often each is used before a new one takes its place."""
+    on_nan: OnNaN = "stop"
+    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
+    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
 
 
 class WarmUpOptions(Protocol):
@@ -81,6 +95,7 @@ def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
         teacher_cells=options.teacher_cells,
         pool=options.pool,
         reuse=options.reuse,
+        on_nan=getattr(options, "on_nan", "stop"),
     )
 
 
@@ -114,6 +129,7 @@ class Imitation:
         check_budgets(config.min_budget, config.max_budget)
         check_numbers(config, {"instances": 1, "steps": 0}, ("learning_rate", "max_gradient_norm"))
         check_batch(config.instances, pool.size)
+        check_on_nan(config.on_nan)
         if config.schedule not in ("cosine", "constant"):
             raise ValueError(f"unknown schedule {config.schedule!r}: choose cosine or constant")
         resolve_reward(reward)
@@ -135,19 +151,34 @@ class Imitation:
         for step in range(config.steps):
             started = time.perf_counter()
             learner.begin(step)
-            encoded, _ = self.pool.batch(config.instances, first_token)
-            teacher = self.teacher(self.vlm, encoded, self.pool.compute)
-            kept = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
-            loss = warmup_loss(self.scorer, encoded, teacher, kept)
-            norm = learner.minimise(loss)
+            with named_step(phase, step):
+                loss, norm, skipped = self._imitate_once(learner, first_token)
             yield Metrics(
                 phase,
                 step,
                 {
-                    "loss": float(loss.detach()),
+                    "loss": loss,
                     "gradient_norm": norm,
+                    **({"skipped": skipped} if config.on_nan == "skip" else {}),
                     "learning_rate": learner.learning_rate,
                     "seconds": time.perf_counter() - started,
                     "forwards": self.pool.compute.forwards,
                 },
             )
+
+    def _imitate_once(self, learner: Learner, first_token: bool) -> tuple[float, float, int]:
+        """Take a step; returns the loss, the gradient's norm and how many examples were left out."""
+        config = self.config
+        encoded, _ = self.pool.batch(config.instances, first_token)
+        teacher = self.teacher(self.vlm, encoded, self.pool.compute)
+        kept = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
+        good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "what the teacher says", encoded, config.on_nan)
+        skipped = len(encoded) - int(good.sum())
+        if skipped == len(encoded):
+            return 0.0, 0.0, skipped
+        if skipped:
+            rows = good.nonzero()[:, 0]
+            encoded, teacher, kept = encoded[rows], teacher[rows], kept[rows]
+        loss = warmup_loss(self.scorer, encoded, teacher, kept)
+        norm = learner.minimise(loss)
+        return float(loss.detach()), norm, skipped

@@ -5,13 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 
 from grip_env.envs.sampling import tokens_in_budget
+from grip_env.finite import NonFiniteError, name_of
 from grip_env.vlms.base import Encoded
 
-__all__ = ["Learner", "Metrics", "check_batch", "check_budgets", "check_numbers", "draw_counts", "lowest_eighth"]
+__all__ = [
+    "Learner",
+    "Metrics",
+    "OnNaN",
+    "check_batch",
+    "check_budgets",
+    "check_numbers",
+    "check_on_nan",
+    "draw_counts",
+    "finite_rows",
+    "lowest_eighth",
+]
+
+OnNaN: TypeAlias = Literal["stop", "skip"]
+"""What becomes of examples whose scores, rewards or gradients are NaN or infinite."""
 
 
 @dataclass
@@ -55,12 +71,44 @@ class Learner:
             group["lr"] = self.learning_rate
 
     def minimise(self, loss: torch.Tensor) -> float:
-        """Take one step down the gradient of ``loss``, a scalar; returns the gradient's norm before clipping."""
+        """Take one step down the gradient of ``loss``, a scalar; returns the gradient's norm before clipping.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient is NaN or infinite; no step is taken then.
+        """
         self._optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_gradient_norm))
+        if not math.isfinite(norm) or not bool(loss.detach().isfinite()):
+            self._optimizer.zero_grad()
+            raise NonFiniteError(
+                f"the loss is {float(loss.detach()):g} and its gradient's norm {norm:g}: try a learning rate "
+                f"below {self.learning_rate:g}"
+            )
         self._optimizer.step()
-        return float(norm)
+        return norm
+
+
+def finite_rows(values: torch.Tensor, what: str, encoded: Encoded, on_nan: OnNaN) -> torch.Tensor:
+    """Return which rows of ``values`` are finite, bool (B,).
+
+    Args:
+        values: float (B, ...), a row for each example.
+        what: What they are, for the message.
+        encoded: The B examples.
+        on_nan: "skip" leaves it to the caller to go on without the others; "stop" raises.
+
+    Raises:
+        NonFiniteError: With "stop", if a row is not finite; names the first such example.
+    """
+    good = values.detach().flatten(1).isfinite().all(1)
+    if on_nan == "stop" and not bool(good.all()):
+        first = encoded.examples[int((~good).nonzero()[0])]
+        raise NonFiniteError(
+            f"{what} of {name_of(first)} is NaN or infinite: check the model and the reward, or leave such examples "
+            "out with on_nan='skip' (--ALGORITHM.on-nan skip)"
+        )
+    return good
 
 
 def draw_counts(
@@ -127,6 +175,12 @@ def check_numbers(
     for name in finite:
         if not math.isfinite(getattr(options, name)):
             raise ValueError(f"{name} must be finite; got {getattr(options, name)}")
+
+
+def check_on_nan(on_nan: str) -> None:
+    """Raise ValueError unless it is one of :data:`OnNaN`."""
+    if on_nan not in ("stop", "skip"):
+        raise ValueError(f"on_nan must be 'stop' or 'skip'; got {on_nan!r}")
 
 
 def check_batch(instances: int, pool: int, candidates: int = 1) -> None:

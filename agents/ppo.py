@@ -36,6 +36,7 @@ from agents.training_state import TrainingState
 from grip_env import as_sb3_vec_env
 from grip_env.envs.rewards import needs_agreement
 from grip_env.envs.sampling import shuffled_indices, tokens_in_budget
+from grip_env.finite import check_finite, named_step
 from grip_env.tasks.base import Example, Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
@@ -193,9 +194,13 @@ class _LibraryAgent(ABC):
         started = time.perf_counter()
         while self.updates < options.steps:
             self._anneal.update = self.updates
-            with self._randomness.lent():
-                # not reset: the rollout goes on where the last one ended, as within one long call
-                self.model.learn(options.num_envs * options.n_steps, self._episodes, reset_num_timesteps=False)
+            with named_step(self.phase, self.updates):
+                try:
+                    with self._randomness.lent():
+                        # not reset: the rollout goes on where the last one ended, as within one long call
+                        self.model.learn(options.num_envs * options.n_steps, self._episodes, reset_num_timesteps=False)
+                finally:  # the library's own error, if it has one, tells of distributions
+                    check_finite(dict(self.model.policy.named_parameters()), "the agent")
             self.updates += 1
             if self._episodes.means:
                 logged = {key.removeprefix("train/"): value for key, value in self.model.logger.name_to_value.items()}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from agents.learning import check_budgets, check_numbers
+from agents.learning import OnNaN, check_budgets, check_numbers, check_on_nan
 
 __all__ = ["PRESETS", "GRPOConfig", "Objective", "PresetName"]
 
@@ -143,6 +143,9 @@ class GRPOConfig:
     """Encoded training examples held in memory."""
     reuse: int = 12
     """About how often each is used before a new one takes its place."""
+    on_nan: OnNaN = "stop"
+    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
+    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
 
     def objective(self) -> Objective:
         """Return what is maximised: the options given, and those of the preset for the others.
@@ -164,6 +167,7 @@ class GRPOConfig:
         """
         whole = dataclasses.replace(self, **dataclasses.asdict(self.objective()))
         check_budgets(whole.min_budget, whole.max_budget, whole.budget_tilt)
+        check_on_nan(whole.on_nan)
         check_numbers(
             whole,
             {"instances": 1, "candidates": 1, "group": 1, "epochs": 1, "steps": 0, "warmup_steps": 0},

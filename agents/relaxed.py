@@ -34,11 +34,23 @@ from agents.gates import (
     straight_through,
 )
 from agents.imitation import Imitation, as_warm_up
-from agents.learning import Learner, Metrics, check_batch, check_budgets, check_numbers, draw_counts, lowest_eighth
+from agents.learning import (
+    Learner,
+    Metrics,
+    OnNaN,
+    check_batch,
+    check_budgets,
+    check_numbers,
+    check_on_nan,
+    draw_counts,
+    finite_rows,
+    lowest_eighth,
+)
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from grip_env.envs.rewards import AnswerLogLikelihood, Reward, resolve_reward
+from grip_env.finite import named_step
 from grip_env.vlms.base import FrozenVLM
 from grip_env.vlms.gated import check_gates, gated_log_likelihood
 
@@ -103,6 +115,9 @@ class RelaxedConfig:
     """Encoded training examples held in memory."""
     reuse: int = 4
     """About how often each is used before a new one takes its place."""
+    on_nan: OnNaN = "stop"
+    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
+    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
 
 
 @dataclass
@@ -168,6 +183,7 @@ class Relaxation(ABC):
             scorer.check_in_turn(True)
         self._gated = check_gates(vlm)
         check_budgets(config.min_budget, config.max_budget, config.budget_tilt)
+        check_on_nan(config.on_nan)
         check_numbers(config, {"steps": 0, "warmup_steps": 0}, ("learning_rate", "max_gradient_norm"))
         check_batch(config.instances, pool.size)
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
@@ -215,7 +231,18 @@ class Relaxation(ABC):
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
             likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
             self.pool.compute.add(likelihood.numel(), backward=True)
-            norm = learner.minimise((cost - likelihood.mean(1)).mean())
+            norm = 0.0
+            with named_step(self.phase, step):
+                both = torch.cat([likelihood, full.log_likelihood], 1)
+                good = finite_rows(both, "the answer's log-likelihood", encoded, config.on_nan).nonzero()[:, 0]
+                skipped = len(encoded) - len(good)
+                if skipped:
+                    encoded, kept, full, gates = encoded[good], kept[good], full[good], gates[good]
+                    cost, likelihood = cost[good], likelihood[good]
+                if len(good):
+                    norm = learner.minimise((cost - likelihood.mean(1)).mean())
+            if not len(good):
+                continue
             gain = (likelihood.detach() - full.log_likelihood).mean(1)
             small = lowest_eighth(kept)
             opened = ((gates.detach() > 0.5) & encoded.token_mask[:, None]).sum(-1) / kept[:, None]
@@ -229,6 +256,7 @@ class Relaxation(ABC):
                 "temperature": temperature,
                 "leak": leak,
                 "gradient_norm": norm,
+                **({"skipped": skipped} if config.on_nan == "skip" else {}),
                 "learning_rate": learner.learning_rate,
                 "seconds": time.perf_counter() - started,
                 "forwards": self.pool.compute.forwards,

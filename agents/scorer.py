@@ -13,7 +13,7 @@ from torch import nn
 
 from agents.subset import KSubset
 from agents.succession import Succession
-from grip_env.finite import check_finite
+from grip_env.finite import NonFiniteError, check_finite
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.sealed import seal, unseal, write_atomically
 
@@ -238,6 +238,8 @@ class Scorer(nn.Module):
         """Return the same from what the scorer reads; see :meth:`policy`."""
         features = self.features(*inputs)
         scores = self.rate(features, inputs.token_mask) / temperature
+        if not bool(scores.detach().isfinite().all()):
+            raise NonFiniteError("scores of the scorer are NaN or infinite: look at its weights and at what it reads")
         if self.interaction is None:
             return KSubset(scores, kept, mask=inputs.token_mask, validate_args=False)
         return Succession(scores, self.interaction(features, inputs.positions) / temperature, kept, inputs.token_mask)

@@ -47,7 +47,8 @@ class Succession:
         mask: True where a token is real, bool (B, N).
 
     Raises:
-        ValueError: If a row has no tokens to choose, or fewer than it has to.
+        ValueError: If a row has no tokens to choose, or fewer than it has to, or if the score of a real token or an
+            interaction is NaN or infinite.
 
     Orders are long (..., B, K), K = max(k), and -1 behind the k tokens of a row.
 
@@ -63,6 +64,9 @@ class Succession:
         if bool(((k < 1) | (k > mask.sum(-1))).any()):
             real = mask.sum(-1).tolist()
             raise ValueError(f"k must be from 1 to the number of real tokens; got k = {k.tolist()} of {real} tokens")
+        # a sum is finite where all numbers are, and takes no memory
+        if not bool((scores.detach().masked_fill(~mask, 0.0).sum() + interaction.detach().sum()).isfinite()):
+            raise ValueError("scores and interactions must be finite; got NaN or infinities: mask what is no token")
         self.scores, self.interaction, self.k, self.mask = scores, interaction, k, mask
 
     @torch.no_grad()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["NonFiniteError", "check_finite"]
+    from grip_env.tasks.base import Example
+
+__all__ = ["NonFiniteError", "check_finite", "name_of", "named_step"]
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ValueError):
     """A loss, gradient, score, reward or weight is NaN or infinite."""
 
 
@@ -23,3 +28,17 @@ def check_finite(weights: Mapping[str, torch.Tensor], owner: str) -> None:
     for name, value in weights.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise NonFiniteError(f"{owner} has NaN or infinite numbers in {name}")
+
+
+def name_of(example: Example) -> str:
+    """Return what an example is called in messages: its key, or its question where it has none."""
+    return f"example {example.key!r}" if example.key else f"the example with the question {example.question[:80]!r}"
+
+
+@contextlib.contextmanager
+def named_step(phase: str, step: int) -> Iterator[None]:
+    """Name the step, counted from 0, in every NonFiniteError that is raised in the context."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{phase} step {step}: {error}") from error

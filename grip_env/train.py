@@ -121,6 +121,7 @@ def train(config: Config) -> Path:
     from agents.grpo import Metrics
     from grip_env.envs.instances import RoomError
     from grip_env.envs.rewards import resolve_reward
+    from grip_env.finite import NonFiniteError
     from grip_env.report import draw_gallery
     from grip_env.tasks.files import DataError, FileTask
 
@@ -239,6 +240,8 @@ def train(config: Config) -> Path:
         print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
         print(f"compare it:  python -m grip_env.evaluate {run.path}")
         raise SystemExit(130) from None
+    except NonFiniteError as error:  # what the agent has become since the last checkpoint may be worthless
+        raise CommandError(f"stopped: {error}; the agent of the last checkpoint is in {run.path}") from None
     except (DataError, RoomError) as error:
         agent.save(run.path / "agent")
         raise CommandError(

@@ -65,14 +65,20 @@ def needs_agreement(reward: Reward) -> bool:
     return bool(getattr(reward, "needs_agreement", False))
 
 
-def judge(reward: Reward, scores: Scores, full: Scores) -> torch.Tensor:
+def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> torch.Tensor:
     """Return the reward of each selection, (B, G), after checking that it is one.
+
+    Args:
+        reward: What is asked.
+        scores: Of the selections.
+        full: With all tokens kept.
+        finite: False lets NaN and infinities through.
 
     The reward gets copies (but of ``first_token``, which is large): one that works in place spoils nothing.
 
     Raises:
-        ValueError: If it is no numbers, or not finite, or of another shape: (B, 1), for one, would teach nothing and
-            not fail.
+        ValueError: If it is no numbers, or not finite (NonFiniteError), or of another shape: (B, 1), for one, would
+            teach nothing and not fail.
     """
     import torch
 
@@ -86,9 +92,11 @@ def judge(reward: Reward, scores: Scores, full: Scores) -> torch.Tensor:
             f"the reward {reward!r} gave shape {tuple(worth.shape)}, expected {tuple(scores.log_likelihood.shape)}: "
             "one number for each selection of each example"
         )
-    if not bool(torch.isfinite(worth).all()):
+    if finite and not bool(torch.isfinite(worth).all()):
+        from grip_env.finite import NonFiniteError
+
         bad = int((~torch.isfinite(worth)).sum())
-        raise ValueError(f"the reward {reward!r} is not finite for {bad} of {worth.numel()} selections: check it")
+        raise NonFiniteError(f"the reward {reward!r} is not finite for {bad} of {worth.numel()} selections: check it")
     return worth
 
 

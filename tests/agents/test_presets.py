@@ -105,7 +105,7 @@ def test_every_option_of_the_algorithm_names_its_paper() -> None:
     source = inspect.getsource(GRPOConfig)
     help_of = dict(re.findall(r'^    (\w+): [^\n]+\n    """(.*?)"""', source, re.MULTILINE | re.DOTALL))
     plain = {"steps", "instances", "min_budget", "max_budget", "pool", "reuse", "temperature", "teacher_cells"}
-    plain |= {"budget_tilt", "probes"}
+    plain |= {"budget_tilt", "probes", "on_nan"}
     plain |= {"warmup_steps", "warmup_learning_rate", "teacher"}  # of this project, or told of in ImitationConfig
     assert set(help_of) == {field.name for field in dataclasses.fields(GRPOConfig)}
     for name in set(help_of) - plain:
