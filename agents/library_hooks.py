@@ -77,7 +77,7 @@ class Episodes(BaseCallback):
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
-                share = len(info["kept"]) / info["k"]
+                share = info["kept_count"] / info["k"]
                 self._ended.append((info["episode"]["r"], info["log_likelihood"], float(info["correct"]), share))
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,6 +112,31 @@ class FakeVLM:
 
     def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
         return encoded.tokens.sum(-1) * encoded.token_mask
+
+
+INFO_KEYS = {
+    "index",
+    "split",
+    "family",
+    "question_text",
+    "k",
+    "kept",
+    "kept_count",
+    "relevant",
+    "relevant_count",
+    "relevance_known",
+    "full_log_likelihood",
+    "scored",
+    "log_likelihood",
+    "correct",
+}
+"""What every info of every environment has."""
+
+
+def indices(mask: np.ndarray) -> Any:
+    """Return where a mask of an info is True, for masks (B, N) one list for each row."""
+    assert mask.dtype == bool
+    return np.flatnonzero(mask).tolist() if mask.ndim == 1 else [indices(row) for row in mask]
 
 
 def expected_log_likelihood(kept: Sequence[int], relevant: Sequence[int]) -> float:

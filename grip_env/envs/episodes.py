@@ -265,30 +265,30 @@ class EpisodeRules(ABC):
         """Return an observation of an episode that shares memory with others and cannot be written to."""
         return {key: read_only(value) for key, value in self.view(episode).items()}
 
-    def start_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a reset."""
-        example = episode.instance.example
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset or a step.
+
+        Its keys, and the shapes and types of their values, are the same at every step of every episode, so that
+        trainers can stack and store them. What is not known (yet) has a definite value beside a flag that says so.
+        """
+        instance, outcome = episode.instance, episode.outcome
+        relevant = instance.relevant
         return {
-            "index": episode.instance.index,
+            "index": instance.index,
             "split": self.split,
-            "question": example.question,
-            "family": example.family,
-            **self._common_info(episode),
+            "family": instance.example.family,
+            "question_text": instance.example.question,
+            "k": episode.k,
+            "kept": episode.selection.copy(),
+            "kept_count": int(np.count_nonzero(episode.selection)),
+            "relevant": instance.nothing.copy() if relevant is None else relevant.copy(),
+            "relevant_count": 0 if relevant is None else int(np.count_nonzero(relevant)),
+            "relevance_known": relevant is not None,
+            "full_log_likelihood": instance.full_log_likelihood,
+            "scored": outcome is not None,
+            "log_likelihood": 0.0 if outcome is None else outcome.log_likelihood,
+            "correct": False if outcome is None else outcome.correct,
         }
-
-    def step_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a step."""
-        outcome = episode.outcome
-        # lists, because Gymnasium's vector environments stack arrays, and these differ in length
-        info = {"kept": episode.selection.nonzero()[0].tolist(), **self._common_info(episode)}
-        if outcome is not None:
-            info |= {"log_likelihood": outcome.log_likelihood, "correct": outcome.correct}
-        return info
-
-    def _common_info(self, episode: Episode) -> dict[str, Any]:
-        relevant = episode.instance.relevant()
-        info: dict[str, Any] = {"k": episode.k, "full_log_likelihood": episode.instance.full_log_likelihood}
-        return info if relevant is None else info | {"relevant": relevant}
 
     @abstractmethod
     def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -368,9 +368,9 @@ class SelectionRules(EpisodeRules):
         selection[candidates[best_scores(action[candidates], episode.k, generator)]] = True
         return Decision(episode, selection, 0)
 
-    def step_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a step."""
-        return super().step_info(episode) | {"over_budget": episode.violations}
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset or a step."""
+        return super().info(episode) | {"over_budget": episode.violations}
 
 
 def best_scores(scores: np.ndarray, k: int, generator: np.random.Generator) -> np.ndarray:

@@ -68,18 +68,15 @@ class Instance:
         assert self.full is not None
         return float(self.full.log_likelihood)
 
-    def relevant(self) -> list[int] | None:
-        """Return the tokens that decide the answer, most relevant first; ``None`` where nobody knows."""
-        return None if self._relevant is None else list(self._relevant)
-
     @cached_property
-    def _relevant(self) -> tuple[int, ...] | None:
+    def relevant(self) -> np.ndarray | None:
+        """Which tokens decide the answer, bool (N,), read-only; ``None`` where nobody knows."""
         grades = self.example.token_relevance(self.positions)
         if grades is None:
             return None
-        grades = np.where(self.real, grades, 0.0)
-        order = np.argsort(-grades, kind="stable")
-        return tuple(int(token) for token in order if grades[token] > 0)
+        relevant = self.real & (grades > 0)
+        relevant.setflags(write=False)
+        return relevant
 
 
 class InstanceStore:

@@ -98,15 +98,18 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
 
     ## Information
 
-    ``reset`` alone: ``index`` (int), ``split``, ``question`` and ``family`` (str) and ``layer_average_budget`` (float:
-    the most that ``layer_average_tokens`` may become). Both ``reset`` and ``step``: ``full_log_likelihood`` (float,
-    nats per answer token, nothing dropped); where the task knows it, ``relevant`` (list of int: tokens that decide the
-    answer, best first); and ``stage``, ``layer`` and ``k`` (int) of the first stage or, after a step, of the one just
-    decided. ``step`` alone: ``kept`` (list of int, ascending) and ``over_budget`` (int) of that stage. The last step
-    also: ``log_likelihood`` (float), ``correct`` (bool: would greedy decoding give the answer?),
-    ``layer_average_tokens`` (float: mean over all layers of the number of visual tokens present) and ``flops_saved``
-    (float: share of the FLOPs of the dense language model over the prompt; the agent's own are not counted). What is
-    not known is absent.
+    The same keys from ``reset`` and ``step``: those of :class:`~grip_env.TokenSelectionEnv`, where ``kept`` are the
+    tokens that survive so far (after ``reset`` all), ``scored`` is True in the last step alone, ``k`` and
+    ``over_budget`` belong to the stage just decided or, after ``reset``, to the first; and
+
+    | key | type | meaning |
+    |---|---|---|
+    | stage_index, layer | int | that stage, counted from 0, and the layer it comes before |
+    | layer_average_budget | float | the most that ``layer_average_tokens`` may become |
+    | layer_average_tokens | float | mean over all layers of the visual tokens present; 0.0 before the last step |
+    | flops_saved | float | share of the dense language model's FLOPs over the prompt; 0.0 before the last step |
+
+    The agent's own FLOPs are not counted.
 
     ## Arguments
 
@@ -152,7 +155,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     while not terminated:
         action = env.action_space.sample()
         observation, reward, terminated, truncated, info = env.step(action)
-        print(info["layer"], len(info["kept"]), "of", info["k"])
+        print(info["layer"], info["kept_count"], "of", info["k"])
     print(reward, info["correct"], info["layer_average_tokens"], info["flops_saved"])
     ```
     """
@@ -228,8 +231,7 @@ def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
             f"{verdict}",
             f'p = {reached:.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"',
         ]
-        relevant = instance.relevant()
-        marked = None if relevant is None else np.isin(np.arange(len(real)), relevant)[real]
+        marked = None if instance.relevant is None else instance.relevant[real]
     plain = draw_selection(example.image, places, size=_PANEL, cells=cells, square=True)
     panels: list[Panel | np.ndarray | None] = [Panel(plain, caption)]
     for stage, layer in enumerate(rules.schedule.stages):

@@ -28,8 +28,8 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
     in :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`. Every episode has as many steps as there are stages, so
     all end together; that step begins the next ones (``AutoresetMode.SAME_STEP``): the observations returned belong
     to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and
-    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Lists such as ``kept`` come as
-    object arrays of lists.
+    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
+    ``kept`` come as bool (num_envs, N), texts as object arrays.
 
     Args:
         num_envs: How many instances.

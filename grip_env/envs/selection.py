@@ -86,12 +86,27 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
 
     ## Information
 
-    Both ``reset`` and ``step``: ``k`` (int), ``full_log_likelihood`` (float, nats per answer token, every
-    token kept) and, where the task knows it, ``relevant`` (list of int: tokens that decide the answer, best
-    first). ``reset`` alone: ``index`` (int), ``split``, ``question`` and ``family`` (str). ``step`` alone:
-    ``log_likelihood`` (float), ``correct`` (bool: would greedy decoding give the answer?), ``kept`` (list of
-    int, ascending) and ``over_budget`` (int). What is not known is absent. The lists index arrays as they
-    are: ``observation["tokens"][info["kept"]]``.
+    ``reset`` and ``step`` give the same keys, of the same types and shapes in every episode, so that trainers can stack
+    and store them; none is the name of an observation.
+
+    | key | type | meaning |
+    |---|---|---|
+    | index | int | which instance of the split |
+    | split, family, question_text | str | the split, the kind of question, the question |
+    | k | int | how many tokens may be kept |
+    | kept | bool (N,) | the tokens kept so far; none after ``reset`` |
+    | kept_count | int | how many |
+    | relevant | bool (N,) | tokens that decide the answer; none where the task does not know |
+    | relevant_count | int | how many |
+    | relevance_known | bool | whether the task knows |
+    | full_log_likelihood | float | of the answer with every token kept, nats per answer token |
+    | scored | bool | whether the model answered in this step, False after ``reset`` |
+    | log_likelihood | float | of the answer with the tokens kept; 0.0 unless ``scored`` |
+    | correct | bool | would greedy decoding give the answer? False unless ``scored`` |
+    | over_budget | int | by how many tokens the action was over budget; 0 after ``reset`` |
+
+    Masks index arrays as they are, ``observation["tokens"][info["kept"]]``; for a list of indices take
+    ``np.flatnonzero(info["kept"])``.
 
     ## Arguments
 
@@ -124,13 +139,15 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
 
     ```python
     import gymnasium
+    import numpy as np
+
     import grip_env
 
     env = gymnasium.make("GRIP/TokenSelection-v0", budget=0.1, action_mode="scores")
     observation, info = env.reset(seed=0)
     action = env.action_space.sample()
     observation, reward, terminated, truncated, info = env.step(action)
-    print(info["kept"], reward, info["correct"])
+    print(np.flatnonzero(info["kept"]), reward, info["correct"])
     ```
     """
 

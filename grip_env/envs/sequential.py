@@ -74,14 +74,10 @@ class SequentialRules(EpisodeRules):
         """Return an observation of an episode that shares memory with others."""
         return super().view(episode) | {"selected": episode.selection.astype(np.int8)}
 
-    def start_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a reset."""
-        return super().start_info(episode) | {"action_mask": legal_actions(episode).astype(np.int8)}
-
-    def step_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a step."""
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset or a step."""
         mask = legal_actions(episode).astype(np.int8)
-        return super().step_info(episode) | {"invalid_actions": episode.violations, "action_mask": mask}
+        return super().info(episode) | {"invalid_actions": episode.violations, "action_mask": mask}
 
 
 class SequentialSelectionEnv(EpisodeEnv[np.int64]):
@@ -146,12 +142,9 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
 
     ## Information
 
-    Both ``reset`` and ``step``: ``k`` (int), ``full_log_likelihood`` (float, nats per answer token, every token
-    kept), ``action_mask`` (int8 (N,), 1 = legal) and, where the task knows it, ``relevant`` (list of int: tokens that
-    decide the answer, best first). ``reset`` alone: ``index`` (int), ``split``, ``question`` and ``family`` (str).
-    ``step`` alone: ``kept`` (list of int, ascending, so far) and ``invalid_actions`` (int, so far). Steps at which
-    the model was asked: ``log_likelihood`` (float) and ``correct`` (bool: would greedy decoding give the answer?).
-    What is not known is absent.
+    As in :class:`~grip_env.envs.selection.TokenSelectionEnv`, the same keys from ``reset`` and ``step``; in place of
+    ``over_budget`` there are ``invalid_actions`` (int, so far) and ``action_mask`` (int8 (N,), 1 = legal). ``scored``
+    tells of each step whether the model was asked: where it was not, ``log_likelihood`` is 0.0 and ``correct`` False.
 
     ## Arguments
 
@@ -252,7 +245,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
     Episodes end at different steps, and each gives way to the next in the same step (``AutoresetMode.SAME_STEP``):
     the observation returned then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts of
     read-only arrays) and ``infos["final_info"]`` to the one that ended. Each key comes with the ``_key`` mask of
-    Gymnasium, bool (num_envs,), which tells whose entries count; lists such as ``kept`` come as object arrays of lists.
+    Gymnasium, bool (num_envs,), which tells whose entries count; masks such as ``kept`` come as bool (num_envs, N).
 
     Args:
         num_envs: How many instances.

@@ -67,7 +67,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
         if self.render_mode == "human":
             self.render()
-        return self.rules.observe(self._episode), self.rules.start_info(self._episode)
+        return self.rules.observe(self._episode), self.rules.info(self._episode)
 
     def step(self, action: ActType) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Keep what the action chooses, let the model answer where the reward needs it, and tell whether that was all.
@@ -83,7 +83,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         self.rules.advance([self.rules.decide(episode, checked, self.np_random)])
         if self.render_mode == "human":
             self.render()
-        return self.rules.observe(episode), episode.reward, episode.over, False, self.rules.step_info(episode)
+        return self.rules.observe(episode), episode.reward, episode.over, False, self.rules.info(episode)
 
     def render(self) -> np.ndarray | None:
         """Draw the image and the question; after a step also what is kept and what came of it."""
@@ -128,8 +128,8 @@ def draw_episode(episode: Episode) -> np.ndarray:
         answer = f'p = {reached:.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"'
     selection = marked = None
     if episode.steps:
-        selection, relevant = episode.selection[real], instance.relevant()
-        marked = None if relevant is None else np.isin(np.flatnonzero(real), relevant)
+        selection, relevant = episode.selection[real], instance.relevant
+        marked = None if relevant is None else relevant[real]
     return draw_selection(
         example.image,
         instance.positions[real],

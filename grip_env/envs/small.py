@@ -95,18 +95,21 @@ class SmallRules(SelectionRules):
             decision.selection[generator.choice(spare, episode.under_budget, replace=False)] = True
         return decision
 
-    def step_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a step."""
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset or a step."""
         assert isinstance(episode, SmallEpisode)
-        info = super().step_info(episode) | {"under_budget": episode.under_budget}
+        info = super().info(episode) | {"under_budget": episode.under_budget}
         if not self.enumerate:
             return info
-        table, selection = self.table(episode), episode.selection
-        return info | {
-            "optimal_reward": table.optimal_reward,
-            "optimality_gap": table.optimality_gap(selection),
-            "percentile": table.percentile(selection),
-        }
+        optimum = {"optimal_reward": 0.0, "optimality_gap": 0.0, "percentile": 0.0}
+        if episode.outcome is not None:
+            table, selection = self.table(episode), episode.selection
+            optimum = {
+                "optimal_reward": table.optimal_reward,
+                "optimality_gap": table.optimality_gap(selection),
+                "percentile": table.percentile(selection),
+            }
+        return info | optimum
 
     def table(self, episode: Episode) -> RewardTable:
         """Return the rewards of all selections of an episode's instance, scored now unless memory or disk has them."""
@@ -165,8 +168,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
 
     ## Information
 
-    As there, with indices of blocks in ``kept`` and ``relevant`` (a block is as relevant as the most relevant of its
-    tokens), and from ``step`` also ``under_budget`` (int) and, unless ``enumerate=False``:
+    As there, with blocks in ``kept`` and ``relevant`` (a block is as relevant as the most relevant of its tokens). Also
+    ``under_budget`` (int) and, unless ``enumerate=False``, these, which are 0.0 after ``reset``:
 
     - ``optimal_reward`` (float): the largest reward of any selection of k blocks;
     - ``optimality_gap`` (float): by how much that of the blocks kept is below it, 0 for the best;

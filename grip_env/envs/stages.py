@@ -236,28 +236,19 @@ class StageRules(SelectionRules):
             observation["attention"] = episode.boundary.attention[episode.row]
         return observation
 
-    def start_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a reset."""
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset, which tells of the first stage, or of a step: of the one decided last."""
         assert isinstance(episode, StagedEpisode)
+        number, decided = max(0, len(episode.stages) - 1), episode.stages[-1] if episode.stages else None
         places = self.schedule.places(episode.instance.count, episode.k)
-        return super().start_info(episode) | {
-            "k": self.allowance(episode),
-            "stage": 0,
-            "layer": self.schedule.stages[0],
-            "layer_average_budget": places / self.schedule.layers,
-        }
-
-    def step_info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a step, which tells of the stage that was decided last."""
-        assert isinstance(episode, StagedEpisode)
-        number, stage = len(episode.stages) - 1, episode.stages[-1]
-        info = super().step_info(episode) | {
-            "stage": number,
+        return super().info(episode) | {
+            "stage_index": number,
             "layer": self.schedule.stages[number],
-            "k": stage.k,
-            "over_budget": stage.over_budget,
+            "k": self.allowance(episode) if decided is None else decided.k,
+            "over_budget": 0 if decided is None else decided.over_budget,
+            "layer_average_budget": places / self.schedule.layers,
+            **(self.savings(episode) if episode.over else {"layer_average_tokens": 0.0, "flops_saved": 0.0}),
         }
-        return info | self.savings(episode) if episode.over else info
 
     def savings(self, episode: StagedEpisode) -> dict[str, float]:
         """Return ``layer_average_tokens`` and ``flops_saved`` of an episode that is over."""

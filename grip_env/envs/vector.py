@@ -126,7 +126,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         requests = [self._request(i, own) for i, own in enumerate(fixed)]
         self._episodes = self._shown = []
         self._episodes = self._shown = self.rules.advance(requests=requests)
-        return self._observe(), joined_infos([self.rules.start_info(episode) for episode in self._episodes])
+        return self._observe(), joined_infos([self.rules.info(episode) for episode in self._episodes])
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Act in every episode, and begin the next one where that ends it.
@@ -148,10 +148,10 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         begun = self.rules.advance(decisions, [self._request(i) for i in ended])
         fresh = dict(zip(ended, begun, strict=True))
         self._episodes, self._shown = [fresh.get(i, episode) for i, episode in enumerate(stepped)], stepped
-        infos = [self.rules.step_info(episode) for episode in stepped]
+        infos = [self.rules.info(episode) for episode in stepped]
         for i, episode in fresh.items():
             final = {"final_obs": self.rules.glimpse(stepped[i]), "final_info": infos[i]}
-            infos[i] = final | self.rules.start_info(episode)
+            infos[i] = final | self.rules.info(episode)
         rewards = np.array([episode.reward for episode in stepped], dtype=np.float64)  # (B,)
         return self._observe(), rewards, terminated, truncated, joined_infos(infos)
 
@@ -198,8 +198,8 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
     Every step ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the observations
     returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and
-    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Lists such as ``kept``
-    come as object arrays of lists.
+    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
+    ``kept`` come as bool (num_envs, N), texts as object arrays.
 
     Args:
         num_envs: How many instances.

@@ -26,7 +26,7 @@ from grip_env.vlms.base import Encoded
 from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.agents.test_grpo import random_scorer
-from tests.fakes import FakeTask, FakeVLM
+from tests.fakes import FakeTask, FakeVLM, indices
 from tests.vlms import tiny_models
 from tests.vlms.test_families import examples
 from tests.vlms.test_staged import build
@@ -75,10 +75,10 @@ def test_scores_keep_exactly_k_real_tokens_none_of_them_worse_than_one_that_is_d
     )
     _, start = env.reset(options={"index": index})
     info = env.step(scores)[-1]
-    assert len(set(info["kept"])) == len(info["kept"]) == start["k"] == max(1, round(budget * real))
-    dropped = sorted(set(range(real)) - set(info["kept"]))
-    assert max(info["kept"]) < real
-    assert not dropped or scores[dropped].max() <= scores[info["kept"]].min()
+    assert len(set(indices(info["kept"]))) == len(indices(info["kept"])) == start["k"] == max(1, round(budget * real))
+    dropped = sorted(set(range(real)) - set(indices(info["kept"])))
+    assert max(indices(info["kept"])) < real
+    assert not dropped or scores[dropped].max() <= scores[indices(info["kept"])].min()
 
 
 @quick
@@ -98,14 +98,14 @@ def test_binary_actions_keep_what_they_choose_up_to_k_and_blocks_always_k(
     _, start = env.reset(seed=seed)
     info = env.step(action)[-1]
     within = chosen & set(range(real))
-    assert set(info["kept"]) <= within
-    assert len(info["kept"]) == min(len(within), start["k"])
+    assert set(indices(info["kept"])) <= within
+    assert len(indices(info["kept"])) == min(len(within), start["k"])
     assert info["over_budget"] == max(0, len(within) - start["k"])
     blocks = gymnasium.make("GRIP/SmallSelection-v0", k=k, enumerate=False, **common)
     blocks.reset(seed=seed)
     info = blocks.step(action)[-1]
-    kept = set(info["kept"])
-    assert len(info["kept"]) == len(kept) == min(k, real)
+    kept = set(indices(info["kept"]))
+    assert len(indices(info["kept"])) == len(kept) == min(k, real)
     assert kept <= within or within <= kept
 
 
@@ -218,11 +218,11 @@ def test_a_permutation_of_the_tokens_permutes_selections_and_changes_no_reward(
     for name in ("tokens", "positions", "token_mask"):
         np.testing.assert_array_equal(moved[name], plain[name][order])
     assert start["full_log_likelihood"] == other["full_log_likelihood"]
-    assert {order[token] for token in other["relevant"]} == set(start["relevant"])
+    assert {order[token] for token in indices(other["relevant"])} == set(indices(start["relevant"]))
     scores = np.random.default_rng(seed).normal(size=16)
     _, reward, _, _, info = envs[0].step(scores)
     _, same, _, _, end = envs[1].step(scores[order])
-    assert sorted(order[token] for token in end["kept"]) == info["kept"]
+    assert sorted(order[token] for token in indices(end["kept"])) == indices(info["kept"])
     assert same == pytest.approx(reward, abs=1e-6)
     encoded = FakeVLM().encode([FakeTask().example("train", index)])
     count = torch.tensor([k])

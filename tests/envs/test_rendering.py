@@ -9,7 +9,7 @@ import pytest
 
 from grip_env.envs.rendering import Panel, captioned, draw_selection, gallery
 from grip_env.envs.selection import TokenSelectionEnv
-from tests.fakes import FakeTask, FakeVLM
+from tests.fakes import FakeTask, FakeVLM, indices
 
 
 def grid(rows: int, columns: int) -> np.ndarray:
@@ -248,7 +248,7 @@ def test_rgb_array_shows_the_plain_image_first_and_the_selection_after_the_step(
     assert before.shape[0] > 480
     cells = after[:480].reshape(4, 120, 4, 120, 3).mean((1, 3, 4)).reshape(16)
     plain = before[:480].reshape(4, 120, 4, 120, 3).mean((1, 3, 4)).reshape(16)
-    kept = np.isin(np.arange(16), info["kept"])
+    kept = np.isin(np.arange(16), indices(info["kept"]))
     assert (cells[:8] < plain[:8]).all()  # row 2 has the rim of the kept row
     assert (np.abs(cells - plain)[kept] < 5).all()  # but for dots
 

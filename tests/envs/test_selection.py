@@ -17,7 +17,7 @@ from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.envs.vector import TokenSelectionVectorEnv
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.base import Scores
-from tests.fakes import WIDTH, FakeTask, FakeVLM, expected_log_likelihood
+from tests.fakes import INFO_KEYS, WIDTH, FakeTask, FakeVLM, expected_log_likelihood, indices
 
 
 def make(**arguments: Any) -> TokenSelectionEnv:
@@ -40,12 +40,12 @@ def test_made_environment_runs_on_scenes() -> None:
     assert observation["tokens"].shape == (144, WIDTH)
     assert info["k"] == 14
     example = SceneTask().example("test", info["index"])
-    assert (info["question"], info["family"], info["split"]) == (example.question, example.family, "test")
+    assert (info["question_text"], info["family"], info["split"]) == (example.question, example.family, "test")
     action = np.zeros(144, dtype=np.float32)
-    action[info["relevant"]] = 1.0
+    action[indices(info["relevant"])] = 1.0
     _, reward, terminated, truncated, info = env.step(action)
     assert (terminated, truncated) == (True, False)
-    assert len(info["kept"]) == 14
+    assert len(indices(info["kept"])) == 14
     assert float(reward) > -1.9
 
 
@@ -78,40 +78,45 @@ def test_question_can_be_hidden() -> None:
 @pytest.mark.parametrize("relevance", [True, False])
 def test_info_has_the_documented_keys_and_never_nan(relevance: bool) -> None:
     env = make(task=FakeTask(relevance=relevance))
-    common = {"k", "full_log_likelihood"} | ({"relevant"} if relevance else set())
     _, start = env.reset(seed=0)
     _, _, _, _, end = env.step(binary(1, 2))
-    assert set(start) == common | {"index", "split", "question", "family"}
-    assert set(end) == common | {"log_likelihood", "correct", "kept", "over_budget"}
-    assert end["kept"] == [1, 2]
+    assert set(start) == set(end) == INFO_KEYS | {"over_budget"}
+    assert (indices(start["kept"]), indices(end["kept"])) == ([], [1, 2])
+    assert (start["kept_count"], end["kept_count"]) == (0, 2)
+    assert (start["scored"], start["log_likelihood"], start["correct"], end["scored"]) == (False, 0.0, False, True)
+    assert start["relevance_known"] is end["relevance_known"] is relevance
+    assert start["relevant_count"] == start["relevant"].sum()
+    assert (start["relevant_count"] > 0) is relevance
     assert isinstance(end["correct"], bool)
     values = [value for info in (start, end) for value in info.values() if isinstance(value, float)]
     assert not any(math.isnan(value) for value in values)
 
 
-def test_relevant_tokens_come_best_first() -> None:
+def test_relevant_tokens_are_those_with_a_grade() -> None:
     env = make()
     _, info = env.reset(options={"index": 3})
     grades = FakeTask().example("train", 3).relevance
     assert grades is not None
-    assert [grades.flat[token] for token in info["relevant"]] == [1.0, 0.75, 0.5]
+    assert indices(info["relevant"]) == np.flatnonzero(grades).tolist()
+    assert info["relevant_count"] == 3
 
 
 def test_returned_arrays_are_copies() -> None:
     env = make()
     first, info = env.reset(seed=0)
     kept = {key: value.copy() for key, value in first.items()}
-    relevant = list(info["relevant"])
+    relevant = indices(info["relevant"])
     for value in first.values():
         value.fill(1)
-    info["relevant"].clear()
+    for name in ("relevant", "kept"):
+        info[name].fill(True)
     last, _, _, _, info = env.step(binary())
     again, second = env.reset(seed=0)
     for key, value in kept.items():
         np.testing.assert_array_equal(last[key], value)
         np.testing.assert_array_equal(again[key], value)
         assert not np.shares_memory(last[key], again[key])
-    assert info["relevant"] == second["relevant"] == relevant
+    assert indices(info["relevant"]) == indices(second["relevant"]) == relevant
 
 
 # -- reward ----------------------------------------------------------------------------------------------
@@ -124,9 +129,9 @@ def test_reward_is_the_models_score_of_what_was_kept() -> None:
         _, start = env.reset(seed=seed)
         scores = generator.normal(size=16)
         _, reward, _, _, info = env.step(scores)
-        assert info["kept"] == sorted(np.argsort(-scores)[:4].tolist())
-        likelihood = expected_log_likelihood(info["kept"], start["relevant"])
-        full = expected_log_likelihood(range(16), start["relevant"])
+        assert indices(info["kept"]) == sorted(np.argsort(-scores)[:4].tolist())
+        likelihood = expected_log_likelihood(indices(info["kept"]), indices(start["relevant"]))
+        full = expected_log_likelihood(range(16), indices(start["relevant"]))
         assert info["log_likelihood"] == pytest.approx(likelihood, abs=1e-6)
         assert info["full_log_likelihood"] == start["full_log_likelihood"] == pytest.approx(full, abs=1e-6)
         assert reward == pytest.approx(likelihood - full, abs=1e-6)
@@ -138,7 +143,7 @@ def test_everything_kept_costs_nothing() -> None:
     env.reset(seed=0)
     _, reward, _, _, info = env.step(np.ones(16, dtype=np.int8))
     assert reward == 0.0
-    assert info["kept"] == list(range(16))
+    assert indices(info["kept"]) == list(range(16))
 
 
 def test_reward_can_be_named_or_given() -> None:
@@ -162,10 +167,10 @@ def test_binary_action_over_budget_keeps_a_random_part_and_tells_the_excess() ->
     _, start = env.reset(seed=0, options={"index": 3})
     for _ in range(300):
         _, reward, _, _, info = env.step(binary(*chosen))
-        assert (info["over_budget"], info["k"], len(info["kept"])) == (2, 4, 4)
-        assert set(info["kept"]) <= set(chosen)
+        assert (info["over_budget"], info["k"], len(indices(info["kept"]))) == (2, 4, 4)
+        assert set(indices(info["kept"])) <= set(chosen)
         assert reward == pytest.approx(info["log_likelihood"] - info["full_log_likelihood"] - 0.5 * 2, abs=1e-6)
-        counts[info["kept"]] += 1
+        counts[indices(info["kept"])] += 1
         env.reset(options={"index": 3})
     assert start["k"] == 4
     np.testing.assert_allclose(counts[chosen] / 300, 4 / 6, atol=0.1)  # three standard deviations: 0.08
@@ -179,7 +184,7 @@ def test_over_budget_draws_follow_the_seed() -> None:
         env.reset(seed=5)
         kept.append([])
         for _ in range(5):
-            kept[-1].append(env.step(np.ones(16, dtype=np.int8))[-1]["kept"])
+            kept[-1].append(indices(env.step(np.ones(16, dtype=np.int8))[-1]["kept"]))
             env.reset()
     assert kept[0] == kept[1]
     assert len({tuple(row) for row in kept[0]}) > 1
@@ -189,11 +194,11 @@ def test_fewer_than_k_and_none_are_allowed() -> None:
     env = make(over_budget_penalty=1.0)
     _, start = env.reset(seed=0)
     _, reward, terminated, _, info = env.step(binary())
-    assert (info["kept"], info["over_budget"], terminated) == ([], 0, True)
+    assert (indices(info["kept"]), info["over_budget"], terminated) == ([], 0, True)
     assert info["log_likelihood"] == pytest.approx(-2.0)
     assert reward == pytest.approx(-2.0 - start["full_log_likelihood"])
     env.reset(seed=0)
-    assert env.step(binary(8))[-1]["kept"] == [8]
+    assert indices(env.step(binary(8))[-1]["kept"]) == [8]
 
 
 def test_which_of_equal_scores_is_drawn_and_bounds_do_not_matter() -> None:
@@ -202,7 +207,7 @@ def test_which_of_equal_scores_is_drawn_and_bounds_do_not_matter() -> None:
     scores = np.array([0, 5, 1e30, 5, 5, -1e30, 5, 0, 0, 0, 0, 0, 0, 0, 0, -np.inf])
     seen = set()
     for _ in range(60):
-        kept = env.step(scores)[-1]["kept"]
+        kept = indices(env.step(scores)[-1]["kept"])
         assert len(kept) == 4
         assert 2 in kept
         seen.add(tuple(kept))
@@ -235,14 +240,14 @@ def test_clipped_scores_do_not_favour_the_top_of_the_picture(vector: bool) -> No
         for _ in range(8):
             actions = policy.standard_normal((50, 144)).clip(-1, 1)
             edge += int((actions == 1).sum())
-            means += [float(np.mean(kept)) for kept in envs.step(actions)[-1]["final_info"]["kept"]]
+            means += [float(np.mean(kept)) for kept in indices(envs.step(actions)[-1]["final_info"]["kept"])]
     else:
         env: Any = gymnasium.make("GRIP/TokenScores-v0", **arguments)
         for episode in range(400):
             env.reset(seed=0 if episode == 0 else None)
             action = policy.standard_normal(144).clip(-1, 1)
             edge += int((action == 1).sum())
-            means.append(float(np.mean(env.step(action)[-1]["kept"])))
+            means.append(float(np.mean(indices(env.step(action)[-1]["kept"]))))
     assert 22 < edge / 400 < 24
     # lower indices first gave 48; the mean of 400 means of 14 places has a standard deviation of 0.55
     assert np.mean(means) == pytest.approx(71.5, abs=2)
@@ -261,7 +266,7 @@ def test_only_a_tie_at_the_cut_draws_from_the_generator() -> None:
     everything = make(action_mode="scores", budget=1.0)
     everything.reset(seed=0)
     before = everything.np_random.bit_generator.state
-    assert everything.step(np.zeros(16))[-1]["kept"] == list(range(16))
+    assert indices(everything.step(np.zeros(16))[-1]["kept"]) == list(range(16))
     assert everything.np_random.bit_generator.state == before
 
 
@@ -275,8 +280,8 @@ def test_padding_is_masked_and_never_kept() -> None:
         assert start["k"] == 5
         np.testing.assert_allclose(observation["budget"], [0.5])
         _, _, _, _, info = env.step(action)
-        assert len(info["kept"]) == 5
-        assert max(info["kept"]) < 10
+        assert len(indices(info["kept"])) == 5
+        assert max(indices(info["kept"])) < 10
         assert info["over_budget"] == (5 if mode == "binary" else 0)
 
 
@@ -292,7 +297,7 @@ def test_examples_of_different_sizes_share_one_space() -> None:
         sizes.add(real)
         assert info["k"] == tokens_in_budget(0.25, real)
         assert info["full_log_likelihood"] == pytest.approx(
-            expected_log_likelihood(range(real), info["relevant"]), abs=1e-6
+            expected_log_likelihood(range(real), indices(info["relevant"])), abs=1e-6
         )
     assert sizes == {9, 16}
 
@@ -358,7 +363,7 @@ def test_options_fix_an_episode() -> None:
     env = make(budget=(0.1, 0.9))
     _, info = env.reset(seed=0, options={"index": 7, "budget": 0.5})
     assert (info["index"], info["k"]) == (7, 8)
-    assert info["question"] == "what is number 7 of train?"
+    assert info["question_text"] == "what is number 7 of train?"
     _, info = env.reset(options={"budget": 0.125})
     assert info["k"] == 2
 

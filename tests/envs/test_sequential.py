@@ -25,10 +25,9 @@ from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
 from grip_env.envs.vector import TokenSelectionVectorEnv
 from grip_env.vlms.base import Encoded
-from tests.fakes import WIDTH, FakeTask, FakeVLM, expected_log_likelihood
+from tests.fakes import INFO_KEYS, WIDTH, FakeTask, FakeVLM, expected_log_likelihood, indices
 
 DEFAULTS: dict[str, Any] = {"task": FakeTask(), "budget": 0.25}
-STARTS = {"index", "split", "question", "family"}
 
 
 def make(**arguments: Any) -> SequentialSelectionEnv:
@@ -96,7 +95,7 @@ def test_one_token_per_step_until_k_are_in() -> None:
     for step, action in enumerate([7, 2, 11, 0], start=1):
         seen, _, terminated, truncated, info = env.step(action)
         chosen = sorted([7, 2, 11, 0][:step])
-        assert info["kept"] == np.flatnonzero(seen["selected"]).tolist() == chosen
+        assert indices(info["kept"]) == np.flatnonzero(seen["selected"]).tolist() == chosen
         assert (terminated, truncated, info["k"], info["invalid_actions"]) == (step == 4, False, 4, 0)
         for key in set(first) - {"selected"}:
             np.testing.assert_array_equal(seen[key], first[key])
@@ -109,7 +108,9 @@ def test_episodes_are_those_of_the_one_shot_environment() -> None:
     for turn in range(15):
         (seen, info), (expected, start) = (env.reset(seed=3 if turn == 0 else None) for env in (ours, theirs))
         assert seen.pop("selected").sum() == 0
-        info.pop("action_mask")
+        for key in ("action_mask", "invalid_actions"):
+            info.pop(key)
+        start.pop("over_budget")
         assert data_equivalence((seen, info), (expected, start), exact=True)
         play(ours, range(info["k"]))
 
@@ -118,14 +119,15 @@ def test_episodes_are_those_of_the_one_shot_environment() -> None:
 @pytest.mark.parametrize("dense", [True, False])
 def test_info_has_the_documented_keys_and_never_nan(dense: bool, relevance: bool) -> None:
     env = make(task=FakeTask(relevance=relevance), dense=dense)
-    common = {"k", "full_log_likelihood", "action_mask"} | ({"relevant"} if relevance else set())
     _, info = env.reset(seed=0)
-    assert set(info) == common | STARTS
+    assert set(info) == INFO_KEYS | {"invalid_actions", "action_mask"}
+    assert (info["scored"], info["kept_count"], info["relevance_known"]) == (False, 0, relevance)
     for step, action in enumerate([3, 3, 0, 1, 2]):
         _, reward, terminated, _, info = env.step(action)
         asked = (dense and step != 1) or terminated
-        scored = {"log_likelihood", "correct"} if asked else set()
-        assert set(info) == common | {"kept", "invalid_actions"} | scored
+        assert set(info) == INFO_KEYS | {"invalid_actions", "action_mask"}
+        assert info["scored"] is asked
+        assert (info["log_likelihood"] < 0) is asked
         assert not any(isinstance(value, float) and math.isnan(value) for value in (reward, *info.values()))
     assert terminated
     assert isinstance(info["correct"], bool)
@@ -156,12 +158,12 @@ def test_illegal_actions_are_ignored_counted_and_charged() -> None:
     assert start["k"] == 3
     calls = len(vlm.score_calls)
     padding, reward, terminated, _, info = env.step(12)
-    assert (reward, terminated, info["invalid_actions"], info["kept"]) == (-0.5, False, 1, [])
+    assert (reward, terminated, info["invalid_actions"], indices(info["kept"])) == (-0.5, False, 1, [])
     assert data_equivalence(padding, before, exact=True)
     assert len(vlm.score_calls) == calls
     env.step(4)
     _, reward, _, _, info = env.step(4)
-    assert (reward, info["invalid_actions"], info["kept"]) == (-0.5, 2, [4])
+    assert (reward, info["invalid_actions"], indices(info["kept"])) == (-0.5, 2, [4])
     for _ in range(13):  # the sixteenth would end it
         _, _, terminated, _, info = env.step(4)
         assert not terminated
@@ -189,7 +191,7 @@ def test_what_is_no_index_is_refused_and_changes_nothing(action: Any, message: s
     with pytest.raises(ValueError, match=message):
         env.step(action)
     _, _, _, _, info = env.step(np.int64(2))
-    assert (info["kept"], info["invalid_actions"]) == ([1, 2], 0)
+    assert (indices(info["kept"]), info["invalid_actions"]) == ([1, 2], 0)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -203,7 +205,7 @@ def test_repeating_an_illegal_action_ends_the_episode_and_pays_for_what_is_in(
     env.reset(seed=0, options={"index": 2})
     most = 16 if limit is None else limit
     rewards, info = play(env, [*legal, *[15] * most])
-    assert info["kept"] == legal
+    assert indices(info["kept"]) == legal
     assert info["invalid_actions"] == most
     worth, same = one_shot(env, 2, 0.25, legal)
     assert sum(rewards) == pytest.approx(worth - 0.5 * most, abs=1e-6)
@@ -304,7 +306,7 @@ def test_returned_arrays_are_copies() -> None:
     for value in (*first.values(), *seen.values(), info["action_mask"], env.action_masks()):
         value.fill(1)
     again, _, _, _, info = env.step(5)
-    assert np.flatnonzero(again["selected"]).tolist() == info["kept"] == [3, 5]
+    assert np.flatnonzero(again["selected"]).tolist() == indices(info["kept"]) == [3, 5]
     fresh, _ = env.reset(seed=0)
     assert fresh["selected"].sum() == 0
     assert fresh["tokens"].max() < 1.0
@@ -343,7 +345,7 @@ def test_dense_and_sparse_returns_are_the_one_shot_reward(
         if terminated:
             break
     assert terminated
-    expected, end = one_shot(dense, index, budget, info["kept"])
+    expected, end = one_shot(dense, index, budget, indices(info["kept"]))
     charged = penalty * info["invalid_actions"]
     assert returns.tolist() == pytest.approx([expected - charged] * 2, abs=1e-12)
     assert (info["log_likelihood"], info["correct"]) == (end["log_likelihood"], end["correct"])
@@ -352,11 +354,14 @@ def test_dense_and_sparse_returns_are_the_one_shot_reward(
 def test_dense_rewards_are_differences_of_the_sets_rewards() -> None:
     env = make()
     _, start = env.reset(seed=0)
-    full = expected_log_likelihood(range(16), start["relevant"])
-    before, actions = 0.0, [*start["relevant"][:2], *[t for t in range(16) if t not in start["relevant"]][:2]]
+    full = expected_log_likelihood(range(16), indices(start["relevant"]))
+    before, actions = (
+        0.0,
+        [*indices(start["relevant"])[:2], *[t for t in range(16) if t not in indices(start["relevant"])][:2]],
+    )
     for step, action in enumerate(actions, start=1):
         _, reward, _, _, info = env.step(action)
-        value = expected_log_likelihood(actions[:step], start["relevant"]) - full
+        value = expected_log_likelihood(actions[:step], indices(start["relevant"])) - full
         assert reward == pytest.approx(value - before, abs=1e-6)
         assert info["log_likelihood"] == pytest.approx(value + full, abs=1e-6)
         before = value
@@ -374,8 +379,8 @@ def test_sparse_rewards_come_at_the_end_and_cost_a_single_call() -> None:
     _, reward, terminated, *_ = env.step(3)
     assert vlm.score_calls == [(1, 1, 16)]
     assert terminated
-    difference = expected_log_likelihood(range(4), start["relevant"]) - expected_log_likelihood(
-        range(16), start["relevant"]
+    difference = expected_log_likelihood(range(4), indices(start["relevant"])) - expected_log_likelihood(
+        range(16), indices(start["relevant"])
     )
     assert reward == pytest.approx(difference, abs=1e-6)
     vlm.score_calls.clear()
@@ -522,9 +527,10 @@ def test_episodes_end_at_different_steps_and_the_others_go_on() -> None:
         ends.append(terminated.tolist())
         kept.append(observations["selected"].sum(1).tolist())
         if step == 1:
-            assert infos["final_info"]["kept"].tolist() == [[0, 1], None]
-            assert infos["_final_info"].tolist() == infos["_index"].tolist() == [True, False]
-            assert infos["kept"].tolist() == [None, [0, 1]]
+            assert indices(infos["final_info"]["kept"]) == [[0, 1], []]
+            assert infos["_final_info"].tolist() == infos["final_info"]["_kept"].tolist() == [True, False]
+            assert indices(infos["kept"]) == [[], [0, 1]]
+            assert infos["_kept"].tolist() == infos["_index"].tolist() == [True, True]
             assert infos["final_obs"][0]["selected"].tolist() == [1, 1] + [0] * 14
             assert infos["final_obs"][1] is None
     assert ends == [[False, False], [True, False], [False, False], [False, True]]
@@ -584,10 +590,10 @@ def test_vector_actions_that_are_no_indices_are_refused_and_change_nothing() -> 
         with pytest.raises(ValueError, match=message):
             envs.step(actions)
     observations, _, _, _, infos = envs.step([1, 2])
-    assert infos["kept"].tolist() == [[1], [2]]
+    assert indices(infos["kept"]) == [[1], [2]]
     observations["selected"].fill(1)
     envs.action_masks().fill(False)
-    assert envs.step([3, 4])[-1]["kept"].tolist() == [[1, 3], [2, 4]]
+    assert indices(envs.step([3, 4])[-1]["kept"]) == [[1, 3], [2, 4]]
 
 
 def test_actions_sampled_with_the_masks_are_legal() -> None:
@@ -630,4 +636,4 @@ def test_a_reward_that_fails_leaves_every_episode_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="no reward today"):
         envs.step([3, 5])
     assert envs.action_masks().all()
-    assert envs.step([3, 5])[-1]["kept"].tolist() == [[3], [5]]
+    assert indices(envs.step([3, 5])[-1]["kept"]) == [[3], [5]]

@@ -253,6 +253,47 @@ def test_copies_and_originals_do_not_move_each_other(case: str) -> None:
     assert data_equivalence(found, expected, exact=True)
 
 
+def form(info: dict[str, Any]) -> dict[str, Any]:
+    """Return what trainers rely on: the keys, and the type, dtype and shape of each value."""
+    return {
+        key: (value.dtype, value.shape) if isinstance(value, np.ndarray) else type(value)
+        for key, value in info.items()
+        if key not in ("final_obs", "final_info", "_final_obs", "_final_info")
+    }
+
+
+@every_case
+def test_infos_have_one_form_in_every_reset_and_step(case: str) -> None:
+    env = seeded(make(case))
+    infos = [entry[-1] for entry in play(env, 60, seed=0)]
+    other = make(case, task=FakeTask(50, relevance=False)).reset(seed=1)[1]
+    for info in [*infos, other]:
+        assert form(info) == form(infos[0])
+        assert not set(info) & set(env.observation_space.spaces)  # trainers put both into one dictionary
+        assert all(np.isfinite(value).all() for value in info.values() if not isinstance(value, str))
+        for name in ("kept", "relevant"):
+            assert info[name].shape == (env.unwrapped.rules.max_tokens,)  # type: ignore[attr-defined]
+            assert info[f"{name}_count"] == np.count_nonzero(info[name])
+        assert info["scored"] or (info["log_likelihood"], info["correct"]) == (0.0, False)
+    assert [info["relevance_known"] for info in (infos[0], other)] == [True, False]
+
+
+@every_case
+def test_infos_of_many_have_the_form_of_single_ones_stacked(case: str) -> None:
+    single = form(make(case).reset(seed=0)[1])
+    expected: dict[str, Any] = {}
+    for key, kind in single.items():
+        column = np.zeros(3, dtype=object if kind is str else kind) if isinstance(kind, type) else None
+        dtype, shape = kind if column is None else (column.dtype, ())
+        expected |= {key: (dtype, (3, *shape)), f"_{key}": (np.dtype(bool), (3,))}
+    for mode in (None, "sync"):
+        for entry in play(seeded(make_many(case, mode)), 20, seed=2):
+            assert form(entry[-1]) == expected
+            assert all(entry[-1][f"_{key}"].all() for key in single)
+            if "final_info" in entry[-1]:
+                assert form(entry[-1]["final_info"]) == expected
+
+
 # -- many at once ----------------------------------------------------------------------------------------
 
 

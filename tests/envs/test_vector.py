@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.envs.vector import TokenSelectionVectorEnv
 from grip_env.vlms.base import Encoded
-from tests.fakes import FakeTask, FakeVLM, expected_log_likelihood
+from tests.fakes import FakeTask, FakeVLM, expected_log_likelihood, indices
 
 DEFAULTS: dict[str, Any] = {"task": FakeTask(), "budget": (0.1, 0.6)}
 
@@ -62,13 +62,15 @@ def test_same_step_autoreset_returns_new_episodes_and_keeps_the_old_ones() -> No
     for i in range(2):
         for key, value in infos["final_obs"][i].items():
             np.testing.assert_array_equal(value, first[key][i])
-        assert infos["final_info"]["kept"][i] == [i]
-        relevant = start["relevant"][i]
+        assert indices(infos["final_info"]["kept"][i]) == [i]
+        relevant = indices(start["relevant"][i])
         difference = expected_log_likelihood([i], relevant) - expected_log_likelihood(range(16), relevant)
         assert rewards[i] == pytest.approx(difference, abs=1e-6)
     assert (infos["index"] != start["index"]).all()
     assert (second["tokens"] != first["tokens"]).any()
-    assert "kept" not in infos
+    assert not infos["kept"].any()
+    assert not infos["scored"].any()
+    assert infos["final_info"]["scored"].all()
     assert infos["_final_obs"].tolist() == infos["final_info"]["_kept"].tolist() == [True, True]
 
 
