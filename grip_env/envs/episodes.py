@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from os import PathLike
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from gymnasium import spaces
 
+from grip_env.envs.checks import MOST, as_numbers, as_options, check_flag, check_whole, is_real, is_whole
 from grip_env.envs.features import Features
 from grip_env.envs.instances import Instance, InstanceStore, read_only
 from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
@@ -33,6 +34,7 @@ __all__ = [
     "best_scores",
     "check_penalty",
     "joined_full",
+    "resolve_vlm",
 ]
 
 ActionMode: TypeAlias = Literal["binary", "scores"]
@@ -124,18 +126,15 @@ class EpisodeRules(ABC):
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
     ) -> None:
-        for name, value, least in (
-            ("cache_size", cache_size, 0),
-            ("max_question_tokens", max_question_tokens, 1),
-            ("max_tokens", 1 if max_tokens is None else max_tokens, 1),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+        check_whole("cache_size", cache_size, 0)
+        check_whole("max_question_tokens", max_question_tokens, 1, MOST)
+        check_whole("max_tokens", 1 if max_tokens is None else max_tokens, 1, MOST)
+        check_flag("question_aware", question_aware)
         self.budget = check_budget(budget)
-        self.reward = resolve_reward(reward)
-        self.task = load_task(task)
+        self.reward = _resolve_reward(reward)
+        self.task = _resolve_task(task)
         check_index(self.task, split, 0)
-        self.vlm = _resolve_vlm(vlm)
+        self.vlm = resolve_vlm(vlm)
         self.split = split
         self.penalty = float(penalty)
         self.question_aware = question_aware
@@ -175,18 +174,15 @@ class EpisodeRules(ABC):
             ValueError: If an option is unknown, or of another kind or range.
             IndexError: If the split has no such index.
         """
-        options = options or {}
-        unknown = sorted(set(options) - set(_OPTIONS))
-        if unknown:
-            raise ValueError(f"unknown reset options {unknown}: the options are {', '.join(_OPTIONS)}")
+        options = as_options(options, _OPTIONS)
         index, budget = options.get("index"), options.get("budget")
         if budget is not None:
-            if not isinstance(budget, Real):
+            if not is_real(budget):
                 raise ValueError(f"the reset option 'budget' is a share of the tokens, one number; got {budget!r}")
             budget = float(budget)
             check_budget(budget)
         if index is not None:
-            if not isinstance(index, Integral) or isinstance(index, bool):
+            if not is_whole(index):
                 raise ValueError(f"the reset option 'index' is a whole number; got {index!r}")
             index = int(index)
             check_index(self.task, self.split, index)
@@ -327,12 +323,10 @@ class SelectionRules(EpisodeRules):
         Raises:
             ValueError: If the shape is another, a binary action is not made of 0 and 1, or a score is NaN.
         """
-        given = np.asarray(action)
+        each = f"one {_MEANING[self.action_mode]} for each of the {self.max_tokens} visual tokens"
+        given = as_numbers(action, "biuf", f"numbers, {each}")
         if given.shape != shape:
-            raise ValueError(
-                f"the action has shape {given.shape}, expected {shape}: one {_MEANING[self.action_mode]} for "
-                f"each of the {self.max_tokens} visual tokens"
-            )
+            raise ValueError(f"the action has shape {given.shape}, expected {shape}: {each}")
         if self.action_mode == "scores":
             bad = int(np.isnan(given).sum())
             if bad:
@@ -340,9 +334,10 @@ class SelectionRules(EpisodeRules):
                     f"the action has NaN for {bad} of its {given.size} scores, expected numbers: check the "
                     "policy that gave them"
                 )
-            return given.astype(np.float64)
+            with np.errstate(over="ignore"):  # of longer floats: what is too large becomes infinite
+                return given.astype(np.float64)
         strange = given[(given != 0) & (given != 1)]
-        if len(strange):
+        if strange.size:
             raise ValueError(
                 f"a binary action holds 0 (drop) and 1 (keep), but this one has {strange[0]}: for real-valued "
                 "scores use action_mode='scores'"
@@ -394,8 +389,8 @@ def best_scores(scores: np.ndarray, k: int, generator: np.random.Generator) -> n
 
 def check_penalty(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is finite and not negative."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
+    if not is_real(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number, at least 0; got {value!r}")
 
 
 def joined_full(episodes: Iterable[Episode]) -> Scores | None:
@@ -406,9 +401,31 @@ def joined_full(episodes: Iterable[Episode]) -> Scores | None:
     return Scores.concatenate(known) if known else None
 
 
-def _resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:
-    if not isinstance(vlm, str):
-        return vlm
-    from grip_env.vlms import load_vlm
+def resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:
+    """Return the model of that name or in that folder, or the object itself; ValueError if it is none of these."""
+    if isinstance(vlm, str | PathLike):
+        from grip_env.vlms import load_vlm
 
-    return load_vlm(vlm)
+        return load_vlm(vlm)
+    if isinstance(vlm, type) or not all(hasattr(vlm, name) for name in ("width", "encode", "score")):
+        raise ValueError(
+            f"vlm must be the name or folder of a model, or an object that implements FrozenVLM; got {vlm!r}: put "
+            "HuggingFaceVLM(model, processor) around a model of transformers"
+        )
+    return vlm
+
+
+def _resolve_task(task: Task | str) -> Task:
+    found = load_task(task)
+    if isinstance(found, type) or not isinstance(found, Task):
+        raise ValueError(
+            f"task must be 'scenes', the path of your data, or an object that implements Task; got {task!r}"
+        )
+    return found
+
+
+def _resolve_reward(reward: Reward | str) -> Reward:
+    try:
+        return resolve_reward(reward)
+    except TypeError as error:
+        raise ValueError(str(error)) from None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+
+from grip_env.envs.checks import is_whole
 
 __all__ = ["OBS_DTYPES", "Features"]
 
@@ -44,9 +45,9 @@ class Features:
     """
 
     def __init__(self, width: int, feature_dim: int | None = None, dtype: str = "float32") -> None:
-        if feature_dim is not None and not (isinstance(feature_dim, Integral) and 1 <= feature_dim <= width):
+        if feature_dim is not None and not (is_whole(feature_dim) and 1 <= feature_dim <= width):
             raise ValueError(
-                f"feature_dim must be from 1 to {width}, the width of this model's visual tokens; got {feature_dim}: "
+                f"feature_dim must be from 1 to {width}, the width of this model's visual tokens; got {feature_dim!r}: "
                 "leave it out to have them as they are"
             )
         if dtype not in OBS_DTYPES:

@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from grip_env.envs.checks import is_real
+
 __all__ = ["Budget", "EpisodeStream", "Shares", "check_budget", "shuffled_indices", "tokens_in_budget"]
 
 Budget: TypeAlias = "float | tuple[float, float] | list[float] | dict[str, float]"
@@ -36,14 +38,14 @@ def check_budget(budget: Budget) -> Shares:
         if set(budget) != {"low", "high"}:
             raise ValueError(f'a mapping as budget is a range {{"low": 0.03, "high": 0.5}}; got {dict(budget)!r}')
         budget = budget["low"], budget["high"]
-        if not budget[0] <= budget[1]:
+        if all(map(is_real, budget)) and not budget[0] <= budget[1]:
             raise ValueError(f"a range of budgets goes from low to high; got low={budget[0]}, high={budget[1]}")
-    if isinstance(budget, str):
+    if isinstance(budget, str | bytes):
         raise ValueError(f"a budget is a number, a (low, high) range or a list; got the text {budget!r}")
-    try:
-        shares = [float(share) for share in budget] if isinstance(budget, Sequence) else [float(budget)]
-    except (TypeError, ValueError):
-        raise ValueError(f"a budget is a number, a (low, high) range or a list of numbers; got {budget!r}") from None
+    given = list(budget) if isinstance(budget, Sequence) else [budget]
+    if not all(map(is_real, given)):
+        raise ValueError(f"a budget is a number, a (low, high) range or a list of numbers; got {budget!r}")
+    shares = [float(share) for share in given]
     if not shares:
         raise ValueError("the list of budgets is empty: give at least one share of the tokens, such as [0.05, 0.1]")
     for share in shares:

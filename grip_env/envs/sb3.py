@@ -80,12 +80,12 @@ def as_sb3_vec_env(envs: VectorEnv[Any, Any, Any]) -> VecEnv:
 class _VectorEnvAsVecEnv(VecEnv):
     def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:
         self.envs = envs
-        self._actions: np.ndarray | None = None
+        self._actions: list[np.ndarray] = []  # of the step that is to come
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> Any:
         """Begin an episode everywhere, with the seeds and options given before, which count once."""
-        self._actions = None
+        self._actions = []
         seeds: Any = list(self._seeds)
         observations, infos = self.envs.reset(seed=seeds, options=self._joined_options())
         self._reset_seeds()
@@ -95,13 +95,13 @@ class _VectorEnvAsVecEnv(VecEnv):
 
     def step_async(self, actions: np.ndarray) -> None:
         """Take the actions of the next step."""
-        self._actions = actions
+        self._actions = [actions]
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step all instances at once."""
-        if self._actions is None:
+        if not self._actions:
             raise RuntimeError("there are no actions; call step_async() before step_wait()")
-        actions, self._actions = self._actions, None
+        actions = self._actions.pop()
         observations, rewards, terminated, truncated, vector_infos = self.envs.step(actions)
         infos = _split(vector_infos, self.num_envs)
         for i, done in enumerate(terminated | truncated):

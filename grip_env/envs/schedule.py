@@ -54,7 +54,7 @@ class PruningSchedule:
         self.shares = None if shares is None else self._check_shares(shares)
 
     def _check_shares(self, shares: Sequence[float]) -> tuple[float, ...]:
-        if isinstance(shares, str) or len(shares) != len(self.stages):
+        if not isinstance(shares, Sequence) or isinstance(shares, str) or len(shares) != len(self.stages):
             raise ValueError(
                 f"stage_budgets must have one share for each of the {len(self.stages)} stages {self.stages}; got "
                 f"{shares!r}"
@@ -147,6 +147,6 @@ def total_budget(budget: Budget | None, shares: Sequence[float] | None) -> Budge
         return 0.1 if budget is None else budget
     if budget is not None:
         raise ValueError(
-            f"budget={budget!r} and stage_budgets={tuple(shares)!r} both say how many tokens may survive: give one"
+            f"budget={budget!r} and stage_budgets={shares!r} both say how many tokens may survive: give one"
         )
     return 1.0

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from grip_env.envs.checks import check_whole
+from grip_env.envs.checks import as_numbers, check_flag, check_whole
 from grip_env.envs.episodes import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget
@@ -38,6 +38,7 @@ class SequentialRules(EpisodeRules):
         if max_invalid_actions is not None:
             check_whole("max_invalid_actions", max_invalid_actions, 1)
         super().__init__(penalty=invalid_action_penalty, **common)
+        check_flag("dense", dense)
         self.dense = dense
         self.max_invalid_actions = self.max_tokens if max_invalid_actions is None else int(max_invalid_actions)
         self.action_space = spaces.Discrete(self.max_tokens)
@@ -49,11 +50,10 @@ class SequentialRules(EpisodeRules):
         Raises:
             ValueError: If shape or type is another, or there is no token of that index.
         """
-        given, each = np.asarray(action), "the index of one visual token" + " for each environment" * bool(shape)
+        each = "the index of one visual token" + " for each environment" * bool(shape)
+        given = as_numbers(action, "iu", f"an integer: {each}")
         if given.shape != shape:
             raise ValueError(f"the action has shape {given.shape}, expected {shape}: {each}")
-        if not np.issubdtype(given.dtype, np.integer):
-            raise ValueError(f"the action is of dtype {given.dtype}, expected an integer: {each}")
         outside = given[(given < 0) | (given >= self.max_tokens)]
         if outside.size:
             raise ValueError(f"action {outside[0]} is out of range: choose {each}, 0 to {self.max_tokens - 1}")

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.core import ActType
 
+from grip_env.envs.checks import as_seed
 from grip_env.envs.episodes import Episode, EpisodeRules, Observation
 from grip_env.envs.rendering import draw_selection
 from grip_env.envs.sampling import EpisodeStream
@@ -58,8 +59,12 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         Args:
             seed: Starts the sequence of episodes over; the same seed gives the same sequence.
             options: "index" and "budget" fix this episode's instance and share of the tokens.
+
+        Raises:
+            ValueError: If the seed is no whole number, at least 0, or an option is none; nothing is lost then.
+            IndexError: If there is no such index.
         """
-        fixed = self.rules.check_options(options)
+        fixed, seed = self.rules.check_options(options), as_seed(seed)
         super().reset(seed=seed)
         if seed is not None or self._stream is None:
             self._stream = self.rules.stream(self.np_random)

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grip_env.envs.checks import as_options, check_flag, check_whole, is_whole
 from grip_env.envs.enumeration import RewardTable, count_subsets
-from grip_env.envs.episodes import ActionMode, Decision, Episode, Fixed, ObsDtype, SelectionRules
+from grip_env.envs.episodes import ActionMode, Decision, Episode, Fixed, ObsDtype, SelectionRules, resolve_vlm
 from grip_env.envs.rewards import Reward
 from grip_env.envs.selection import RenderMode, TokenSelectionEnv
 from grip_env.envs.table_cache import resolve_table_cache
 from grip_env.envs.vector import TokenSelectionVectorEnv
 from grip_env.tasks.base import Task
-from grip_env.vlms import load_vlm
 from grip_env.vlms.base import FrozenVLM
 from grip_env.vlms.blocks import BlockVLM, check_grid
 
@@ -45,12 +46,18 @@ class SmallRules(SelectionRules):
         cache_size: int,
         **arguments: Any,
     ) -> None:
+        if not isinstance(grid, Sequence) or len(grid) != 2 or not all(map(is_whole, grid)):
+            raise ValueError(f"grid must be two whole numbers, rows and columns; got {grid!r}")
+        if not isinstance(table_cache, str | PathLike | None):
+            raise ValueError(f"table_cache must be a folder, 'auto' or None; got {table_cache!r}")
+        check_whole("cache_size", cache_size, 0)
+        check_flag("enumerate", enumerate)
         self.blocks = check_grid(*grid)
         self.enumerate = enumerate
         if isinstance(k, list) and not k:
             raise ValueError("the list of k is empty: give at least one number of blocks, such as [2, 4]")
         shares = [self._share(size) for size in k] if isinstance(k, list) else self._share(k)
-        model = BlockVLM(load_vlm(vlm) if isinstance(vlm, str) else vlm, *grid)
+        model = BlockVLM(resolve_vlm(vlm), *grid)
         self._cache = resolve_table_cache(table_cache, model) if enumerate else None
         self._tables: OrderedDict[tuple[int, int], RewardTable] = OrderedDict()
         self._table_count = cache_size
@@ -70,10 +77,7 @@ class SmallRules(SelectionRules):
 
     def check_options(self, options: dict[str, Any] | None) -> Fixed:
         """Return what the options of a reset, "index" and "k", fix."""
-        given = dict(options or {})
-        unknown = sorted(set(given) - {"index", "k"})
-        if unknown:
-            raise ValueError(f"unknown reset options {unknown}: the options are index, k")
+        given = as_options(options, ("index", "k"))
         k = given.pop("k", None)
         return super().check_options(given if k is None else given | {"budget": self._share(k)})
 

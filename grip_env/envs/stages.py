@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from grip_env.envs.checks import check_flag
 from grip_env.envs.episodes import Decision, Episode, Fixed, Observation, Outcome, SelectionRules, joined_full
 from grip_env.envs.instances import fit, to_array
 from grip_env.envs.sampling import Budget, tokens_in_budget
@@ -95,6 +96,7 @@ class StageRules(SelectionRules):
         attention: bool,
         **common: Any,
     ) -> None:
+        check_flag("attention", attention)
         super().__init__(budget=total_budget(budget, stage_budgets), **common)
         self.attention = attention
         self.model: Any = self.vlm  # decoder_of() tells which models have layers to run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -12,6 +12,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from grip_env.envs.checks import MOST, as_seed, check_whole
 from grip_env.envs.episodes import (
     NOTHING_FIXED,
     ActionMode,
@@ -65,10 +66,8 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         max_episode_steps: int | None,
         **arguments: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1; got {max_episode_steps}")
+        check_whole("num_envs", num_envs, 1, MOST)
+        check_whole("max_episode_steps", 1 if max_episode_steps is None else max_episode_steps, 1)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
         self.rules = self._make_rules(**arguments)
@@ -112,12 +111,13 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
             seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each.
             options: "index" and "budget" as in the single environment: one value for all, or a list with one
                 for each.
+
+        Raises:
+            ValueError: If there are more or fewer seeds or options than environments, or one of them is none; nothing
+                is lost then.
+            IndexError: If there is no such index.
         """
-        seeds = [None] * self.num_envs if seed is None else seed
-        seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one for each")
-        fixed = self._fixed(options)
+        seeds, fixed = self._each_seed(seed), self._fixed(options)
         for i, own in enumerate(seeds):
             if own is not None:
                 (self._generators[i],), (self._seeds[i],) = self._seeded([own])
@@ -168,9 +168,22 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         """Return the picture of an episode, uint8 (height, width, 3)."""
         return draw_episode(episode)
 
+    def _each_seed(self, seed: Any) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if not _is_list(seed):
+            first = as_seed(seed)
+            assert first is not None
+            return [first + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"{len(seed)} seeds for {self.num_envs} environments: give one for each")
+        return [as_seed(own) for own in seed]
+
     def _fixed(self, options: dict[str, Any] | None) -> list[Fixed]:
-        shared = dict(options or {})
-        lists = {key: shared.pop(key) for key in list(shared) if isinstance(shared[key], Sequence | np.ndarray)}
+        if not isinstance(options, Mapping):
+            return [self.rules.check_options(options)] * self.num_envs
+        shared = dict(options)
+        lists = {key: shared.pop(key) for key in list(shared) if _is_list(shared[key])}
         for key, values in lists.items():
             if len(values) != self.num_envs:
                 raise ValueError(
@@ -189,6 +202,13 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
 
     def _observe(self) -> Observation:
         return joined_observations([self.rules.view(episode) for episode in self._episodes])
+
+
+def _is_list(value: Any) -> bool:
+    """Tell whether a value has one part for each environment."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 class TokenSelectionVectorEnv(EpisodeVectorEnv):
