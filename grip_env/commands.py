@@ -203,15 +203,25 @@ def load_model_and_task(
     if isinstance(source, FileTask):
         _say_skipped(source)
         _check_splits(source, splits)
-    return load_model(model), source
+    vlm = load_model(model)
+    if isinstance(source, FileTask):
+        said = len(source.skipped)
+        try:
+            source.check_texts(vlm.family.check_text, skip_bad)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        _say_skipped(source, said)
+        _check_splits(source, splits)
+    return vlm, source
 
 
-def _say_skipped(task: FileTask) -> None:
+def _say_skipped(task: FileTask, said: int = 0) -> None:
     from grip_env.tasks.files import summary
 
-    rows = len({fault.place for fault in task.skipped})
+    faults = task.skipped[said:]
+    rows = len({fault.place for fault in faults})
     if rows:
-        print(f"skipped {rows} row{'s' * (rows > 1)} of {task.path}:\n{summary(task.skipped)}", file=sys.stderr)
+        print(f"skipped {rows} row{'s' * (rows > 1)} of {task.path}:\n{summary(faults)}", file=sys.stderr)
 
 
 def _check_splits(task: FileTask, splits: Sequence[str]) -> None:

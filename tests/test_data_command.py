@@ -120,6 +120,22 @@ def test_bad_data_stop_before_the_model_is_loaded_and_leave_no_folder(
     assert not (tmp_path / "runs").exists()
 
 
+def test_texts_that_the_model_cannot_be_given_stop_a_run_before_its_first_step(
+    vlm_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("grip_env.vlms.family.Family.marker", "orange")  # as if it stood for the image
+    config = settings(vlm_folder, tmp_path / "runs", data=data)
+    monkeypatch.setattr("grip_env.vlms.huggingface.HuggingFaceVLM._try_processor", lambda self: None)
+    stops(train, config)
+    shown = capsys.readouterr()
+    assert f"error: {data} has 1 fault:\n" in shown.err
+    assert "pets.jsonl:11: \"answer\" holds 'orange', which stands for an image" in shown.err
+    assert not (tmp_path / "runs").exists()
+    _, task = commands.load_model_and_task(config, "scenes", data, skip_bad=True, splits=("train",))
+    assert sum(map(task.size, task.splits)) == 19
+    assert "skipped 1 row of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from grip_env.tasks.base import Example, check_index
 from grip_env.tasks.jsonfiles import read_lines, read_list
-from grip_env.tasks.pictures import MAX_PIXELS, PictureError, digest, locate, read_picture, resize, shown
+from grip_env.tasks.pictures import MAX_PIXELS, MAX_SIDE, PictureError, digest, locate, read_picture, resize, shown
 from grip_env.tasks.rows import SPLITS, Row
 
 __all__ = ["DataError", "Fault", "FileTask", "summary"]
@@ -85,11 +85,11 @@ class FileTask:
     Everything is read, checked and decoded once when the task is made; ``example`` decodes an image again when it is
     asked for, so that memory holds the texts alone.
 
-    **Formats.** A ``.jsonl`` file has a JSON object per line; a ``.json`` file is one list of them; a folder is what
-    ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` of Hugging Face's ``datasets`` wrote. A row has "image",
-    "question" and "answer", or "image" and "conversations" as LLaVA's files do: each pair of turns ("human", "gpt")
-    is a question and its answer, asked alone. ``<image>`` in questions is dropped. "family" (reported apart) and
-    "split" may be there as well, other keys are not looked at. Texts must be strings: a number would lose how it was
+    **Formats.** A ``.jsonl`` file has a JSON object per line; a ``.json`` file too, or one list of them; a folder is
+    what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` of Hugging Face's ``datasets`` wrote. A row has
+    "image", "question" and "answer", or "image" and "conversations" as LLaVA's files do: each pair of turns ("human",
+    "gpt") is a question and its answer, asked alone. One ``<image>`` in the first question is dropped; other markers do
+    not fit a row's one image and are a fault. "image" may be a list of one. "family" (reported apart) and "split" may be there as well, other keys are not looked at. Texts must be strings: a number would lose how it was
     written. Paths are relative to the folder of the data file, and lead to files inside it.
 
     **Images.** PNG, JPEG, WebP, GIF, BMP and TIFF, told by contents. They are turned upright as EXIF says, put on
@@ -108,7 +108,8 @@ class FileTask:
             out as a whole, with all its turns.
         max_row_bytes: Longest line, or item of a list, that is parsed.
         max_pixels: Most pixels an image may have. Pillow's own limit holds as well.
-        max_side: Pictures with a longer side are shrunk when an example is made; ``None`` leaves them as they are.
+        max_side: Pictures with a longer side are shrunk when an example is made; ``None`` leaves them as they are. A
+            model shrinks what it is given to its own ``max_side``, which is as long by default.
         progress: Show a progress bar when checking takes more than two seconds.
 
     Attributes:
@@ -130,7 +131,7 @@ class FileTask:
         *,
         max_row_bytes: int = 2**20,
         max_pixels: int = MAX_PIXELS,
-        max_side: int | None = 1024,
+        max_side: int | None = MAX_SIDE,
         progress: bool = False,
     ) -> None:
         for name, value in (("max_row_bytes", max_row_bytes), ("max_pixels", max_pixels), ("max_side", max_side)):
@@ -142,8 +143,7 @@ class FileTask:
         self._source = _source(self.path, max_row_bytes)
         rows, contents = self._check(skip_bad, progress)
         records = sorted(_records(rows, contents), key=_Record.order)
-        self._splits = {split: [record for record in records if record.split == split] for split in SPLITS}
-        self.fingerprint = hashlib.blake2b(b"".join(map(_Record.order, records)), digest_size=16).hexdigest()
+        self._arrange(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileTask:
         return self  # nothing in it changes, and gymnasium.make copies its arguments
@@ -188,6 +188,39 @@ class FileTask:
             told = f"no row without a fault:\n{summary(self.skipped)}" if count else "no rows: it is empty"
             raise DataError(f"{self.path} has {told}", self.skipped)
         return good, [contents for contents in (found[row.image] for row in good) if isinstance(contents, bytes)]
+
+    def _arrange(self, records: list[_Record]) -> None:
+        self._splits = {split: [record for record in records if record.split == split] for split in SPLITS}
+        self.fingerprint = hashlib.blake2b(b"".join(map(_Record.order, records)), digest_size=16).hexdigest()
+
+    def check_texts(self, check: Callable[[str], None], skip_bad: bool = False) -> None:
+        """Check questions and answers against a model, before the first is asked.
+
+        Args:
+            check: Raises a ValueError for a text the model cannot be given; the message goes on from the text's name.
+            skip_bad: Leave out the questions with faults, which ``skipped`` then lists, too.
+
+        Raises:
+            DataError: If there are faults, as when the task was made.
+        """
+        good: list[_Record] = []
+        faults: list[Fault] = []
+        for record in (record for records in self._splits.values() for record in records):
+            found = len(faults)
+            for name, text in (("question", record.question), ("answer", record.answer)):
+                try:
+                    check(text)
+                except ValueError as error:
+                    faults.append(Fault(record.key, f'"{name}" {error}'))
+            if found == len(faults):
+                good.append(record)
+        if faults and not (skip_bad and good):
+            many = f"{len(faults)} fault{'s' * (len(faults) != 1)}"
+            way = "mend these rows, or leave them out with --skip-bad (in Python: skip_bad=True)"
+            raise DataError(f"{self.path} has {many}:\n{summary(tuple(faults))}\n{way}", tuple(faults))
+        if faults:
+            self.skipped += tuple(faults)
+            self._arrange(sorted(good, key=_Record.order))
 
     def _rows(self) -> Iterator[Row]:
         try:

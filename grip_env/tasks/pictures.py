@@ -150,13 +150,18 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _check_scans(image: Image.Image, file: BinaryIO) -> None:
     """Refuse a progressive JPEG whose decoder would go over all of its pixels for each of thousands of scans."""
-    if image.format != "JPEG":
+    parts = 1
+    if image.format == "TIFF" and "jpeg" in str(image.info.get("compression")):
+        tags: Any = getattr(image, "tag_v2", {})
+        offsets = [tags.get(number, ()) for number in (273, 324)]  # where strips and tiles begin, each a JPEG
+        parts = max([1, *(len(found) for found in offsets if isinstance(found, tuple))])
+    elif image.format not in ("JPEG", "MPO"):  # MPO: several in a file
         return
     place = file.tell()
     file.seek(0)
     scans = file.read().count(b"\xff\xda")  # in the data of a scan, a zero follows each 0xff
     file.seek(place)
-    most = min(_MOST_SCANS, _MOST_SCANNED // (image.width * image.height))
+    most = min(_MOST_SCANS, _MOST_SCANNED // (image.width * image.height)) * parts
     if scans > most:
         raise PictureError(
             f"is a JPEG of {scans:,} scans, more than the limit of {most}: save it again, not progressive"
@@ -186,7 +191,9 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
         try:
             if getattr(image, "fp", None) is not None:
                 _check_scans(image, image.fp)  # type: ignore[attr-defined] # of files that are opened and not read
-            pixels = _rgb(image)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # as for files
+                pixels = _rgb(image)
         except PictureError:
             raise
         except Exception as error:  # a file that Pillow opened and has not decoded yet
@@ -241,7 +248,11 @@ def _rgb(image: Image.Image) -> np.ndarray:
         raise PictureError("has 32-bit pixels, whose range is not known: save it with 8 bits per channel")
     picture = _upright(image)
     if deep:
-        grey = (np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8)
+        values = np.asarray(picture).astype(np.uint32)
+        grey = (values >> 8).astype(np.uint8)
+        clear = image.info.get("transparency")  # the value that stands for nothing
+        if isinstance(clear, int):
+            grey[values == clear] = 255
         return np.repeat(grey[:, :, None], 3, 2)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")  # RGB alone would show the colours hidden below transparent pixels
@@ -264,11 +275,17 @@ def digest(pixels: np.ndarray) -> bytes:
 
 
 def resize(pixels: np.ndarray, longest: int | None) -> np.ndarray:
-    """Shrink a picture whose longer side has more than ``longest`` pixels, and magnify those of a few pixels."""
+    """Shrink a picture whose longer side has more than ``longest`` pixels, and magnify those of a few pixels.
+
+    What comes back stays as it is when it is resized once more: a data file's pictures pass through here twice.
+    """
     height, width = pixels.shape[:2]
-    if longest is not None and max(height, width) > longest:
-        scale = longest / max(height, width)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-    times = -(-_SMALLEST // min(pixels.shape[:2]))
+    most = max(height, width)
+    if longest is not None and most > longest:
+        least = -(-longest // _SLIMMEST)  # so that rounding makes none slimmer than it may be
+        height, width = (max(1, least, round(side * longest / most)) for side in (height, width))
+        pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+    times = -(-_SMALLEST // min(height, width))
+    if longest is not None:
+        times = max(1, min(times, longest // max(height, width)))
     return pixels if times == 1 else pixels.repeat(times, 0).repeat(times, 1)

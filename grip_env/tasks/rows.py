@@ -11,6 +11,7 @@ A row is an object in one of two forms:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ LONGEST_TEXT = 10_000
 """Most characters of a question or an answer."""
 
 _MARKER = "<image>"  # where LLaVA's files say that the image goes; the adapter puts it into the prompt itself
+_OTHERS = re.compile(r"<(?:video|audio|image ?(?:[2-9]|[1-9]\d+))>")
 _KINDS = {str: "a string", float: "a number", int: "a number", bool: "true or false", list: "a list", dict: "an object"}
 _FORM = 'expected an object such as {"image": "cat.png", "question": "what is it?", "answer": "a cat"}'
 
@@ -84,18 +86,19 @@ def _kind(value: Any) -> str:
 
 
 def _image(value: dict[str, Any], faults: list[str]) -> str | None:
-    image = value.get("image")
+    key = "images" if "images" in value and "image" not in value else "image"
+    image = value.get(key)
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if isinstance(image, str) and image.strip():
         return image
-    if "image" not in value:
+    if key not in value:
         faults.append(f'"image" is missing: give the path of an image (the row has {_keys(value)})')
     elif isinstance(image, list):
-        faults.append(f'"image" is a list of {len(image)}: a question is about one image, give the path of one')
+        faults.append(f'"{key}" is a list of {len(image)}: a question is about one image, give the path of one')
     else:
         given = "empty" if isinstance(image, str) else _kind(image)
-        faults.append(f'"image" is {given}: give the path of an image')
+        faults.append(f'"{key}" is {given}: give the path of an image')
     return None
 
 
@@ -108,11 +111,20 @@ def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
     turns = value.get("conversations", [{"value": value.get("question")}])
     turns = turns if isinstance(turns, list) else []
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
-    count = sum(text.count(_MARKER) for text in texts[::2] if isinstance(text, str))
+    questions = [text for text in texts[::2] if isinstance(text, str)]
+    count = sum(text.count(_MARKER) for text in questions)
     if count > 1:
         faults.append(
             f"the marker {_MARKER} is there {count} times, and the row has one image: give it once, or not at all"
         )
+    elif count and _MARKER not in questions[0]:
+        faults.append(
+            f"the marker {_MARKER} is in a later question, so that the first is not about the image: give it in the "
+            "first, or not at all"
+        )
+    other = next(filter(None, map(_OTHERS.search, questions)), None)
+    if other is not None:
+        faults.append(f"the marker {other[0]} is there, and the row has one image and nothing else: remove it")
 
 
 def _without_marker(value: dict[str, Any], key: str) -> dict[str, Any]:

@@ -118,6 +118,12 @@ class Family:
         pooled: Any = tokens[None] if self.stacked else [tokens]
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
+    def check_text(self, text: str) -> None:
+        """Raise ValueError if a question or an answer holds what stands for an image in the prompt."""
+        for marker in (self.marker, self.image_token):
+            if marker in text:
+                raise ValueError(f"holds {marker!r}, which stands for an image in this model's prompts: remove it")
+
     def pictures(self, images: Sequence[np.ndarray]) -> list[Picture]:
         """Run the vision encoder on images, uint8 (height, width, 3) each."""
         return self.see(self.pixels(images), [image.shape[:2] for image in images])

@@ -193,7 +193,7 @@ class HuggingFaceVLM:
         kind of device and the versions of the libraries that compute. The weights are read once.
         """
         scope = picture_scope(self.family, self._weights)
-        parts = [scope, self.position_policy, self.token_budget, self.device.type]
+        parts = [scope, self.position_policy, self.token_budget, self.device.type, self.max_side]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
@@ -250,7 +250,7 @@ class HuggingFaceVLM:
         """
         if not examples:
             raise ValueError("encode needs at least one example")
-        examples = [self._with_pixels(example, number) for number, example in enumerate(examples)]
+        examples = [self._with_pixels(example, number) for number, example in enumerate(examples, 1)]
         pictures = self._pictures([example.image for example in examples])
         expected = [example.answer for example in examples] if with_answers else None
         rows, answers = prompt_ids(self.family, prompt_texts(self.family, examples, pictures), expected, pictures)

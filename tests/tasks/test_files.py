@@ -141,8 +141,34 @@ def test_a_json_file_may_have_a_row_on_each_line(folder: Path) -> None:
 
 
 def test_a_list_of_one_image_is_an_image(folder: Path) -> None:
-    (found,) = everything(FileTask(write(folder / "a.jsonl", [row(image=["0.png"])])))
-    assert np.array_equal(found[1].image, read_picture(folder / "0.png", 10**6))
+    for key in ("image", "images"):
+        one = {key: ["0.png"], "question": "q", "answer": "a"}
+        (found,) = everything(FileTask(write(folder / "a.jsonl", [one])))
+        assert np.array_equal(found[1].image, read_picture(folder / "0.png", 10**6))
+
+
+def test_texts_are_checked_against_a_model(folder: Path) -> None:
+    rows = [row(answer="one"), row(question="is <pad> there?"), row(answer="<pad>"), row(answer="two")]
+
+    def check(text: str) -> None:
+        if "<pad>" in text:
+            raise ValueError("holds '<pad>'")
+
+    path = write(folder / "a.jsonl", rows)
+    task = FileTask(path)
+    with pytest.raises(DataError) as caught:
+        task.check_texts(check)
+    assert {str(fault) for fault in caught.value.faults} == {
+        "a.jsonl:2: \"question\" holds '<pad>'",
+        "a.jsonl:3: \"answer\" holds '<pad>'",
+    }
+    assert "has 2 faults" in str(caught.value)
+    task.check_texts(check, skip_bad=True)
+    assert set(task.skipped) == set(caught.value.faults)
+    assert sorted(one.answer for _, one in everything(task)) == ["one", "two"]
+    assert task.fingerprint == FileTask(write(folder / "b.jsonl", [rows[0], rows[3]])).fingerprint
+    with pytest.raises(DataError, match="has 2 faults"):
+        FileTask(write(folder / "c.jsonl", rows[1:3])).check_texts(check, skip_bad=True)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +234,12 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     (row(image=""), ['"image" is empty: give the path']),
     (row(image=["0.png", "1.png"]), ['"image" is a list of 2: a question is about one image, give the path of one']),
     (row(image=None), ['"image" is null']),
+    (row(image=[]), ['"image" is a list of 0']),
+    (row(image=[3]), ['"image" is a number: give the path']),
+    ({"images": ["0.png", "1.png"], "question": "q", "answer": "a"}, ['"images" is a list of 2']),
+    (row(question="<image> and <image 2>?"), ["the marker <image 2> is there, and the row has one image"]),
+    (row(question="<video>\nwhat is it?"), ["the marker <video> is there"]),
+    ({**NO_CHAT, "conversations": [*CHAT[2:], *CHAT[:2]]}, ["the marker <image> is in a later question"]),
     (["0.png", "q", "a"], ["expected an object such as", "got a list"]),
     ("null", ["expected an object such as", "got null"]),
     ('{"image": "0.png", "question": "q", "answer": "a", "answer": "b"}', ["the key 'answer' is there twice"]),

@@ -84,6 +84,20 @@ def slim(name: str) -> Image.Image:
     return Image.fromarray(halves(2, 50))
 
 
+def narrow(name: str) -> Image.Image:
+    return Image.fromarray(halves(7, 700))
+
+
+def banner(name: str) -> Image.Image:
+    return Image.fromarray(halves(25, 2500))
+
+
+def deep_and_clear(name: str) -> Image.Image:
+    image = deep(name)
+    image.info["transparency"] = 0
+    return image
+
+
 KINDS: dict[str, tuple[Callable[[str], Image.Image], str]] = {
     "upright": (upright, "png"),
     "turned": (turned, "jpg"),
@@ -98,6 +112,9 @@ KINDS: dict[str, tuple[Callable[[str], Image.Image], str]] = {
     "grey and alpha": (grey_alpha, "png"),
     "large": (large, "png"),
     "slim": (slim, "png"),
+    "narrow": (narrow, "png"),
+    "banner": (banner, "png"),
+    "16 bits, one of them clear": (deep_and_clear, "png"),
 }
 
 
@@ -159,7 +176,9 @@ def test_every_door_gives_the_model_the_same_pixels(
         assert abs(example.image.astype(int) - expected).max() < (70 if suffix == "jpg" else 1)
     if kind.startswith("see-through"):
         assert (example.image[:, 20:] == 255).all()
-    if kind.startswith("16 bits"):
+    if kind == "16 bits, one of them clear":
+        assert (example.image[0, 0] == 255).all()
+    elif kind.startswith("16 bits"):
         assert np.array_equal(example.image[..., 0], ((np.arange(24 * 36) * 75) // 256).reshape(24, 36))
     if kind == "large":
         assert example.image.shape == (361, 1024, 3)
@@ -243,6 +262,14 @@ def test_what_is_no_picture_is_refused(given: Any, message: str, random_vlm: Hug
         random_vlm.encode([Example(given, "q?", "a", key="cats:3")])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (7, 700), (8, 800), (25, 2500), (50, 5000), (5, 5), (1000, 1500)])
+def test_what_is_resized_stays_as_it_is_and_passes_the_check_of_its_sides(size: tuple[int, int]) -> None:
+    """A data file's pictures are resized when an example is made, and come to the model as arrays."""
+    once = as_pixels(np.zeros((*size, 3), np.uint8))
+    assert max(once.shape) <= 1024
+    assert as_pixels(once) is once
+
+
 SIZES = [(1, 1), (4, 50), (8, 400), (400, 8), (8, 800), (16, 1000), (1000, 16), (31, 57)]
 
 
@@ -302,3 +329,20 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path: Path) -> None
     place = wide.index(b"\xff\xc2") + 5  # height and width of the frame
     with pytest.raises(PictureError, match="more than the limit of 27"):
         read_picture(wide[:place] + header + wide[place + 4 :], 10**8)
+
+
+def test_scans_of_every_file_that_holds_a_jpeg_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    pictures = [Image.effect_noise((64, 64), 50) for _ in range(2)]
+    pictures[0].save(file, "MPO", save_all=True, append_images=pictures[1:])
+    data = file.getvalue()
+    first = data.index(b"\xff\xd9")
+    scan = data[data.index(b"\xff\xda") : first]
+    with pytest.raises(PictureError, match=r"is a JPEG of 1\d\d scans"):
+        read_picture(data[:first] + scan * 110 + data[first:], 10**7)
+    assert read_picture(data, 10**7).shape == (64, 64, 3)
+    pictures[0].save(tmp_path / "0.tiff", compression="jpeg")
+    assert read_picture(tmp_path / "0.tiff", 10**7).shape == (64, 64, 3)
+    monkeypatch.setattr("grip_env.tasks.pictures._MOST_SCANS", 0)
+    with pytest.raises(PictureError, match="is a JPEG of 1 scans"):
+        read_picture(tmp_path / "0.tiff", 10**7)

@@ -337,3 +337,12 @@ def test_cls_attention_is_there_or_refused(vlm: HuggingFaceVLM) -> None:
     else:
         with pytest.raises(NotImplementedError, match=f"{vlm.model.config.model_type} has no CLS attention"):
             vlm.attention(encoded)
+
+
+def test_texts_that_hold_what_stands_for_an_image_are_refused(vlm: HuggingFaceVLM) -> None:
+    for marker in {vlm.family.marker, vlm.family.image_token}:
+        with pytest.raises(ValueError, match=r"holds '.*', which stands for an image in this model's prompts"):
+            vlm.family.check_text(f"what is {marker}?")
+        with pytest.raises(ValueError, match="image placeholder"):  # why it is checked beforehand
+            vlm.encode([dataclasses.replace(examples(1)[0], question=f"what is {marker}?")])
+    vlm.family.check_text("what is an image?")
