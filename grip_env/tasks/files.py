@@ -89,8 +89,9 @@ class FileTask:
     what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` of Hugging Face's ``datasets`` wrote. A row has
     "image", "question" and "answer", or "image" and "conversations" as LLaVA's files do: each pair of turns ("human",
     "gpt") is a question and its answer, asked alone. One ``<image>`` in the first question is dropped; other markers do
-    not fit a row's one image and are a fault. "image" may be a list of one. "family" (reported apart) and "split" may be there as well, other keys are not looked at. Texts must be strings: a number would lose how it was
-    written. Paths are relative to the folder of the data file, and lead to files inside it.
+    not fit a row's one image and are a fault. "image" may be a list of one. "family" (reported apart) and "split"
+    may be there as well, other keys are not looked at. Texts must be strings: a number would lose how it was written.
+    Paths are relative to the folder of the data file, and lead to files inside it.
 
     **Images.** PNG, JPEG, WebP, GIF, BMP and TIFF, told by contents. They are turned upright as EXIF says, put on
     white where transparent, and reduced to eight bits; of several frames the first is taken.
