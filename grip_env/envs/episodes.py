@@ -17,7 +17,14 @@ from grip_env.envs.checks import MOST, as_numbers, as_options, check_flag, check
 from grip_env.envs.features import Features
 from grip_env.envs.instances import Instance, InstanceStore, read_only
 from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
-from grip_env.envs.sampling import Budget, EpisodeStream, check_budget, tokens_in_budget
+from grip_env.envs.sampling import (
+    Budget,
+    EpisodeStream,
+    FixedEpisodes,
+    check_budget,
+    check_examples,
+    tokens_in_budget,
+)
 from grip_env.tasks import load_task
 from grip_env.tasks.base import Task, check_index
 from grip_env.vlms.base import FrozenVLM, Scores
@@ -72,6 +79,8 @@ class Episode:
     """How often actions broke the rules: tokens over budget, or actions that had to be ignored."""
     steps: int = 0
     over: bool = False
+    chance: np.random.Generator | None = None
+    """What its decisions draw from, if it has something of its own: see :meth:`EpisodeRules.chance`."""
 
     def __post_init__(self) -> None:
         self.selection = self.instance.nothing
@@ -125,6 +134,7 @@ class EpisodeRules(ABC):
         cache_size: int,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
     ) -> None:
         check_whole("cache_size", cache_size, 0)
         check_whole("max_question_tokens", max_question_tokens, 1, MOST)
@@ -134,6 +144,7 @@ class EpisodeRules(ABC):
         self.reward = _resolve_reward(reward)
         self.task = _resolve_task(task)
         check_index(self.task, split, 0)
+        self.examples = None if examples is None else check_examples(examples, self.task.size(split))
         self.vlm = resolve_vlm(vlm)
         self.split = split
         self.penalty = float(penalty)
@@ -163,9 +174,23 @@ class EpisodeRules(ABC):
 
     # -- episodes ----------------------------------------------------------------------------------------
 
-    def stream(self, generator: np.random.Generator) -> EpisodeStream:
-        """Return the stream of episodes that ``generator`` stands for."""
-        return EpisodeStream(generator, self.task.size(self.split), self.budget)
+    def stream(self, generator: np.random.Generator, part: int = 0, parts: int = 1) -> EpisodeStream | FixedEpisodes:
+        """Return the stream of episodes that ``generator`` stands for, or one of the parts of a fixed list.
+
+        Parts are as long as the numbers of episodes that Stable-Baselines3's ``evaluate_policy`` takes from each of
+        ``parts`` environments: the last ones have one more where the list cannot be shared out evenly.
+        """
+        if self.examples is None:
+            return EpisodeStream(generator, self.task.size(self.split), self.budget)
+        return FixedEpisodes(self.examples[parts - 1 - part :: parts], self.budget)
+
+    def chance(self, episode: Episode, generator: np.random.Generator) -> np.random.Generator:
+        """Return what an episode's decisions draw from: ``generator``, or with fixed episodes a source of its own."""
+        if self.examples is None:
+            return generator
+        if episode.chance is None:
+            episode.chance = np.random.default_rng(episode.instance.index)
+        return episode.chance
 
     def check_options(self, options: dict[str, Any] | None) -> Fixed:
         """Return what the options of a reset fix. Nothing is drawn, so that an error leaves everything as it was.
@@ -189,10 +214,9 @@ class EpisodeRules(ABC):
         return Fixed(index, budget)
 
     @staticmethod
-    def request(stream: EpisodeStream, fixed: Fixed = NOTHING_FIXED) -> tuple[int, float]:
+    def request(stream: EpisodeStream | FixedEpisodes, fixed: Fixed = NOTHING_FIXED) -> tuple[int, float]:
         """Draw the next (index, budget); what is fixed is not drawn."""
-        budget = stream.next_budget() if fixed.budget is None else fixed.budget
-        return stream.next_index() if fixed.index is None else fixed.index, budget
+        return stream.next(fixed.index, fixed.budget)
 
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
         """Carry out decisions and begin episodes: at most one call of the encoder, one of the language model.

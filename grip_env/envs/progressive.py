@@ -137,6 +137,8 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
         feature_dim: F, the width that features have in observations, hidden states among them, through a fixed random
             projection; D by default.
         obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
+        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
+            see Starting State of :class:`~grip_env.TokenSelectionEnv`.
 
     Raises:
         NotImplementedError: If the model is of another kind.
@@ -181,6 +183,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             render_mode,
@@ -200,6 +203,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
         )
 
     def _make_rules(self, **arguments: Any) -> StageRules:

@@ -51,6 +51,7 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
         cache_size: How many encoded examples to keep in memory.
         feature_dim: F, the width that features have in observations; D by default.
         obs_dtype: Precision of those features, "float32" or "float16".
+        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         max_episode_steps: As for ``gymnasium.make``; below the number of stages, no episode comes to its answer.
 
     Raises:
@@ -91,6 +92,7 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
         max_episode_steps: int | None = None,
     ) -> None:
         super().__init__(
@@ -113,6 +115,7 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
         )
 
     def _make_rules(self, **arguments: Any) -> StageRules:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from grip_env.envs.checks import is_real
+from grip_env.envs.checks import is_real, is_whole
 
-__all__ = ["Budget", "EpisodeStream", "Shares", "check_budget", "shuffled_indices", "tokens_in_budget"]
+__all__ = [
+    "Budget",
+    "EpisodeStream",
+    "FixedEpisodes",
+    "Shares",
+    "check_budget",
+    "check_examples",
+    "draw_budget",
+    "shuffled_indices",
+    "tokens_in_budget",
+]
 
 Budget: TypeAlias = "float | tuple[float, float] | list[float] | dict[str, float]"
 """A share of the tokens, a (low, high) range to draw from log-uniformly, or a list to draw from uniformly.
@@ -58,6 +68,29 @@ def check_budget(budget: Budget) -> Shares:
             f"a tuple of budgets is a range (low, high), low first; got {budget!r}: pass a list for several budgets"
         )
     return shares[0], shares[1]
+
+
+def check_examples(examples: Any, size: int) -> tuple[int, ...] | range:
+    """Return the indices that ``examples`` stands for: of the first so many, or those in a list.
+
+    Raises:
+        ValueError: If there are none, or not all of them are among the ``size`` of the split.
+
+    >>> list(check_examples(3, size=10)), check_examples([4, 2], size=10)
+    ([0, 1, 2], (4, 2))
+    """
+    if is_whole(examples):
+        if not 1 <= examples <= size:
+            raise ValueError(f"examples must be from 1 to {size}, as many as the split has; got {examples}")
+        return range(int(examples))
+    if isinstance(examples, np.ndarray) and examples.ndim == 1:
+        examples = examples.tolist()
+    if not isinstance(examples, Sequence) or not len(examples) or not all(map(is_whole, examples)):
+        raise ValueError(f"examples must be how many, or a list of indices of the split; got {examples!r}")
+    outside = [index for index in examples if not 0 <= index < size]
+    if outside:
+        raise ValueError(f"there is no example {outside[0]}: the split has {size}, 0 to {size - 1}")
+    return tuple(map(int, examples))
 
 
 def tokens_in_budget(budget: float, count: int) -> int:
@@ -127,6 +160,11 @@ class EpisodeStream:
         self._step = 0
         self._block: list[int] = []
 
+    def next(self, index: int | None = None, budget: float | None = None) -> tuple[int, float]:
+        """Return the next (index, budget); what is given is not drawn."""
+        budget = self.next_budget() if budget is None else budget
+        return self.next_index() if index is None else index, budget
+
     def next_index(self) -> int:
         """Return the next example's index."""
         place = self._step % _BLOCK
@@ -137,9 +175,37 @@ class EpisodeStream:
 
     def next_budget(self) -> float:
         """Return the next budget, a share in (0, 1]."""
-        if isinstance(self._budget, tuple):
-            low, high = self._budget
-            return float(min(max(np.exp(self._budgets.uniform(np.log(low), np.log(high))), low), high))
-        if isinstance(self._budget, list):
-            return self._budget[int(self._budgets.integers(len(self._budget)))]
-        return self._budget
+        return draw_budget(self._budget, self._budgets)
+
+
+class FixedEpisodes:
+    """The same (index, budget) pairs in the same order, again and again: what an evaluation goes through.
+
+    The budget of an example depends on its index alone, so that it is the same however the examples are shared out.
+
+    Args:
+        indices: Which examples, at least one.
+        budget: As :func:`check_budget` returns it.
+    """
+
+    def __init__(self, indices: Sequence[int], budget: Shares) -> None:
+        self._indices = indices
+        self._budget = budget
+        self._step = 0
+
+    def next(self, index: int | None = None, budget: float | None = None) -> tuple[int, float]:
+        """Return the next (index, budget); what is given is not taken from the list."""
+        if index is None:
+            index = self._indices[self._step % len(self._indices)]
+            self._step += 1
+        return index, draw_budget(self._budget, np.random.default_rng(index)) if budget is None else budget
+
+
+def draw_budget(budget: Shares, generator: np.random.Generator) -> float:
+    """Return a share of the tokens, drawn from ``generator`` where there is a choice."""
+    if isinstance(budget, tuple):
+        low, high = budget
+        return float(min(max(np.exp(generator.uniform(np.log(low), np.log(high))), low), high))
+    if isinstance(budget, list):
+        return budget[int(generator.integers(len(budget)))]
+    return budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,14 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     again; each pass has a new order. ``reset(options={"index": 3, "budget": 0.05})`` fixes either or both for
     one episode; a fixed index leaves the shuffle where it is.
 
+    **The same test twice.** ``examples=200`` takes the first 200 examples of the split, and ``examples=[3, 1, 4]``
+    those of these indices, in this order and then from the first again. The budget of each, where it is drawn, and what
+    chance decides in its episode depend on its index alone, on no seed. ``reset()`` goes on after an episode and begins
+    anew where no step was taken since the last reset; ``reset(seed=...)`` begins anew. So each call of
+    Stable-Baselines3's ``evaluate_policy(model, env, n_eval_episodes=200)``, or of ``EvalCallback``, sees each of the
+    200 once, in one order, and equal policies have equal means. The vector environments share the examples out; of
+    several single environments, give environment i of n ``examples=range(n - 1 - i, 200, n)``.
+
     ## Rewards
 
     ``reward(scores, full)`` minus ``over_budget_penalty`` for each token over budget. By default the mean
@@ -130,6 +139,8 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
         feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
         obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
+        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
+            see Starting State.
 
     Raises:
         ValueError: If an argument is none of the above; while it runs, for an example with more than
@@ -167,6 +178,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             render_mode,
@@ -183,6 +195,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
         )
 
     def _make_rules(self, **arguments: Any) -> SelectionRules:

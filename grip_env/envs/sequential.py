@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -165,6 +166,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
         feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
         obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
+        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
+            see Starting State of :class:`~grip_env.TokenSelectionEnv`.
         dense: Whether every token pays, or the last alone.
         invalid_action_penalty: Charged for each action that is ignored.
         max_invalid_actions: An episode ends with this many of them, at least 1; ``None`` stands for N.
@@ -204,6 +207,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
         dense: bool = True,
         invalid_action_penalty: float = 0.0,
         max_invalid_actions: int | None = None,
@@ -221,6 +225,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
             dense=dense,
             invalid_action_penalty=invalid_action_penalty,
             max_invalid_actions=max_invalid_actions,
@@ -262,6 +267,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         cache_size: How many encoded examples to keep in memory.
         feature_dim: F, the width that features have in observations; D by default.
         obs_dtype: Precision of those features, "float32" or "float16".
+        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         dense: Whether every token pays, or the last alone.
         invalid_action_penalty: Charged for each action that is ignored.
         max_invalid_actions: An episode ends with this many of them; ``None`` stands for N.
@@ -300,6 +306,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
         dense: bool = True,
         invalid_action_penalty: float = 0.0,
         max_invalid_actions: int | None = None,
@@ -320,6 +327,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
             dense=dense,
             invalid_action_penalty=invalid_action_penalty,
             max_invalid_actions=max_invalid_actions,

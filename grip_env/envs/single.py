@@ -12,7 +12,7 @@ from gymnasium.core import ActType
 from grip_env.envs.checks import as_seed
 from grip_env.envs.episodes import Episode, EpisodeRules, Observation
 from grip_env.envs.rendering import draw_selection
-from grip_env.envs.sampling import EpisodeStream
+from grip_env.envs.sampling import EpisodeStream, FixedEpisodes
 from grip_env.envs.window import Window
 
 __all__ = ["EpisodeEnv", "RenderMode", "draw_episode"]
@@ -43,7 +43,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         self.render_mode = render_mode
         self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
         self.action_space = self.rules.action_space
-        self._stream: EpisodeStream | None = None
+        self._stream: EpisodeStream | FixedEpisodes | None = None
         self._episode: Episode | None = None
         self._window = Window("GRIP visual tokens")
 
@@ -57,7 +57,8 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         """Begin the next episode.
 
         Args:
-            seed: Starts the sequence of episodes over; the same seed gives the same sequence.
+            seed: Starts the sequence of episodes over; the same seed gives the same sequence. (With ``examples``, so
+                does a reset of an episode in which nothing was done.)
             options: "index" and "budget" fix this episode's instance and share of the tokens.
 
         Raises:
@@ -66,7 +67,9 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         """
         fixed, seed = self.rules.check_options(options), as_seed(seed)
         super().reset(seed=seed)
-        if seed is not None or self._stream is None:
+        # a trainer's evaluation does not seed: it resets an episode that was begun behind its last one, and left
+        anew = self.rules.examples is not None and self._episode is not None and not self._episode.steps
+        if seed is not None or self._stream is None or anew:
             self._stream = self.rules.stream(self.np_random)
         self._episode = None
         (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
@@ -85,7 +88,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
             state = "not begun" if episode is None else f"ended at step {episode.steps}"
             raise gymnasium.error.ResetNeeded(f"the episode has {state}; call reset() before step()")
         checked = self.rules.check_action(action, self.action_space.shape or ())
-        self.rules.advance([self.rules.decide(episode, checked, self.np_random)])
+        self.rules.advance([self.rules.decide(episode, checked, self.rules.chance(episode, self.np_random))])
         if self.render_mode == "human":
             self.render()
         return self.rules.observe(episode), episode.reward, episode.over, False, self.rules.info(episode)

@@ -203,6 +203,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
         cache_size: How many encoded examples, and how many tables, to keep in memory.
         feature_dim: F, the width that features have in observations; D by default.
         obs_dtype: Precision of those features, "float32" or "float16".
+        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
+            see Starting State of :class:`~grip_env.TokenSelectionEnv`.
         enumerate: Whether to score all selections.
         table_cache: Folder where scores of all selections are kept between runs; "auto" is ``grip_env/tables`` in
             ``$XDG_CACHE_HOME`` or ``~/.cache`` (for models that have a ``fingerprint()``, as those of transformers
@@ -240,6 +242,7 @@ class SmallSelectionEnv(TokenSelectionEnv):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
     ) -> None:
@@ -257,6 +260,7 @@ class SmallSelectionEnv(TokenSelectionEnv):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
         )
 
     def _make_rules(self, **arguments: Any) -> SelectionRules:
@@ -285,6 +289,7 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         cache_size: How many encoded examples, and how many tables, to keep in memory.
         feature_dim: F, the width that features have in observations; D by default.
         obs_dtype: Precision of those features, "float32" or "float16".
+        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         enumerate: Whether to score all selections.
         table_cache: Where their scores are kept between runs.
         max_episode_steps: See :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`.
@@ -310,6 +315,7 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
         max_episode_steps: int | None = None,
@@ -329,6 +335,7 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
             max_episode_steps=max_episode_steps,
         )
 

@@ -25,7 +25,7 @@ from grip_env.envs.episodes import (
 )
 from grip_env.envs.joining import joined_infos, joined_observations
 from grip_env.envs.rewards import Reward
-from grip_env.envs.sampling import Budget, EpisodeStream
+from grip_env.envs.sampling import Budget, EpisodeStream, FixedEpisodes
 from grip_env.envs.single import RenderMode, draw_episode
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
@@ -71,6 +71,11 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
         self.rules = self._make_rules(**arguments)
+        if self.rules.examples is not None and len(self.rules.examples) < num_envs:
+            raise ValueError(
+                f"{num_envs} environments cannot share {len(self.rules.examples)} examples: give more examples, "
+                "or make fewer environments"
+            )
         self.max_episode_steps = max_episode_steps
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -79,7 +84,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generators, self._seeds = self._seeded([None] * num_envs)
-        self._streams: list[EpisodeStream | None] = [None] * num_envs
+        self._streams: list[EpisodeStream | FixedEpisodes | None] = [None] * num_envs
         self._episodes: list[Episode] = []
         self._shown: list[Episode] = []
 
@@ -108,7 +113,8 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         """Begin an episode everywhere.
 
         Args:
-            seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each.
+            seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each. With
+                ``examples``, all begin anew, whatever the seeds.
             options: "index" and "budget" as in the single environment: one value for all, or a list with one
                 for each.
 
@@ -118,11 +124,13 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
             IndexError: If there is no such index.
         """
         seeds, fixed = self._each_seed(seed), self._fixed(options)
+        # a trainer's evaluation begins with a reset of all of them, and a reset of some is none
+        anew = self.rules.examples is not None and "reset_mask" not in (options or {})
         for i, own in enumerate(seeds):
             if own is not None:
                 (self._generators[i],), (self._seeds[i],) = self._seeded([own])
-            if own is not None or self._streams[i] is None:
-                self._streams[i] = self.rules.stream(self._generators[i])
+            if own is not None or self._streams[i] is None or anew:
+                self._streams[i] = self.rules.stream(self._generators[i], i, self.num_envs)
         requests = [self._request(i, own) for i, own in enumerate(fixed)]
         self._episodes = self._shown = []
         self._episodes = self._shown = self.rules.advance(requests=requests)
@@ -139,7 +147,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         checked = self.rules.check_action(actions, self.action_space.shape or ())
         stepped, limit = self._episodes, self.max_episode_steps
         decisions = [
-            self.rules.decide(episode, action, generator)
+            self.rules.decide(episode, action, self.rules.chance(episode, generator))
             for episode, action, generator in zip(stepped, checked, self._generators, strict=True)
         ]
         terminated = np.array([decision.ends for decision in decisions])  # (B,)
@@ -238,6 +246,7 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         cache_size: How many encoded examples to keep in memory.
         feature_dim: F, the width that features have in observations; D by default.
         obs_dtype: Precision of those features, "float32" or "float16".
+        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
             well as terminated, and above nothing changes.
 
@@ -272,6 +281,7 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         cache_size: int = 256,
         feature_dim: int | None = None,
         obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
         max_episode_steps: int | None = None,
     ) -> None:
         super().__init__(
@@ -291,6 +301,7 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
             cache_size=cache_size,
             feature_dim=feature_dim,
             obs_dtype=obs_dtype,
+            examples=examples,
         )
 
     def _make_rules(self, **arguments: Any) -> SelectionRules:

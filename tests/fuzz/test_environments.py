@@ -253,7 +253,7 @@ def test_odd_seeds_and_options_are_refused_and_lose_nothing(name: str) -> None:
 ARGUMENTS = {
     "GRIP/TokenSelection-v0": (
         "vlm task split budget action_mode reward over_budget_penalty question_aware render_mode max_tokens "
-        "max_question_tokens cache_size feature_dim obs_dtype"
+        "max_question_tokens cache_size feature_dim obs_dtype examples"
     ),
     "GRIP/SequentialSelection-v0": "dense invalid_action_penalty max_invalid_actions",
     "GRIP/ProgressivePruning-v0": "stages stage_budgets attention budget",
