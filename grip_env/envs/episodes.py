@@ -118,6 +118,8 @@ class EpisodeRules(ABC):
     """
 
     action_space: spaces.Space[Any]
+    one_step = False
+    """Whether every episode has a single step."""
 
     def __init__(
         self,
@@ -328,6 +330,8 @@ class SelectionRules(EpisodeRules):
 
     The arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
     """
+
+    one_step = True
 
     def __init__(self, *, action_mode: ActionMode, over_budget_penalty: float, **common: Any) -> None:
         if action_mode not in ("binary", "scores"):

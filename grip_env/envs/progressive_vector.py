@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.episodes import ActionMode, Episode, ObsDtype
 from grip_env.envs.progressive import draw_stages
@@ -26,10 +27,10 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i (hidden
     states and rewards up to float rounding, as batches are summed in another order). Seeds and options are handled as
     in :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`. Every episode has as many steps as there are stages, so
-    all end together; that step begins the next ones (``AutoresetMode.SAME_STEP``): the observations returned belong
-    to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and
-    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
-    ``kept`` come as bool (num_envs, N), texts as object arrays.
+    all that begin together end together; by default that step begins the next ones (``AutoresetMode.SAME_STEP``): the
+    observations returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of
+    read-only arrays) and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such
+    as ``kept`` come as bool (num_envs, N), texts as object arrays.
 
     Args:
         num_envs: How many instances.
@@ -53,6 +54,7 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
         obs_dtype: Precision of those features, "float32" or "float16".
         examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         max_episode_steps: As for ``gymnasium.make``; below the number of stages, no episode comes to its answer.
+        autoreset_mode: See :class:`~grip_env.envs.vector.EpisodeVectorEnv`.
 
     Raises:
         NotImplementedError: As the single environment.
@@ -94,11 +96,13 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
         obs_dtype: ObsDtype = "float32",
         examples: int | Sequence[int] | None = None,
         max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ) -> None:
         super().__init__(
             num_envs,
             render_mode,
             max_episode_steps,
+            autoreset_mode,
             vlm=vlm,
             task=task,
             split=split,

@@ -72,7 +72,8 @@ def as_sb3_vec_env(envs: VectorEnv[Any, Any, Any]) -> VecEnv:
     if mode is not AutoresetMode.SAME_STEP:
         raise ValueError(
             f"Stable-Baselines3 needs an environment that begins the next episode in the step that ends one "
-            f"(AutoresetMode.SAME_STEP), but this one has {mode}: make it without vectorization_mode"
+            f"(AutoresetMode.SAME_STEP), but this one has {mode}: make it without vectorization_mode and "
+            "autoreset_mode"
         )
     return _VectorEnvAsVecEnv(envs)
 

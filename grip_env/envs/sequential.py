@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.checks import as_numbers, check_flag, check_whole
 from grip_env.envs.episodes import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
@@ -247,8 +248,9 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
 
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. A step
     makes one call of the language model at most, whatever it scores, and one of the encoder where episodes begin.
-    Episodes end at different steps, and each gives way to the next in the same step (``AutoresetMode.SAME_STEP``):
-    the observation returned then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts of
+    Episodes end at different steps, and by default each gives way to the next in the same step
+    (``AutoresetMode.SAME_STEP``): the observation returned then belongs to the new one,
+    ``infos["final_obs"]`` (object (num_envs,) of dicts of
     read-only arrays) and ``infos["final_info"]`` to the one that ended. Each key comes with the ``_key`` mask of
     Gymnasium, bool (num_envs,), which tells whose entries count; masks such as ``kept`` come as bool (num_envs, N).
 
@@ -273,6 +275,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         max_invalid_actions: An episode ends with this many of them; ``None`` stands for N.
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, which
             ``gymnasium.make`` puts around the single environment for the same argument.
+        autoreset_mode: See :class:`~grip_env.envs.vector.EpisodeVectorEnv`.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
@@ -311,11 +314,13 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         invalid_action_penalty: float = 0.0,
         max_invalid_actions: int | None = None,
         max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ) -> None:
         super().__init__(
             num_envs,
             render_mode,
             max_episode_steps,
+            autoreset_mode,
             vlm=vlm,
             task=task,
             split=split,

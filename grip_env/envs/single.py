@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.core import ActType
 
+from grip_env.envs.autoreset import warn_where_steps_are_idle
 from grip_env.envs.checks import as_seed
 from grip_env.envs.episodes import Episode, EpisodeRules, Observation
 from grip_env.envs.rendering import draw_selection
@@ -46,6 +47,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         self._stream: EpisodeStream | FixedEpisodes | None = None
         self._episode: Episode | None = None
         self._window = Window("GRIP visual tokens")
+        self._knows_its_caller = not self.rules.one_step
 
     @abstractmethod
     def _make_rules(self, **arguments: Any) -> EpisodeRules:
@@ -71,6 +73,9 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         anew = self.rules.examples is not None and self._episode is not None and not self._episode.steps
         if seed is not None or self._stream is None or anew:
             self._stream = self.rules.stream(self.np_random)
+        if not self._knows_its_caller and self._episode is not None and self._episode.over:
+            self._knows_its_caller = True
+            warn_where_steps_are_idle(self)
         self._episode = None
         (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
         if self.render_mode == "human":

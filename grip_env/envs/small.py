@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.checks import as_options, check_flag, check_whole, is_whole
 from grip_env.envs.enumeration import RewardTable, count_subsets
@@ -293,6 +294,7 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         enumerate: Whether to score all selections.
         table_cache: Where their scores are kept between runs.
         max_episode_steps: See :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`.
+        autoreset_mode: See :class:`~grip_env.envs.vector.EpisodeVectorEnv`.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
@@ -319,6 +321,7 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
         max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ) -> None:
         self._small = {"k": k, "grid": grid, "enumerate": enumerate, "table_cache": table_cache}
         super().__init__(
@@ -337,6 +340,7 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
             obs_dtype=obs_dtype,
             examples=examples,
             max_episode_steps=max_episode_steps,
+            autoreset_mode=autoreset_mode,
         )
 
     def _make_rules(self, **arguments: Any) -> SelectionRules:

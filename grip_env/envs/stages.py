@@ -73,7 +73,7 @@ class StagedEpisode(Episode):
 class StageRules(SelectionRules):
     """One decision for each stage.
 
-    Episodes that begin together go through the model together, so they are to be decided together, in their order.
+    Episodes that begin together, and are decided together, go through the model together.
 
     Args:
         stages: Decoder layers before which tokens can be dropped.
@@ -101,6 +101,7 @@ class StageRules(SelectionRules):
         self.attention = attention
         self.model: Any = self.vlm  # decoder_of() tells which models have layers to run
         self.schedule = PruningSchedule(stages, len(decoder_of(self.model).layers), stage_budgets)
+        self.one_step = len(self.schedule) == 1
         lowest = min(self.budget) if isinstance(self.budget, tuple | list) else self.budget
         self._check_share(lowest)
         fields: dict[str, spaces.Space[Any]] = {
@@ -156,7 +157,8 @@ class StageRules(SelectionRules):
         """Carry out decisions, up to the next stage or the answer, and begin episodes, up to their first stage.
 
         Args:
-            decisions: One for each of the episodes that began together, in their order; or none.
+            decisions: What is carried out, at most one for each episode; a pass through the model serves those that
+                stand at one boundary.
             requests: (index, budget) of each episode that begins.
 
         Raises:
@@ -166,14 +168,18 @@ class StageRules(SelectionRules):
         for episode in begun:
             self.schedule.check_total(episode.k, episode.instance.count)
         # all of it before anything changes: what raises leaves every episode as it was
-        boundary, outcomes = self._go_on(decisions) if decisions else (None, [])
+        together: dict[int, list[Decision]] = {}
+        for decision in decisions:
+            together.setdefault(id(_staged(decision.episode).boundary), []).append(decision)
+        passes = [(group, *self._go_on(group)) for group in together.values()]
         start = self._begin(begun) if begun else None
-        for decision, outcome in zip(decisions, outcomes, strict=True):
-            episode = _staged(decision.episode)
-            stage = StageDecision(decision.selection, self.allowance(episode), decision.violations)
-            self._carry_out(decision, outcome)
-            episode.stages.append(stage)
-            episode.boundary = boundary
+        for group, boundary, outcomes in passes:
+            for row, (decision, outcome) in enumerate(zip(group, outcomes, strict=True)):
+                episode = _staged(decision.episode)
+                stage = StageDecision(decision.selection, self.allowance(episode), decision.violations)
+                self._carry_out(decision, outcome)
+                episode.stages.append(stage)
+                episode.boundary, episode.row = boundary, row
         for row, episode in enumerate(begun):
             episode.boundary, episode.row = start, row
         return list(begun)
@@ -189,10 +195,9 @@ class StageRules(SelectionRules):
         boundary, stage = episodes[0].boundary, len(episodes[0].stages) + 1
         assert boundary is not None
         assert boundary.run is not None
-        assert [(id(episode.boundary), episode.row) for episode in episodes] == [
-            (id(boundary), row) for row in range(len(boundary.tokens))
-        ]
-        run = copy.copy(boundary.run)  # a pass never writes to its tensors: the one before stays as it is
+        rows = [episode.row for episode in episodes]
+        # a pass never writes to its tensors: the one before stays as it is
+        run = copy.copy(boundary.run) if rows == [*range(len(boundary.run))] else boundary.run[rows]
         keep = np.stack([fit(decision.selection, run.alive.shape[1]) for decision in decisions])  # (B, N)
         run.drop(torch.from_numpy(keep))
         if stage < len(self.schedule):

@@ -12,6 +12,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from grip_env.envs.autoreset import resolve_autoreset_mode, warn_of_idle_steps
 from grip_env.envs.checks import MOST, as_seed, check_whole
 from grip_env.envs.episodes import (
     NOTHING_FIXED,
@@ -36,21 +37,30 @@ __all__ = ["EpisodeVectorEnv", "TokenSelectionVectorEnv"]
 class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
     """Everything of a vector environment but its rules, which a subclass makes.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. An
-    episode that ends gives way to the next in the same step (``AutoresetMode.SAME_STEP``): the observation returned
-    then belongs to the new one, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to
-    the one that ended, with the ``_key`` masks of Gymnasium. All is as ``gymnasium.vector.SyncVectorEnv`` gives it, but
-    that the arrays in ``final_obs`` are read-only, as they share memory: copy them to change them.
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. What
+    follows the end of an episode is said by ``autoreset_mode``, which is an attribute and in ``metadata`` as well:
+
+    - ``AutoresetMode.SAME_STEP``, the default: the same step begins the next one. The observation returned belongs to
+      that, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to the one that ended, with
+      the ``_key`` masks of Gymnasium.
+    - ``AutoresetMode.NEXT_STEP``: the next step begins it; its action is ignored and it pays 0. Where episodes have one
+      step that is every second step, and since a reward of 0 stands for nothing lost, a mean over steps is flattered:
+      a warning says so. Average over episodes.
+    - ``AutoresetMode.DISABLED``: ``reset(options={"reset_mask": terminated | truncated})`` begins it.
+
+    Gymnasium's vector wrappers of observations take the latter two only. All is as ``gymnasium.vector.SyncVectorEnv``
+    gives it, but that the arrays in ``final_obs`` are read-only, as they share memory: copy them to change them.
 
     Args:
         num_envs: How many instances.
         render_mode: ``None`` or "rgb_array".
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``; ``None``
             sets no limit.
+        autoreset_mode: One of the three, or its name, such as "NextStep" (which survives JSON in a spec).
         arguments: Those of the rules.
 
     Raises:
-        ValueError: If the render mode is another, or ``num_envs`` or ``max_episode_steps`` is below 1.
+        ValueError: If a mode is another, or ``num_envs`` or ``max_episode_steps`` is below 1.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
@@ -64,8 +74,11 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         num_envs: int,
         render_mode: RenderMode | None,
         max_episode_steps: int | None,
+        autoreset_mode: AutoresetMode | str,
         **arguments: Any,
     ) -> None:
+        self.autoreset_mode = resolve_autoreset_mode(autoreset_mode)
+        self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         check_whole("num_envs", num_envs, 1, MOST)
         check_whole("max_episode_steps", 1 if max_episode_steps is None else max_episode_steps, 1)
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -87,6 +100,9 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         self._streams: list[EpisodeStream | FixedEpisodes | None] = [None] * num_envs
         self._episodes: list[Episode] = []
         self._shown: list[Episode] = []
+        self._ended = np.zeros(num_envs, dtype=bool)
+        if self.rules.one_step and self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            warn_of_idle_steps()
 
     @abstractmethod
     def _make_rules(self, **arguments: Any) -> EpisodeRules:
@@ -110,57 +126,92 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode everywhere.
+        """Begin an episode everywhere, or where a mask says so.
 
         Args:
             seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each. With
                 ``examples``, all begin anew, whatever the seeds.
             options: "index" and "budget" as in the single environment: one value for all, or a list with one
-                for each.
+                for each. "reset_mask", bool (num_envs,), says which instances begin an episode and, with ``seed``, are
+                seeded; the others go on where they are. Their infos are left out, as the ``_key`` masks tell.
 
         Raises:
-            ValueError: If there are more or fewer seeds or options than environments, or one of them is none; nothing
-                is lost then.
+            ValueError: If there are more or fewer seeds or options than environments, or one of them or the mask is
+                none; nothing is lost then.
             IndexError: If there is no such index.
+            gymnasium.error.ResetNeeded: If a mask leaves out instances that never began.
         """
-        seeds, fixed = self._each_seed(seed), self._fixed(options)
-        # a trainer's evaluation begins with a reset of all of them, and a reset of some is none
-        anew = self.rules.examples is not None and "reset_mask" not in (options or {})
-        for i, own in enumerate(seeds):
+        chosen, others = None, options
+        if isinstance(options, Mapping):
+            chosen = options.get("reset_mask")
+            others = {key: value for key, value in options.items() if key != "reset_mask"}
+        seeds, fixed, mask = self._each_seed(seed), self._fixed(others), self._reset_mask(chosen)
+        rows = np.flatnonzero(mask).tolist()
+        # a trainer's evaluation begins with a reset of all of them, and one with a mask is none
+        anew = self.rules.examples is not None and chosen is None
+        for i in rows:
+            own = seeds[i]
             if own is not None:
                 (self._generators[i],), (self._seeds[i],) = self._seeded([own])
             if own is not None or self._streams[i] is None or anew:
                 self._streams[i] = self.rules.stream(self._generators[i], i, self.num_envs)
-        requests = [self._request(i, own) for i, own in enumerate(fixed)]
-        self._episodes = self._shown = []
-        self._episodes = self._shown = self.rules.advance(requests=requests)
-        return self._observe(), joined_infos([self.rules.info(episode) for episode in self._episodes])
+        requests = [self._request(i, fixed[i]) for i in rows]
+        if mask.all():
+            self._episodes = self._shown = []
+        fresh = dict(zip(rows, self.rules.advance(requests=requests), strict=True))
+        self._episodes, self._shown = (
+            [fresh[i] if i in fresh else episodes[i] for i in range(self.num_envs)]
+            for episodes in (self._episodes, self._shown)
+        )
+        self._ended = self._ended & ~mask
+        infos = [self.rules.info(fresh[i]) if i in fresh else None for i in range(self.num_envs)]
+        return self._observe(), joined_infos(infos)
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Act in every episode, and begin the next one where that ends it.
+        """Act in every episode, and begin the next one where ``autoreset_mode`` says so.
 
         Args:
             actions: (num_envs, *shape of one action).
+
+        Raises:
+            ValueError: If an action is none; those of instances that begin an episode instead are not looked at.
+            gymnasium.error.ResetNeeded: Before the first reset, and after the end of an episode where autoreset is
+                disabled.
         """
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes; call reset() before step()")
-        checked = self.rules.check_action(actions, self.action_space.shape or ())
+        mode, idle = self.autoreset_mode, self._ended  # (B,)
+        if mode is AutoresetMode.DISABLED and idle.any():
+            raise gymnasium.error.ResetNeeded(
+                f"the episodes of instances {np.flatnonzero(idle).tolist()} have ended, and autoreset is disabled: "
+                'call reset(options={"reset_mask": terminated | truncated}) before step()'
+            )
+        shape = self.action_space.shape or ()
+        checked = self.rules.check_action(_without(actions, idle, shape), shape)
         stepped, limit = self._episodes, self.max_episode_steps
+        acting = np.flatnonzero(~idle).tolist()
         decisions = [
-            self.rules.decide(episode, action, self.rules.chance(episode, generator))
-            for episode, action, generator in zip(stepped, checked, self._generators, strict=True)
+            self.rules.decide(stepped[i], checked[i], self.rules.chance(stepped[i], self._generators[i]))
+            for i in acting
         ]
-        terminated = np.array([decision.ends for decision in decisions])  # (B,)
-        truncated = np.array([limit is not None and episode.steps + 1 >= limit for episode in stepped])  # (B,)
-        ended = np.flatnonzero(terminated | truncated).tolist()
-        begun = self.rules.advance(decisions, [self._request(i) for i in ended])
-        fresh = dict(zip(ended, begun, strict=True))
-        self._episodes, self._shown = [fresh.get(i, episode) for i, episode in enumerate(stepped)], stepped
-        infos = [self.rules.info(episode) for episode in stepped]
-        for i, episode in fresh.items():
-            final = {"final_obs": self.rules.glimpse(stepped[i]), "final_info": infos[i]}
-            infos[i] = final | self.rules.info(episode)
-        rewards = np.array([episode.reward for episode in stepped], dtype=np.float64)  # (B,)
+        terminated, truncated = np.zeros_like(idle), np.zeros_like(idle)  # (B,)
+        terminated[acting] = [decision.ends for decision in decisions]
+        truncated[acting] = [limit is not None and stepped[i].steps + 1 >= limit for i in acting]
+        ended = terminated | truncated
+        same_step = mode is AutoresetMode.SAME_STEP
+        beginning = np.flatnonzero(ended if same_step else idle).tolist()
+        begun = self.rules.advance(decisions, [self._request(i) for i in beginning])
+        fresh = dict(zip(beginning, begun, strict=True))
+        self._episodes = [fresh.get(i, episode) for i, episode in enumerate(stepped)]
+        self._shown = stepped if same_step else self._episodes
+        self._ended = np.zeros_like(ended) if same_step else ended
+        infos = [self.rules.info(episode) for episode in (stepped if same_step else self._episodes)]
+        if same_step:
+            for i, episode in fresh.items():
+                final = {"final_obs": self.rules.glimpse(stepped[i]), "final_info": infos[i]}
+                infos[i] = final | self.rules.info(episode)
+        rewards = np.zeros(self.num_envs)  # (B,)
+        rewards[acting] = [stepped[i].reward for i in acting]
         return self._observe(), rewards, terminated, truncated, joined_infos(infos)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
@@ -186,6 +237,25 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         if len(seed) != self.num_envs:
             raise ValueError(f"{len(seed)} seeds for {self.num_envs} environments: give one for each")
         return [as_seed(own) for own in seed]
+
+    def _reset_mask(self, given: Any) -> np.ndarray:
+        """Return which instances a reset is for, bool (num_envs,)."""
+        if given is None:
+            return np.ones(self.num_envs, dtype=bool)
+        try:
+            mask = np.array(given)
+        except Exception:  # foreign code: of ragged lists, tensors on other devices and the like
+            mask = np.zeros(0)
+        if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(
+                f"the reset option 'reset_mask' is bool ({self.num_envs},), one entry for each environment, with at "
+                f"least one True; got {given!r}"
+            )
+        if not self._episodes and not mask.all():
+            raise gymnasium.error.ResetNeeded(
+                "there are no episodes yet; call reset() without 'reset_mask' before a reset of some"
+            )
+        return mask
 
     def _fixed(self, options: dict[str, Any] | None) -> list[Fixed]:
         if not isinstance(options, Mapping):
@@ -219,14 +289,28 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def _without(actions: Any, idle: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """Return actions with a zero for each idle instance: nobody looks at what they say."""
+    if not idle.any():
+        return actions
+    try:
+        given = np.array(actions)
+    except Exception:  # foreign code: the check of the actions says what is wrong
+        return actions
+    if given.shape != shape or given.dtype.kind not in "biuf" or np.ma.is_masked(actions):
+        return actions
+    given[idle] = 0
+    return given
+
+
 class TokenSelectionVectorEnv(EpisodeVectorEnv):
     """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
     together.
 
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
-    Every step ends all episodes and begins the next ones (``AutoresetMode.SAME_STEP``): the observations
-    returned belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and
-    ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
+    Every step ends all episodes and, by default, begins the next ones (``AutoresetMode.SAME_STEP``): the observations
+    returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays)
+    and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
     ``kept`` come as bool (num_envs, N), texts as object arrays.
 
     Args:
@@ -249,6 +333,9 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
             well as terminated, and above nothing changes.
+        autoreset_mode: ``AutoresetMode.SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``, or such a name: see
+            :class:`EpisodeVectorEnv`. With NEXT_STEP every second step ignores its action and pays 0, which flatters
+            a mean over steps.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
@@ -283,11 +370,13 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
         obs_dtype: ObsDtype = "float32",
         examples: int | Sequence[int] | None = None,
         max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ) -> None:
         super().__init__(
             num_envs,
             render_mode,
             max_episode_steps,
+            autoreset_mode,
             vlm=vlm,
             task=task,
             split=split,

@@ -643,6 +643,7 @@ def test_both_environments_take_the_same_arguments() -> None:
     vector = dict(inspect.signature(ProgressivePruningVectorEnv).parameters)
     assert vector.pop("num_envs").default == 1
     assert vector.pop("max_episode_steps").default is None
+    assert vector.pop("autoreset_mode").default is AutoresetMode.SAME_STEP
     assert single == vector
     assert grip_env.ProgressivePruningEnv is ProgressivePruningEnv
     assert grip_env.ProgressivePruningVectorEnv is ProgressivePruningVectorEnv

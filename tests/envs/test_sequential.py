@@ -290,6 +290,7 @@ def test_arguments_are_those_of_the_other_environments() -> None:
         for kind in (SequentialSelectionEnv, SequentialSelectionVectorEnv, TokenSelectionEnv)
     )
     assert (vector.pop("num_envs").default, vector.pop("max_episode_steps").default) == (1, None)
+    assert vector.pop("autoreset_mode").default is AutoresetMode.SAME_STEP
     assert vector == single
     assert (single.pop("dense").default, single.pop("invalid_action_penalty").default) == (True, 0.0)
     assert single.pop("max_invalid_actions").default is None

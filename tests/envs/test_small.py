@@ -314,6 +314,7 @@ def test_environments_take_the_same_arguments() -> None:
     vector = dict(inspect.signature(SmallSelectionVectorEnv).parameters)
     assert vector.pop("num_envs").default == 1
     assert vector.pop("max_episode_steps").default is None
+    assert vector.pop("autoreset_mode").default is AutoresetMode.SAME_STEP
     assert single == vector
     large = dict(inspect.signature(TokenSelectionEnv).parameters)
     own = {"k", "grid", "enumerate", "table_cache"}
