@@ -190,10 +190,8 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         checked = self.rules.check_action(_without(actions, idle, shape), shape)
         stepped, limit = self._episodes, self.max_episode_steps
         acting = np.flatnonzero(~idle).tolist()
-        decisions = [
-            self.rules.decide(stepped[i], checked[i], self.rules.chance(stepped[i], self._generators[i]))
-            for i in acting
-        ]
+        chances = {i: self.rules.chance(stepped[i], self._generators[i]) for i in acting}
+        decisions = [self.rules.decide(stepped[i], checked[i], chances[i]) for i in acting]
         terminated, truncated = np.zeros_like(idle), np.zeros_like(idle)  # (B,)
         terminated[acting] = [decision.ends for decision in decisions]
         truncated[acting] = [limit is not None and stepped[i].steps + 1 >= limit for i in acting]

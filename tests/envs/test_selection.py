@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 
 import grip_env
 from grip_env.envs.sampling import EpisodeStream, shuffled_indices, tokens_in_budget
@@ -485,6 +486,7 @@ def test_both_environments_take_the_same_arguments() -> None:
     vector = dict(inspect.signature(TokenSelectionVectorEnv).parameters)
     assert vector.pop("num_envs").default == 1
     assert vector.pop("max_episode_steps").default is None
+    assert vector.pop("autoreset_mode").default is AutoresetMode.SAME_STEP
     assert single == vector
 
 
