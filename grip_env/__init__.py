@@ -7,7 +7,14 @@ Gymnasium loads when used.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and any(word.startswith("grip_env.") for word in sys.orig_argv):
+    # python -m grip_env.COMMAND imports this package first: Ctrl-C is dealt with from here on
+    from grip_env.stopping import quit_while_starting
+
+    quit_while_starting()
 
 import gymnasium
 

@@ -13,7 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from grip_env import stopping
+from grip_env.atomic import remove, replace_folder, write_atomically
+from grip_env.run_status import FILE, RunStatus
 
 if TYPE_CHECKING:
     from grip_env.tasks.base import Task
@@ -26,14 +30,20 @@ __all__ = [
     "RunFolder",
     "check_agents_package",
     "check_at_least",
+    "check_name",
     "check_out",
+    "free_folder",
     "importable_from_here",
     "interruptible",
     "load_model",
     "load_model_and_task",
     "make_folder",
+    "note_written",
     "print_verdicts",
+    "quieten",
+    "say",
     "versions",
+    "writing",
 ]
 
 
@@ -98,21 +108,86 @@ def importable_from_here() -> Iterator[None]:
         sys.path.remove("")
 
 
+_written: list[Path] = []
+"""What the command that runs has written so far, outside a run's folder."""
+
+
+@contextlib.contextmanager
+def writing(*paths: Path) -> Iterator[None]:
+    """Let signals wait while a command writes its files, and say in one line if it cannot.
+
+    Args:
+        paths: What is written; an interrupt that comes later tells of them.
+    """
+    with stopping.held():
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise CommandError(f"cannot write {error.filename or paths[0]}: {error.strerror or error}") from None
+        note_written(*paths)
+
+
+def note_written(*paths: Path) -> None:
+    """Remember what a command has written, for what an interrupt says."""
+    _written.extend(paths)
+
+
 @contextlib.contextmanager
 def interruptible(said: str) -> Iterator[None]:
-    """End a command that Ctrl-C interrupts with the shell's code for it, after saying where that leaves the user.
+    """End a command that Ctrl-C, SIGTERM or SIGHUP stops with the shell's code for it, and say where that leaves one.
 
     One whose output nobody reads any more, as before ``| head``, ends as quietly as other programs do.
+
+    Args:
+        said: The line printed if it had written nothing.
     """
+    stopping.begin()
+    _written.clear()
+    code = 0
     try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
-        raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        print(f"\n{said}")
-        raise SystemExit(130) from None
+        with stopping.handled():
+            try:
+                yield
+                sys.stdout.flush()
+            except BrokenPipeError:
+                code = 141
+                raise SystemExit(code) from None
+            except KeyboardInterrupt as stop:
+                stopping.acknowledge()
+                code = getattr(stop, "code", 130)
+                say(f"\n{said if not _written else f'interrupted; {_listed(_written)} had been written.'}")
+                raise SystemExit(code) from None
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+                raise
+            finally:
+                quieten()
+    finally:
+        stopping.end_soon(code)
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return " and ".join([", ".join(map(str, paths[:-1])), str(paths[-1])] if len(paths) > 1 else map(str, paths))
+
+
+def say(line: str, error: bool = False) -> None:
+    """Print a line, on standard error or output; where nobody can read it any more, go on without."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def quieten() -> None:
+    """Let Python not complain at its exit where the output's reader has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:  # closed
+            pass
 
 
 @dataclass
@@ -250,8 +325,9 @@ def make_folder(path: Path) -> Path:
     """Create a folder if it is not there, or stop with one line; returns it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot write to {path}: {reason}; choose another folder") from None
     return path
 
 
@@ -260,15 +336,38 @@ class RunFolder:
 
     Args:
         path: The folder; it must not hold another run.
+        unique: Take another name, with a number at its end, if there is one.
 
     Raises:
-        CommandError: If it does.
+        CommandError: If there is one, or the folder cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise CommandError(f"{path} already exists: choose another --name, or remove it")
-        self.path = make_folder(path)
+    def __init__(self, path: Path, unique: bool = False) -> None:
+        self.path, count = path, 1
+        while not self._claim():
+            if not unique:
+                raise CommandError(f"{path} already exists: choose another --name, or remove it")
+            count += 1
+            self.path = path.with_name(f"{path.name}-{count}")
+        self._config = ""
+        self.status = RunStatus()
+        """How far it has come; :meth:`keep` writes it."""
+
+    def _claim(self) -> bool:
+        """Make the folder, unless it has something in it; of several that try at once, one does."""
+        if not free_folder(self.path):
+            return False
+        make_folder(self.path)
+        try:
+            with (self.path / FILE).open("x") as file:
+                file.write("{}\n")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise CommandError(
+                f"cannot write to {self.path}: {error.strerror or error}; choose another folder"
+            ) from None
+        return True
 
     def write_config(self, config: Mapping[str, Any], **more: Any) -> None:
         """Write ``config.json``: the full configuration, the command line, versions, and anything else given."""
@@ -281,7 +380,29 @@ class RunFolder:
             "threads": torch.get_num_threads(),
             **more,
         }
-        (self.path / "config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+        self._config = json.dumps(content, indent=2, default=str) + "\n"
+        write_atomically(self.path / "config.json", self._config, durable=True)
+
+    def keep(self, agent: Saves, status: RunStatus, part: str = "agent") -> None:
+        """Save an agent in the folder ``part``, whole or not at all, and how far the run has come with it.
+
+        A folder that has vanished meanwhile is made anew, with its ``config.json``.
+        """
+        if not (self.path / "config.json").is_file():
+            write_atomically(self.path / "config.json", self._config, durable=True)
+        new = self.path / f"{part}.new"
+        remove(new)  # of an attempt that failed
+        agent.save(new)
+        if not new.exists():  # there was nothing to save
+            new.mkdir()
+        replace_folder(new, self.path / part)
+        if part == "agent":
+            self.write_status(status)
+
+    def write_status(self, status: RunStatus) -> None:
+        """Write how far the run has come."""
+        status.write(self.path)
+        self.status = status
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a row to ``{phase}.csv``; a phase always logs the same values."""
@@ -292,3 +413,36 @@ class RunFolder:
             if fresh:
                 writer.writerow(["step", *values])
             writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+
+
+class Saves(Protocol):
+    """Anything that writes itself into a folder."""
+
+    def save(self, folder: Path) -> None:
+        """Do so."""
+        ...
+
+
+def free_folder(path: Path) -> bool:
+    """Return whether a folder could be made here, or is there with nothing in it; stop with one line on a bad path."""
+    try:
+        return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot write to {path}: {reason}; choose another folder") from None
+
+
+def check_name(name: str) -> None:
+    """Stop with one line unless ``--name`` can be the name of a folder, and be given to other commands."""
+    if Path(name).name != name or name in (".", ".."):
+        raise CommandError(f"--name is the name of a folder in --runs, without '/' in it; got {_short(name)}")
+    if not name.isprintable() or name.startswith("-"):
+        raise CommandError(f"--name has printable letters, and no '-' in front; got {_short(name)}")
+    if len(os.fsencode(name)) > 255:
+        raise CommandError(
+            f"--name must have at most 255 bytes; got {len(os.fsencode(name))}, which begin with {_short(name)}"
+        )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")

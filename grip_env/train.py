@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from grip_env import stopping
+from grip_env.atomic import remove, write_atomically
 from grip_env.commands import (
     CommandError,
     ModelConfig,
     RunFolder,
     check_agents_package,
     check_at_least,
+    check_name,
+    free_folder,
     importable_from_here,
     interruptible,
     load_model_and_task,
+    note_written,
+    quieten,
+    say,
 )
+from grip_env.run_status import RunStatus
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from agents.agent import Agent
+    from grip_env.tasks.base import Task
+    from grip_env.vlms.base import Encoded
+    from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["Config", "main", "parse", "train"]
 
@@ -110,27 +126,28 @@ def _options_class(algorithm: type[Agent]) -> type[Any]:
 def train(config: Config) -> Path:
     """Train, save and report; returns the run's folder.
 
-    An interrupt (Ctrl-C) saves the agent as it is; SystemExit then carries the shell's code for an interrupt.
+    Ctrl-C, SIGTERM and SIGHUP save the agent as it is; SystemExit then carries the shell's code for them. So do errors,
+    with exit code 1, or 2 where it is the data or an option that is wrong.
     """
+    with stopping.handled():
+        return _train(config)
+
+
+def _train(config: Config) -> Path:
     algorithm = find_algorithm(config.algo)
     import torch
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
 
-    from agents.agent import Setting, as_selector
-    from agents.grpo import Metrics
-    from grip_env.envs.instances import RoomError
+    from agents.agent import Setting
     from grip_env.envs.rewards import resolve_reward
-    from grip_env.finite import NonFiniteError
-    from grip_env.report import draw_gallery
-    from grip_env.tasks.files import DataError, FileTask
+    from grip_env.tasks.files import FileTask
 
     check_at_least(0, threads=config.threads, report_examples=config.report_examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
     if config.seed >= 2**63:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
-    if Path(config.name).name != config.name or config.name == "..":
-        raise CommandError(f"--name is the name of a folder in --runs, without '/' in it; got {config.name!r}")
+    check_name(config.name)
+    if not free_folder(config.runs / config.name) and config.name:  # again below: a while passes until then
+        raise CommandError(f"{config.runs / config.name} already exists: choose another --name, or remove it")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -169,87 +186,237 @@ def train(config: Config) -> Path:
         except NotImplementedError as error:
             raise CommandError(f"--{key.replace('_', '-')}.teacher attention: {error}: choose gradient") from None
     checksum = vlm.checksum()
-    name = (
-        config.name or f"{config.algo.replace(':', '.')}-{task.name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # as a user's own class and data may be called anything
+    default = (
+        f"{config.algo.replace(':', '.')[:100]}-{task.name[:60]}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
-    run = RunFolder(config.runs / name)
-    about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
-    run.write_config(saved_config(config), **about)
-    agent.save(run.path / "agent")  # from here on, whatever happens leaves an agent that evaluate can read
-    print(f"run: {run.path}")
-    if isinstance(task, FileTask):
-        print(f"data: {task.describe()}")
-
-    total: dict[str, int] = getattr(agent, "phases", {})
-    selector: Any = as_selector(agent)  # type: ignore[arg-type] # one or the other is there, find_algorithm says
-    bars: dict[str, Any] = {}
-    writer = SummaryWriter(str(run.path))
-    last = Metrics("start", 0)
-    averages: dict[str, float] = {}
-
-    def checkpoint(step: int) -> None:
-        agent.save(run.path / "agent")
-        sheet = draw_gallery(vlm, shown, selector, title=f"What the agent keeps, step {step}")
-        writer.add_image("kept tokens", sheet, step, dataformats="HWC")
-
-    try:
-        for last in agent.learn():
-            if last.phase not in bars:
-                for bar in bars.values():
-                    bar.close()
-                averages.clear()
-                bars[last.phase] = tqdm(
-                    total=total.get(last.phase),
-                    desc={"warmup": "warm-up"}.get(last.phase, last.phase),
-                    unit="step",
-                    dynamic_ncols=True,
-                    disable=not config.progress,
-                )
-            run.log(last.phase, last.step, last.values)
-            for key, value in last.values.items():
-                writer.add_scalar(f"{last.phase}/{key}", value, last.step)
-                averages[key] = 0.9 * averages.get(key, value) + 0.1 * value
-            keys = {"reward": "reward", "log_likelihood_smallest_budgets": "ll@smallest", "loss": "loss"}
-            bars[last.phase].update()
-            bars[last.phase].set_postfix(
-                {label: f"{averages[key]:.3f}" for key, label in keys.items() if key in averages}, refresh=False
-            )
-            if last.phase == "warmup":
-                if last.step + 1 == total.get("warmup"):
-                    agent.save(run.path / "warmup")  # now: what comes next is already one reward further
-                    checkpoint(0)
-            elif (last.step + 1) % config.picture_every == 0:
-                checkpoint(last.step + 1)
-        for bar in bars.values():
-            bar.close()
-        if last.phase != "warmup" and (last.step + 1) % config.picture_every:
-            checkpoint(last.step + 1)
-        if vlm.checksum() != checksum:
-            raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
-        last = Metrics("the report", last.step + 1)
-        if config.report_examples:
-            from grip_env.evaluate import report
-
-            report(run.path, vlm, task, selector, "test", config.report_examples, progress=config.progress)
-        if vlm.cache is not None:
-            print(vlm.cache.describe())
-    except KeyboardInterrupt:
-        for bar in bars.values():
-            bar.close()
-        agent.save(run.path / "agent")
-        print(f"\ninterrupted in {last.phase} at step {last.step}; the agent so far is saved.")
-        print(f"compare it:  python -m grip_env.evaluate {run.path}")
-        raise SystemExit(130) from None
-    except NonFiniteError as error:  # what the agent has become since the last checkpoint may be worthless
-        raise CommandError(f"stopped: {error}; the agent of the last checkpoint is in {run.path}") from None
-    except (DataError, RoomError) as error:
-        agent.save(run.path / "agent")
-        raise CommandError(
-            f"stopped in {last.phase} at step {last.step}: {error}; the agent so far is in {run.path}"
-        ) from None
-    finally:
-        writer.close()
+    with stopping.held():
+        run = RunFolder(config.runs / (config.name or default), unique=not config.name)
+        note_written(run.path)
+        about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
+        run.write_config(saved_config(config), **about)
+        training = _Training(config, run, agent, vlm, task)
+        try:
+            training.keep()  # from here on, whatever happens leaves an agent that evaluate can read
+            say(f"run: {run.path}")
+            if isinstance(task, FileTask):
+                say(f"data: {task.describe()}")
+            training.learn(shown)
+            if vlm.checksum() != checksum:
+                raise RuntimeError("the vision-language model changed during training: its weights must stay frozen")
+            training.report()
+        except BaseException as error:
+            training.stop(error)
     return run.path
+
+
+class _Training:
+    """A training and its run's folder: signals are held but where it says otherwise."""
+
+    def __init__(self, config: Config, run: RunFolder, agent: Any, vlm: HuggingFaceVLM, task: Task) -> None:
+        from agents.agent import as_selector
+        from agents.learning import Metrics
+
+        self.config, self.run, self.agent, self.vlm, self.task = config, run, agent, vlm, task
+        self.selector: Any = as_selector(agent)
+        self.last = Metrics("start", 0)
+        self.bars: dict[str, tqdm[Any]] = {}
+        self.over = False
+        """Whether there is nothing left to learn, and the agent is saved."""
+        self.broken_update = False
+        """Whether weights may be half updated."""
+
+    def status(self, state: str = "running", reason: str = "") -> RunStatus:
+        """Return how far the agent in memory has come."""
+        if self.last.phase == "start":
+            return RunStatus(state, reason=reason)
+        total = self.phases.get(self.last.phase)
+        return RunStatus(state, self.last.phase, self.last.step + 1, total, reason)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The steps of each phase, of agents that say so."""
+        return getattr(self.agent, "phases", {})
+
+    def keep(self, part: str = "agent") -> None:
+        """Save the agent as it is."""
+        self.run.keep(self.agent, self.status(), part)
+
+    def learn(self, shown: Encoded) -> None:
+        """Train to the end, with a row of the log for each step, and checkpoints."""
+        from grip_env.board import Board
+        from grip_env.report import draw_gallery
+
+        averages: dict[str, float] = {}
+
+        def checkpoint(step: int) -> None:
+            self.keep()
+            title = f"What the agent keeps, step {step}"
+            board.picture(
+                "kept tokens",
+                stopping.patiently(lambda: draw_gallery(self.vlm, shown, self.selector, title=title)),
+                step,
+            )
+
+        with Board(self.run.path) as board, stopping.whole_updates() as updating:
+            try:
+                steps = iter(self.agent.learn())
+                while (metrics := stopping.patiently(lambda: next(steps, None))) is not None:
+                    if metrics.phase not in self.bars:
+                        averages.clear()
+                        self._open_bar(metrics.phase)
+                    last = self.last = metrics
+                    self.run.log(last.phase, last.step, last.values)
+                    for key, value in last.values.items():
+                        board.scalar(f"{last.phase}/{key}", value, last.step)
+                        averages[key] = 0.9 * averages.get(key, value) + 0.1 * value
+                    self._update_bar(last.phase, averages)
+                    if last.phase == "warmup":
+                        if last.step + 1 == self.phases.get("warmup"):
+                            self.keep("warmup")  # now: what comes next is already one reward further
+                            checkpoint(0)
+                    elif (last.step + 1) % self.config.picture_every == 0:
+                        checkpoint(last.step + 1)
+            finally:
+                self.broken_update = updating()
+                self._close_bars()
+            if self.last.phase != "warmup" and (self.last.step + 1) % self.config.picture_every:
+                checkpoint(self.last.step + 1)
+
+    def report(self) -> None:
+        """Say that the run is done, and compare the agent with others."""
+        self.run.write_status(self.status("done"))
+        self.over = True
+        with stopping.at_once():
+            if self.config.report_examples:
+                from grip_env.evaluate import report
+
+                about = self.config
+                report(
+                    self.run.path, self.vlm, self.task, self.selector, "test", about.report_examples,
+                    progress=about.progress,
+                )  # fmt: skip
+            if self.vlm.cache is not None:
+                print(self.vlm.cache.describe())
+
+    def stop(self, error: BaseException) -> NoReturn:
+        """Save what can be saved, say in one line where that leaves the user, and end."""
+        from grip_env.envs.instances import RoomError
+        from grip_env.finite import NonFiniteError
+        from grip_env.tasks.files import DataError
+
+        stopping.acknowledge()
+        self._close_bars()
+        interrupted = isinstance(error, KeyboardInterrupt)
+        unread = isinstance(error, BrokenPipeError) and _unread()
+        reason = str(error) or ("SIGINT" if interrupted else type(error).__name__)
+        if unread:
+            reason = "nobody read its output any more"
+        elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | SystemExit):
+            reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.split())
+        status = RunStatus("interrupted" if interrupted or unread else "failed", reason=reason)
+        if isinstance(error, NonFiniteError):  # what the agent has become since the last checkpoint may be worthless
+            saved = f"the agent of the last checkpoint, {self._leave(status)}, is in {self.run.path}"
+        else:
+            saved = self._save_what_can_be(status)
+        if unread:
+            quieten()
+            raise SystemExit(141) from None
+        if isinstance(error, SystemExit):
+            raise error
+        place = "the report" if self.over else self.last.phase
+        at = "before the first step" if place == "start" else f"in {place} at step {self.last.step + self.over}"
+        if interrupted:
+            say(f"\ninterrupted{'' if reason == 'SIGINT' else f' ({reason})'} {at}; {saved}")
+            raise SystemExit(getattr(error, "code", 130)) from None
+        text = f"stopped {at}: {reason}; {saved}"
+        if isinstance(error, DataError | RoomError | NonFiniteError):
+            raise CommandError(text) from None
+        say(f"error: {text}{self._write_traceback(error)}", error=True)
+        raise SystemExit(1) from error
+
+    def _save_what_can_be(self, status: RunStatus) -> str:
+        """Save the agent with a run's status, and return what there is now."""
+        compare = f"compare it with `python -m grip_env.evaluate {self.run.path}`"
+        if self.over:
+            return f"the agent is trained and saved: {compare}"
+        place = self.run.path
+        current = self.status(status.state, status.reason)
+        told: list[str] = []
+        if self.broken_update:
+            told.append("an update of its weights broke off")
+        else:
+            for spare in (False, True):
+                try:
+                    if spare:  # the disk is full, or the folder was made read-only: anywhere is better than nowhere
+                        self.run.path = Path(tempfile.mkdtemp(prefix="grip_env-"))
+                    self.run.keep(self.agent, current)
+                    if not spare:
+                        return (
+                            f"the agent so far is in {place}: {compare}"
+                            if current.phase
+                            else f"the agent in {place} is untrained"
+                        )
+                    return f"{place} cannot be written ({told[0]}), so the agent so far is saved in {self.run.path}"
+                except Exception as error:
+                    told.append(" ".join((str(error) or type(error).__name__).split()))
+                    if spare:
+                        remove(self.run.path)
+            self.run.path = place
+        left = self._leave(status)
+        if (place / "agent").exists():
+            return f"the agent so far could not be saved ({told[0]}): the one in {place} is {left}"
+        return f"the agent so far could not be saved ({told[0]}), and there is no earlier one"
+
+    def _leave(self, status: RunStatus) -> str:
+        """Write a run's status and leave its agent as it is; returns what the agent has learnt, in words."""
+        left = dataclasses.replace(self.run.status, state=status.state, reason=status.reason)
+        with contextlib.suppress(OSError):
+            self.run.write_status(left)
+        return f"that of {left.trained}" if left.phase else "untrained"
+
+    def _write_traceback(self, error: BaseException) -> str:
+        """Write down where an error happened, and return where that is."""
+        path = self.run.path / "traceback.txt"
+        try:
+            write_atomically(path, "".join(traceback.format_exception(error)))
+        except OSError:
+            return ""
+        return f"; where it happened: {path}"
+
+    def _open_bar(self, phase: str) -> None:
+        from tqdm import tqdm
+
+        self._close_bars()
+        self.bars[phase] = tqdm(
+            total=self.phases.get(phase),
+            desc={"warmup": "warm-up"}.get(phase, phase),
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.config.progress,
+        )
+
+    def _update_bar(self, phase: str, averages: dict[str, float]) -> None:
+        keys = {"reward": "reward", "log_likelihood_smallest_budgets": "ll@smallest", "loss": "loss"}
+        self.bars[phase].update()
+        self.bars[phase].set_postfix(
+            {label: f"{averages[key]:.3f}" for key, label in keys.items() if key in averages}, refresh=False
+        )
+
+    def _close_bars(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            for bar in self.bars.values():
+                bar.close()
+
+
+def _unread() -> bool:
+    """Return whether it is the reader of this process's output that has gone."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def saved_config(config: Config) -> dict[str, Any]:

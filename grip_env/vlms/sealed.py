@@ -5,19 +5,16 @@ A file is safetensors with a digest of its name, its texts and every bit of its 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import time
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+
+from grip_env.atomic import write_atomically
 
 __all__ = ["picture_key", "raw_bytes", "seal", "unseal", "write_atomically"]
 
@@ -78,22 +75,3 @@ def unseal(key: str, data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, st
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError("the file cannot be read") from error
     raise ValueError("it has no digest" if digest is None else "its content is not what was written")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file by way of a temporary one beside it, so that readers see all of it or none.
-
-    Raises:
-        OSError: If that cannot be done; nothing is left behind then.
-    """
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        now = time.time_ns()  # the file system's own clock may tick too slowly to tell files apart
-        os.utime(temporary, ns=(now, now))
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
