@@ -4,6 +4,7 @@
 # make test-floor   the tests with the lowest versions that pyproject.toml allows, in an environment of their own;
 #                   PyPI's torch of that age brings CUDA along (gigabytes), FLOOR_PIP can name another index
 # make fuzz    set up, then try some 20,000 invented inputs on every door (tests/fuzz)
+# make interruptions   set up, then stop some 800 saves and twenty trainings at random moments (about ten minutes)
 # Options reach the command through ARGS:  make train ARGS="--seed 1"
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FLOOR := .venv-floor/.ready
 
-.PHONY: train test test-floor fuzz lint clean
+.PHONY: train test test-floor fuzz interruptions lint clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -37,6 +38,9 @@ test-floor: $(FLOOR)
 
 fuzz: $(READY)
 	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+interruptions: $(READY)
+	$(BIN)/python -m tests.interruptions $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ class _State:
                 if hasattr(signal, "pthread_kill"):  # wakes what waits, too
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
                 else:
-                    _thread.interrupt_main(number)
+                    _thread.interrupt_main(signal.Signals(number))
                 if self.acknowledged:
                     return
 
@@ -151,7 +151,8 @@ def held() -> Iterator[None]:
     """Let signals wait until the context ends."""
     with _mode(_HELD):
         yield
-    check()
+    if _state.mode != _HELD:
+        check()
 
 
 @contextlib.contextmanager
@@ -165,22 +166,16 @@ def at_once() -> Iterator[None]:
 def patiently(work: Callable[[], _T]) -> _T:
     """Return what ``work()`` returns; a signal interrupts it after :data:`GRACE` seconds.
 
-    One that came before is raised then, see :func:`check`.
+    One that came while it still ended by itself waits for a :func:`check`, so that what it returned is not lost.
     """
     with _mode(_PATIENTLY):
-        result = work()
-    check(wait=False)
-    return result
+        return work()
 
 
-def check(wait: bool = True) -> None:
-    """Raise :class:`Stopped` if a signal has come that nobody acknowledged.
-
-    Args:
-        wait: Where signals are held, only the end of that raises.
-    """
+def check() -> None:
+    """Raise :class:`Stopped` if a signal has come that nobody acknowledged, also where signals are held."""
     state = _state
-    if _in_main_thread() and state.received and not state.acknowledged and not (wait and state.mode == _HELD):
+    if _in_main_thread() and state.received and not state.acknowledged:
         state.raised = time.monotonic()
         raise Stopped(state.received)
 

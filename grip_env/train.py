@@ -277,6 +277,7 @@ class _Training:
                             checkpoint(0)
                     elif (last.step + 1) % self.config.picture_every == 0:
                         checkpoint(last.step + 1)
+                    stopping.check()
             finally:
                 self.broken_update = updating()
                 self._close_bars()
@@ -313,7 +314,7 @@ class _Training:
         if unread:
             reason = "nobody read its output any more"
         elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | SystemExit):
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
         reason = " ".join(reason.split())
         status = RunStatus("interrupted" if interrupted or unread else "failed", reason=reason)
         if isinstance(error, NonFiniteError):  # what the agent has become since the last checkpoint may be worthless
@@ -356,7 +357,7 @@ class _Training:
                         return (
                             f"the agent so far is in {place}: {compare}"
                             if current.phase
-                            else f"the agent in {place} is untrained"
+                            else f"the agent in {place} has not finished its first step"
                         )
                     return f"{place} cannot be written ({told[0]}), so the agent so far is saved in {self.run.path}"
                 except Exception as error:

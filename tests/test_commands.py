@@ -229,7 +229,7 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
     evaluate.evaluate(evaluate.Config((second,), examples=6))  # the run remembers its cache
     with pytest.raises(SystemExit):
         train(settings(vlm_folder, tmp_path, "broken", cache=cache, cache_gib=0.0))
-    assert "--cache-gib must be above 0; got 0" in capsys.readouterr().err
+    assert "--cache-gib must be above 0 and at most 1,048,576; got 0" in capsys.readouterr().err
 
 
 def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm_folder: Path, tmp_path: Path) -> None:
