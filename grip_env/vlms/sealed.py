@@ -58,7 +58,17 @@ def seal(key: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]
     # copied, since safetensors refuses tensors that share memory
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     texts = texts or {}
-    return save(copies, {**texts, DIGEST: _digest(key, texts, copies)})
+    return _ordered(save(copies, {**texts, DIGEST: _digest(key, texts, copies)}))
+
+
+def _ordered(data: bytes) -> bytes:
+    """Return a file with its texts in the order of their names: safetensors writes them in one that chance decides."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def unseal(key: str, data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

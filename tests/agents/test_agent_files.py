@@ -114,3 +114,10 @@ def test_a_disk_without_room_leaves_the_agent_that_was_there(folder: Path, monke
 
 def test_the_agent_of_the_package_is_whole() -> None:
     assert Scorer.load(PRETRAINED / "tiny").config.in_turn
+
+
+def test_the_same_agent_is_the_same_file(tmp_path: Path) -> None:
+    scorer = Scorer(ScorerConfig(width=32, blocks=1))
+    for attempt in range(8):
+        scorer.save(tmp_path / str(attempt))
+    assert len({(tmp_path / str(attempt) / "scorer.safetensors").read_bytes() for attempt in range(8)}) == 1
