@@ -19,7 +19,8 @@ from agents.selectors import ScorerSelector
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.inputs import check_decoding, encode_inputs, new_lengths, split_inputs
+from grip_env.vlms.inputs import encode_inputs, split_inputs
+from grip_env.vlms.options import check_options, new_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -157,7 +158,9 @@ class Pruner:
                 :func:`~grip_env.vlms.inputs.encode_inputs`.
             inputs: What the model's processor returned, one image for each prompt (padding on any side), and options
                 of ``generate``: ``max_new_tokens``, ``do_sample``, ``generation_config``, ... Lengths among them count
-                the prompts as given; streamers, stopping criteria and processors of logits see the pruned ones.
+                the prompts as given, and streamers, stopping criteria and processors of logits see these; see
+                :meth:`~grip_env.vlms.huggingface.HuggingFaceVLM.generate_ids`. What comes of them is what the whole
+                prompts would give with the dropped tokens masked; an option for which that is not so is refused.
 
         Returns:
             What ``model.generate`` returns: the prompts as they were given, all image placeholders included, and
@@ -165,19 +168,17 @@ class Pruner:
             ``return_dict_in_generate=True`` that is its ``sequences``.
 
         Raises:
-            ValueError: If something is missing, or cannot be dealt with: several images in a prompt, video, beams.
+            ValueError: If something is missing, or cannot be dealt with (several images in a prompt, video), an option
+                is not supported (beams), or prompt and answer are longer than the model has positions.
         """
         text, images, options = split_inputs(inputs)
-        prompts = text["input_ids"]
-        check_decoding(self.vlm.model.generation_config, options)
+        saved, embeddings = self.vlm.model.generation_config, self.vlm.model.get_input_embeddings()
+        check_options(saved, options, len(embeddings.weight))
         encoded = encode_inputs(self.vlm, text, images, sizes)
+        new_tokens(saved, options, text["input_ids"].shape[1])
         selection = self.select(encoded, budget)
-        options |= new_lengths(self.vlm.model.generation_config, options, prompts.shape[1])
-        output = self.vlm.generate_ids(encoded, selection, **options)
-        if isinstance(output, torch.Tensor):
-            return torch.cat([prompts.to(output.device), output], 1)
-        output.sequences = torch.cat([prompts.to(output.sequences.device), output.sequences], 1)
-        return output
+        prompts = {name: text[name] for name in ("input_ids", "attention_mask") if name in text}
+        return self.vlm.generate_ids(encoded, selection, **prompts, **options)
 
     def __call__(
         self, image: np.ndarray | Image, question: str, budget: float = 0.1, max_new_tokens: int = 16

@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from grip_env.tasks.base import Example
 from grip_env.tasks.pictures import MAX_SIDE, PictureError, as_pixels
@@ -25,12 +26,14 @@ from grip_env.vlms.answers import answer_columns, greedy_finds, mean_log_likelih
 from grip_env.vlms.base import Encoded, Scores, negative_divergence
 from grip_env.vlms.cache import PictureCache
 from grip_env.vlms.cache_entries import encoder_digest, picture_scope
+from grip_env.vlms.decoding import CACHE, Prompts, WholePrompts, decode, greedy
 from grip_env.vlms.families import family_of
 from grip_env.vlms.family import Picture
 from grip_env.vlms.last_layer import CAPTURING, logits_at, trunk_of
 from grip_env.vlms.loading import read_pretrained
+from grip_env.vlms.options import SILENT, check_options, new_tokens, option, stopping_at_strings
 from grip_env.vlms.prompts import prompt_ids, prompt_texts
-from grip_env.vlms.replies import GREEDY, Reply, timed_reply
+from grip_env.vlms.replies import Reply, timed_reply
 from grip_env.vlms.tower import known_images
 
 __all__ = ["HuggingFaceVLM"]
@@ -217,16 +220,42 @@ class HuggingFaceVLM:
         scope = picture_scope(self.family, self._encoder_digest)
         return self.cache.pictures(scope, images, self.family.pictures, self.device)
 
-    def _check_window(self, longest: int) -> None:
-        """Raise ValueError if dropped tokens would move the window through which some layers look back."""
-        text = self.model.config.get_text_config()
+    def _check_window(self, longest: int, key: str = "") -> None:
+        """Raise ValueError if sequences are longer than the model can tell positions, or than dropping allows.
+
+        What counts is the whole sequence, whatever is dropped and however positions are numbered: the same model also
+        scores it whole. Some layers of some models look back through a window, which dropped tokens would move.
+        """
+        text, where = self.model.config.get_text_config(), f"{key}: " if key else ""
+        limit = _longest(text)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{where}a prompt and its answer have {longest} tokens, more than the {limit} positions of this "
+                "model's language model (max_position_embeddings): use smaller images or shorter texts"
+            )
         window = getattr(text, "sliding_window", None)
         layers = getattr(text, "layer_types", None) or ["sliding_attention"]
         if window and longest > window and "sliding_attention" in layers:
             raise ValueError(
-                f"a prompt and its answer have {longest} tokens, more than the sliding window of {window} of this "
-                "model's language model, which dropped tokens would shift: use smaller images or shorter questions"
+                f"{where}a prompt and its answer have {longest} tokens, more than the sliding window of {window} of "
+                "this model's language model, which dropped tokens would shift: use smaller images or shorter questions"
             )
+
+    def _check_room(self, prompts: torch.Tensor, most: int) -> None:
+        """Raise ValueError if prompts (B,) and answers of up to ``most`` tokens do not fit the model."""
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {most!r}")
+        longest = int(prompts.max())
+        limit = _longest(self.model.config.get_text_config())
+        if limit is not None and longest + most > limit >= longest:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {most} new ones are more than the {limit} positions of this model's "
+                f"language model (max_position_embeddings): pass max_new_tokens={limit - longest} or less"
+                if limit > longest
+                else f"a prompt has {longest} tokens, as many as the language model has positions "
+                "(max_position_embeddings), which leaves none for an answer: use smaller images or shorter questions"
+            )
+        self._check_window(longest + most)
 
     def _with_pixels(self, example: Example, number: int) -> Example:
         """Return an example with its image as the model gets it; see :func:`~grip_env.tasks.pictures.as_pixels`."""
@@ -284,7 +313,8 @@ class HuggingFaceVLM:
         Raises:
             ValueError: If a sequence does not fit the model.
         """
-        self._check_window(max(len(row) for row in ids))
+        longest = max(range(len(ids)), key=lambda row: len(ids[row]))
+        self._check_window(len(ids[longest]), examples[longest].key)
 
         def pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
@@ -475,35 +505,32 @@ class HuggingFaceVLM:
 
     # -- answering -------------------------------------------------------------------------------------------
 
-    def _continue(
-        self, encoded: Encoded, stays: torch.Tensor, selection: torch.Tensor, example: torch.Tensor, **options: Any
-    ) -> Any:
-        """Let the model go on from what is kept of prompts, padded on the left; see ``_sequences``."""
+    def _kept(self, encoded: Encoded, stays: torch.Tensor, selection: torch.Tensor, example: torch.Tensor) -> Prompts:
+        """Return what is kept of prompts, padded on the left; see ``_sequences``."""
         ids, mask, places = self._compact(encoded, stays, example, left=True)
-        return self.model.generate(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=places - self.family.first_place,  # generate counts from 0 and adds it itself
-            **self.family.token_types(ids, torch.zeros_like(mask)),
-            **self._images(encoded, encoded.tokens, selection, example),
-            **options,
-        )
+        return Prompts(ids, mask, places, self._images(encoded, encoded.tokens, selection, example))
 
     @torch.no_grad()
     def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
-        """Answer greedily under each selection; see :class:`~grip_env.vlms.base.FrozenVLM`."""
+        """Answer greedily under each selection, whatever ``generation_config`` says of anything but token ids.
+
+        See :class:`~grip_env.vlms.base.FrozenVLM`.
+
+        Raises:
+            ValueError: If a prompt and its answer do not fit the model.
+        """
         self._check(encoded, selection)
         prompts = encoded.lengths - encoded.answer_lengths
-        self._check_window(int(prompts.max()) + max_new_tokens)
+        self._check_room(prompts, max_new_tokens)
         stays, example, lengths = self._sequences(encoded, selection, prompts)
         flat = selection.flatten(0, 1)
         texts = [""] * len(flat)
-        greedy = GREEDY | {"max_new_tokens": max_new_tokens}
         for length in lengths.unique().tolist():  # equal lengths need no padding
             same = (lengths == length).nonzero().flatten()
             for rows in same.split(max(1, self.token_budget // (length + max_new_tokens))):
-                output = self._continue(encoded, stays[rows], flat[rows], example[rows], **greedy)
-                answers = self.family.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                kept = self._kept(encoded, stays[rows], flat[rows], example[rows])
+                new, _ = greedy(self.model, self.family, kept, max_new_tokens)
+                answers = self.family.tokenizer.batch_decode(new, skip_special_tokens=True)
                 for row, text in zip(rows.tolist(), answers, strict=True):
                     texts[row] = text.strip()
         group = selection.shape[1]
@@ -511,28 +538,125 @@ class HuggingFaceVLM:
 
     @torch.no_grad()
     def generate_ids(self, encoded: Encoded, selection: torch.Tensor, **options: Any) -> Any:
-        """Call the model's own ``generate`` on what is kept of each prompt.
+        """Do what the model's own ``generate`` does, with what is kept of each prompt.
+
+        ``generate`` itself prepares all that the options ask for, from the whole prompts, and processors of logits,
+        stopping criteria and streamers look at these; only the language model sees the kept tokens alone. It always
+        has a cache: ``use_cache=False`` changes no answer, and none comes back. Nothing is compiled.
 
         Args:
             encoded: B examples.
             selection: bool (B, N).
-            options: Of ``generate``, all but those that are about the prompt.
+            options: Of ``generate``, all but those that are about the prompt; "input_ids" and "attention_mask", both
+                long (B, L), where the prompts as they were given have padding of their own.
 
         Returns:
-            What ``generate`` returns, without the prompt: the new tokens, long (B, T), or an output object whose
-            ``sequences`` they are.
+            What ``generate`` returns: the whole prompts and the new tokens after them, long (B, L + T), or an output
+            object whose ``sequences`` they are.
+
+        Raises:
+            ValueError: If an option is not supported, or prompts and answers do not fit the model.
         """
         self._check(encoded, selection[:, None])
+        saved, vocabulary = self.model.generation_config, self.model.get_input_embeddings().weight.shape[0]
+        given, mask = options.pop("input_ids", None), options.pop("attention_mask", None)
+        check_options(saved, options, vocabulary)
         prompts = encoded.lengths - encoded.answer_lengths
-        new = options.get("max_new_tokens") or getattr(self.model.generation_config, "max_new_tokens", None) or 0
-        self._check_window(int(prompts.max()) + new)
-        stays, example, lengths = self._sequences(encoded, selection[:, None], prompts)
-        output = self._continue(encoded, stays, selection, example, **options)
-        longest = int(lengths.max())
-        if isinstance(output, torch.Tensor):
-            return output[:, longest:]
-        output.sequences = output.sequences[:, longest:]
-        return output
+        inside = torch.arange(encoded.input_ids.shape[1], device=self.device) < prompts[:, None]
+        if given is None:
+            given, mask = encoded.input_ids[:, : int(prompts.max())], inside[:, : int(prompts.max())]
+        given, real = given.to(self.device), torch.ones_like(given) if mask is None else mask
+        real = real.to(self.device).bool()
+        self._check_room(prompts, new_tokens(saved, options, given.shape[1]))
+
+        # all padding on the left, and each row's own first token as padding
+        order = real.to(torch.uint8).argsort(dim=1, stable=True)
+        real = real.gather(1, order)
+        filled = given.gather(1, order)
+        filled = torch.where(real, filled, filled.gather(1, real.int().argmax(1, keepdim=True)))
+        processors = list(options.pop("logits_processor", None) or ())
+        criteria = list(options.pop("stopping_criteria", None) or ())
+        whole = WholePrompts(given, filled, (~real).sum(1).tolist(), [*processors, *criteria])
+        criteria += stopping_at_strings(saved, options, self.family.tokenizer)
+        stays, example, _ = self._sequences(encoded, selection[:, None], prompts)
+        kept = self._kept(encoded, stays, selection, example)
+        streamer = options.pop("streamer", None)
+        begun = False
+
+        def loop(
+            model: Any,
+            input_ids: Any,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **state: Any,
+        ) -> Any:
+            nonlocal begun
+            begun = True
+            return decode(
+                self.model,
+                self.family,
+                kept,
+                whole,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                state.get(CACHE),
+                streamer,
+            )
+
+        if option("stop_strings", saved, options) is not None:
+            options["stop_strings"] = None  # a loop of one's own is not given the tokenizer they need
+        options = {
+            name: value
+            for name, value in options.items()
+            if value is not None or name not in ("num_beams", "num_return_sequences")
+        }
+        for name in SILENT:
+            options.pop(name, None)
+        try:
+            return self.model.generate(
+                input_ids=filled,
+                attention_mask=real.long(),
+                position_ids=torch.zeros_like(filled),  # not used: or some models would work them out
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                custom_generate=loop,
+                **options,
+            )
+        except (TypeError, AttributeError, LookupError, RuntimeError, ImportError, AssertionError) as error:
+            if begun:
+                raise
+            raise ValueError(f"generate cannot be prepared with these options: {error}") from error
+
+    @torch.no_grad()
+    def continue_greedily(
+        self,
+        encoded: Encoded,
+        selection: torch.Tensor,
+        max_new_tokens: int,
+        watch: Callable[[torch.Tensor], None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the likeliest tokens after one prompt under one selection, (1, 1, N), and their log-probabilities.
+
+        Args:
+            encoded: One example.
+            selection: bool (1, 1, N).
+            max_new_tokens: Most tokens, the end included.
+            watch: Called with each token, long (1,), when it is there.
+
+        Returns:
+            Long (1, T) and float (1, T).
+
+        Raises:
+            ValueError: If the prompt and its answer do not fit the model.
+        """
+        self._check(encoded, selection)
+        prompts = encoded.lengths - encoded.answer_lengths
+        self._check_room(prompts, max_new_tokens)
+        stays, example, _ = self._sequences(encoded, selection, prompts)
+        kept = self._kept(encoded, stays, selection[0], example)
+        return greedy(self.model, self.family, kept, max_new_tokens, watch)
 
     @torch.no_grad()
     def answer(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> Reply:
@@ -600,6 +724,20 @@ class HuggingFaceVLM:
         result = padded.new_zeros(*encoded.token_mask.shape, *padded.shape[2:])
         result[:, : padded.shape[1]] = padded
         self._attended[kind] = weakref.ref(encoded), result
+
+
+def _longest(text: Any) -> int | None:
+    """Return how many positions a language model knows, by its config; ``None`` if that does not say."""
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    # these stretch what the model was trained on; of the other types max_position_embeddings is the stretched length
+    if rope.get("rope_type") in ("linear", "dynamic", "yarn") and isinstance(factor, int | float):
+        trained = rope.get("original_max_position_embeddings") if rope["rope_type"] == "yarn" else None
+        return max(int(limit), int((trained or limit) * factor))
+    return int(limit)
 
 
 def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:

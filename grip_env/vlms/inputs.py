@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from grip_env.vlms.family import Picture
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["check_decoding", "encode_inputs", "new_lengths", "split_inputs"]
+__all__ = ["encode_inputs", "split_inputs"]
 
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 IMAGES = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images")
@@ -45,49 +45,6 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     text = {name: inputs[name] for name in TEXT if inputs.get(name) is not None}
     images = {name: inputs[name] for name in IMAGES if inputs.get(name) is not None}
     return text, images, {name: value for name, value in inputs.items() if name not in (*TEXT, *IMAGES)}
-
-
-def _option(name: str, saved: Any, options: Mapping[str, Any]) -> Any:
-    """Return an option of ``generate``: as given, else as the given or the model's ``generation_config`` has it."""
-    if options.get(name) is not None:
-        return options[name]
-    config = options.get("generation_config")
-    return getattr(saved if config is None else config, name, None)
-
-
-def check_decoding(saved: Any, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if ``generate`` would go on from a prompt in several ways, which would mix up images.
-
-    Args:
-        saved: The model's ``generation_config``.
-        options: Of ``generate``.
-    """
-    for name in ("num_beams", "num_return_sequences"):
-        value = _option(name, saved, options) or 1
-        if value > 1:
-            raise ValueError(f"{name}={value} is not supported: pass {name}=1, and call once for each sequence")
-
-
-def new_lengths(saved: Any, options: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Return the options of ``generate`` that count new tokens, in place of those that count the prompt too.
-
-    Args:
-        saved: The model's ``generation_config``.
-        options: Of ``generate``.
-        length: Tokens in the prompt as it was given.
-
-    Raises:
-        ValueError: If the prompt is as long as the whole may be.
-    """
-    found: dict[str, Any] = {}
-    for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        most = _option(whole, saved, options)
-        if not most or _option(new, saved, options) is not None:
-            continue
-        if whole == "max_length" and most <= length:
-            raise ValueError(f"max_length={most} leaves no room after a prompt of {length} tokens: pass max_new_tokens")
-        found |= {new: max(0, most - length), whole: None}
-    return found
 
 
 @torch.no_grad()
