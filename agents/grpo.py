@@ -65,7 +65,8 @@ def advantages(
     Args:
         rewards: float (B, G).
         scale: Divide by the root mean square of the differences in the "group" or in the whole "batch", or by nothing
-            ("none"). With the group's mean as baseline, the former is the group's standard deviation.
+            ("none"). With the group's mean as baseline, the former is the group's standard deviation. TRL's "group"
+            has Bessel's correction (G - 1), and its "batch" is the deviation of raw rewards, not of differences.
         floor: Added to that root mean square.
         baseline: "group_mean" of all G rewards; "leave_one_out", the mean of the other G - 1, which is G / (G - 1)
             times as far away; "learned".

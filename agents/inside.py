@@ -35,6 +35,8 @@ __all__ = ["BudgetOf", "FastV", "InsidePruner", "InsideScores", "PyramidDrop"]
 
 BudgetOf: TypeAlias = Literal["layers", "kept"]
 """Whether a budget is the mean over the layers, or what is left at the end."""
+PositionPolicy: TypeAlias = Literal["original", "reindex"]
+"""Whether what stays keeps its position, or is renumbered: a choice of each method, whatever the model's own is."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class FastV:
     """Drops once, before layer K: what the last token of the prompt attended to least in layer K - 1.
 
     Attention is the mean over heads; layers count from 0; of equals the lower index stays. What stays keeps its
-    position, unless the model's ``position_policy`` says otherwise.
+    position, as in the published code.
 
     Source: Chen et al., "An image is worth 1/2 tokens after layer 2: plug-and-play inference acceleration for large
     vision-language models", ECCV 2024, arXiv 2403.06764.
@@ -93,6 +95,8 @@ class FastV:
     """K, from 1 to the number of layers - 1."""
     budget_of: BudgetOf = "layers"
     """What a budget counts; see the module."""
+    position_policy: PositionPolicy = "original"
+    """Whether what stays keeps its position, or is renumbered at the drop."""
 
     def plan(self, layers: int, count: int, kept: int) -> tuple[int, ...]:
         """Return how many tokens stay after the drop, as a tuple of one.
@@ -121,7 +125,7 @@ class FastV:
     @torch.no_grad()
     def score(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> InsideScores:
         """Answer under a budget; see :class:`InsidePruner`."""
-        run = _begin("FastV", vlm, encoded)
+        run = _begin("FastV", vlm, encoded, self.position_policy)
         plans = _plans(encoded, kept, lambda count, budget: self.plan(run.layers, count, budget))
         run.advance(self.layer - 1)
         seen = run.attention()  # of layer K - 1, before it runs: the states that go into it
@@ -138,6 +142,8 @@ class PyramidDrop:
     drops before layers 8, 16 and 24, which leave 1/2, 1/4 and 1/8 of the tokens, 0.469 on average over the layers. The
     first three quarters of the depth are its layers here at any depth, unless they are given.
 
+    What stays is renumbered at every drop, as in the published code.
+
     Source: Xing et al., "PyramidDrop: accelerating your large vision-language models via pyramid visual redundancy
     reduction", CVPR 2025, arXiv 2410.17247.
     """
@@ -150,6 +156,8 @@ class PyramidDrop:
     (0.5, 0.25, 0.125). ``None``: every drop leaves the same share of what is there, the largest the budget allows."""
     budget_of: BudgetOf = "layers"
     """What a budget counts; see the module."""
+    position_policy: PositionPolicy = "reindex"
+    """Whether what stays keeps its position, or is renumbered at every drop."""
 
     def stages(self, layers: int) -> tuple[int, ...]:
         """Return before which of so many layers tokens leave.
@@ -223,7 +231,7 @@ class PyramidDrop:
     @torch.no_grad()
     def score(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> InsideScores:
         """Answer under a budget; see :class:`InsidePruner`."""
-        run = _begin("PyramidDrop", vlm, encoded)
+        run = _begin("PyramidDrop", vlm, encoded, self.position_policy)
         plans = _plans(encoded, kept, lambda count, budget: self.plan(run.layers, count, budget))
         stages = self.stages(run.layers)
         for stage, layer in enumerate(stages):
@@ -261,12 +269,14 @@ def _check_total(name: str, schedule: PruningSchedule, kept: int, count: int) ->
         ) from None
 
 
-def _begin(name: str, vlm: FrozenVLM, encoded: Encoded) -> StagedForward:
+def _begin(name: str, vlm: FrozenVLM, encoded: Encoded, position_policy: PositionPolicy) -> StagedForward:
     """Begin a pass over prompts and answers; a refusal names who asked."""
     from grip_env.vlms.staged import StagedForward  # loads transformers
 
+    if position_policy not in ("original", "reindex"):
+        raise ValueError(f"position_policy must be 'original' or 'reindex', not {position_policy!r}")
     try:
-        return StagedForward(vlm, encoded)  # type: ignore[arg-type] # others are refused there
+        return StagedForward(vlm, encoded, position_policy=position_policy)  # type: ignore[arg-type] # refused there
     except NotImplementedError as error:
         raise NotImplementedError(f"{name}: {error}") from None
 

@@ -40,7 +40,8 @@ class StagedForward:
         ValueError: If ``selection`` is not bool (B, N).
 
     Dropped tokens leave the sequence, so later layers have less to do. What is left keeps its positions, or is
-    renumbered at each drop where the model's ``position_policy`` is "reindex". Dropping at layer 0 alone is what
+    renumbered at each drop where ``position_policy``, the model's own if not given, is "reindex".
+    Dropping at layer 0 alone is what
     ``vlm.score`` does; dropping at layer l equals hiding the tokens from attention in layer l and all after it.
     Attention is causal: what visual tokens hold depends on nothing that comes after them, so not on the answer, nor on
     the question where that follows the image.
@@ -68,8 +69,10 @@ class StagedForward:
         encoded: Encoded,
         selection: torch.Tensor | None = None,
         with_answers: bool = True,
+        position_policy: Literal["original", "reindex"] | None = None,
     ) -> None:
         self.vlm = vlm
+        self.position_policy = vlm.position_policy if position_policy is None else position_policy
         self.layer = 0
         """How many layers have run: the boundary at which the pass stands."""
         decoder = decoder_of(vlm)
@@ -199,7 +202,7 @@ class StagedForward:
         self._ids = self._ids.gather(1, order)
         self._token = self._token.gather(1, order).masked_fill(~self._present, -1)
         self._places = self._places.gather(1, order)
-        if self.vlm.position_policy == "reindex":
+        if self.position_policy == "reindex":
             self._places = torch.arange(longest, device=order.device).expand_as(order) + self.vlm.family.first_place
         self._hidden = self._hidden.gather(1, order[..., None].expand(-1, -1, self._hidden.shape[-1]))
 

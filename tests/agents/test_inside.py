@@ -37,7 +37,7 @@ def run(pruner: InsidePruner, vlm: HuggingFaceVLM, encoded: Encoded, kept: torch
 
 
 def slow_drops(
-    vlm: HuggingFaceVLM, encoded: Encoded, row: int, stages: list[tuple[int, int, int]]
+    vlm: HuggingFaceVLM, encoded: Encoded, row: int, stages: list[tuple[int, int, int]], reindex: bool
 ) -> dict[int, torch.Tensor]:
     """Say what is left from which layer on, by the model's own attention over its full sequence.
 
@@ -46,11 +46,12 @@ def slow_drops(
         encoded: The examples.
         row: Which of them.
         stages: Of each drop: before which layer, the attention of which layer counts, and how many tokens stay.
+        reindex: Whether what stays is renumbered at each drop.
     """
     drops: dict[int, torch.Tensor] = {}
     alive = encoded.token_mask[row]
     for layer, looked, stay in stages:
-        seen = full_run(vlm, encoded, row, drops, attend=True).attention[looked].tolist()
+        seen = full_run(vlm, encoded, row, drops, attend=True, reindex=reindex).attention[looked].tolist()
         left = [token for token in range(len(seen)) if alive[token]]
         best = sorted(left, key=lambda token: (-seen[token], token))[:stay]
         alive = torch.zeros_like(alive).scatter(0, torch.tensor(best), True)
@@ -59,13 +60,18 @@ def slow_drops(
 
 
 def check(
-    vlm: HuggingFaceVLM, encoded: Encoded, found: InsideScores, row: int, stages: list[tuple[int, int, int]]
+    vlm: HuggingFaceVLM,
+    encoded: Encoded,
+    found: InsideScores,
+    row: int,
+    stages: list[tuple[int, int, int]],
+    reindex: bool = False,
 ) -> None:
     before = vlm.model.config.get_text_config()._attn_implementation
     vlm.model.set_attn_implementation("eager")
     try:
-        drops = slow_drops(vlm, encoded, row, stages)
-        reference = full_run(vlm, encoded, row, drops)
+        drops = slow_drops(vlm, encoded, row, stages, reindex)
+        reference = full_run(vlm, encoded, row, drops, reindex=reindex)
     finally:
         vlm.model.set_attn_implementation(before)
     answer = answer_ids(encoded, row)
@@ -101,7 +107,7 @@ def test_pyramid_drop_ranks_again_before_each_layer(vlm: HuggingFaceVLM, encoded
     found = run(PyramidDrop(ratios=(0.5, 0.25, 0.125)), vlm, encoded, counts // 2)
     for row in range(4):
         count = int(counts[row])
-        check(vlm, encoded, found, row, [(1, 1, count // 2), (2, 2, count // 4), (3, 3, count // 8)])
+        check(vlm, encoded, found, row, [(1, 1, count // 2), (2, 2, count // 4), (3, 3, count // 8)], reindex=True)
 
 
 def test_pyramid_drop_takes_layers_and_fits_ratios(vlm: HuggingFaceVLM, encoded: Encoded) -> None:
@@ -113,7 +119,23 @@ def test_pyramid_drop_takes_layers_and_fits_ratios(vlm: HuggingFaceVLM, encoded:
         first, last = pruner.plan(LAYERS, count, int(kept[row]))
         assert last == kept[row]
         assert abs(first - (count * last) ** 0.5) < 1, "both drops leave the same share"
-        check(vlm, encoded, found, row, [(1, 1, first), (3, 3, last)])
+        check(vlm, encoded, found, row, [(1, 1, first), (3, 3, last)], reindex=True)
+
+
+def test_positions_are_a_choice_of_each_method(vlm: HuggingFaceVLM, encoded: Encoded) -> None:
+    """PyramidDrop's code renumbers at every drop and FastV's does not, whatever the model's own policy is."""
+    kept = torch.tensor([4, 9, 16, 4])
+    other = HuggingFaceVLM(vlm.model, vlm.processor, position_policy="reindex")
+    for pruner in INSIDE_PRUNERS.values():
+        one, two = (run(pruner, model, encoded, encoded.token_mask.sum(1) - 1) for model in (vlm, other))
+        assert torch.equal(one.scores.log_likelihood, two.scores.log_likelihood)
+    first = PyramidDrop(layers=(1,), budget_of="kept", position_policy="original")
+    fast = FastV(1, budget_of="kept", position_policy="reindex")
+    for row in range(4):
+        check(vlm, encoded, run(first, vlm, encoded, kept), row, [(1, 1, int(kept[row]))])
+        check(vlm, encoded, run(fast, vlm, encoded, kept), row, [(1, 0, int(kept[row]))], reindex=True)
+    with pytest.raises(ValueError, match="position_policy must be 'original' or 'reindex', not 'kept'"):
+        run(FastV(position_policy="kept"), vlm, encoded, kept)  # type: ignore[arg-type]
 
 
 def test_dropping_nothing_is_the_dense_model(vlm: HuggingFaceVLM, encoded: Encoded) -> None:
