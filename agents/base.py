@@ -55,7 +55,12 @@ def budget_to_count(encoded: Encoded, budget: float | Sequence[float]) -> torch.
         ValueError: If a budget is outside (0, 1], or there are not as many as examples.
     """
     counts = encoded.token_mask.sum(1).tolist()
-    budgets = np.asarray(budget, dtype=float).reshape(-1).tolist()
+    try:
+        budgets = np.asarray(budget, dtype=float).reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"a budget is a share of the visual tokens, in (0, 1], or a list of such; got {budget!r}"
+        ) from None
     budgets = budgets * len(counts) if np.ndim(budget) == 0 else budgets
     if len(budgets) != len(counts):
         raise ValueError(f"{len(budgets)} budgets for {len(counts)} images: give one for all, or one for each")

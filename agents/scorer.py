@@ -163,7 +163,7 @@ class Scorer(nn.Module):
             tokens: float (B, N, D).
             positions: float (B, N, 2) in [0, 1].
             token_mask: bool (B, N).
-            question: float (B, Q, D); at most 64 tokens of it are read.
+            question: float (B, Q, D); its first 64 tokens are read.
             question_mask: bool (B, Q).
             budget: float (B,), the share of tokens to keep.
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import tyro
 
-from grip_env.atomic import write_atomically
 from grip_env.commands import (
     CommandError,
     ModelConfig,
@@ -27,9 +26,7 @@ from grip_env.commands import (
     interruptible,
     load_model_and_task,
     print_verdicts,
-    say_unfinished,
     versions,
-    writing,
 )
 
 if TYPE_CHECKING:
@@ -187,11 +184,7 @@ def verdicts(values: dict[str, dict[float, np.ndarray]]) -> list[tuple[str, bool
 
 def main() -> None:
     """Run the command."""
-    with interruptible("interrupted; nothing was written."):
-        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.probe"))
-
-
-def _run(config: Config) -> None:
+    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.probe")
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(2, examples=config.examples)
@@ -199,6 +192,11 @@ def _run(config: Config) -> None:
         given = " ".join(f"{budget:g}" for budget in config.budgets) or "nothing"
         raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {given}")
     check_out(config.out)
+    with interruptible("interrupted; nothing was written."):
+        _run(config)
+
+
+def _run(config: Config) -> None:
     import torch
 
     from agents.pruner import load_agent
@@ -206,7 +204,6 @@ def _run(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = load_model_and_task(config, "scenes", config.data, splits=(config.split,), progress=config.progress)
-    say_unfinished(config.agent)
     try:
         agent = load_agent(vlm, config.vlm, config.agent)
         values = probe(vlm, task, agent, config.split, config.examples, config.budgets, progress=config.progress)
@@ -225,8 +222,7 @@ def _run(config: Config) -> None:
             },
             "verdicts": [{"text": text, "holds": holds} for text, holds in checked],
         }
-        with writing(config.out):
-            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
+        config.out.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ CHAT_TEMPLATE = (
     "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<image>\n{% else %}{{ content['text'] }}{% endif %}"
     "{% endfor %}"
-    "{% if message['role'] == 'user' %} answer:{% endif %}"
+    "{% if message['role'] == 'user' %} answer:"
+    "{% elif message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
 

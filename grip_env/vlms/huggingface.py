@@ -470,6 +470,16 @@ class HuggingFaceVLM:
 
         Padding comes last, or first if it is to be on the ``left``.
         """
+        parts = self._moved(encoded, stays, example, left)
+        if len(example) > 1 or "flash" not in str(self.model.config.get_text_config()._attn_implementation):
+            return parts
+        # flash attention drops a mask of ones, and then reads gaps in a single row's positions as packed sequences
+        ids, mask, places = (torch.nn.functional.pad(part, (1, 0) if left else (0, 1)) for part in parts)
+        return ids, mask, places
+
+    def _moved(
+        self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor, left: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         count = stays.sum(1)
         longest = int(count.max())
         column = torch.arange(longest, device=self.device).expand(len(count), -1)
