@@ -98,7 +98,8 @@ class Pruner:
             FileNotFoundError: If there is no such agent.
             ValueError: If it is damaged, or does not fit the model.
         """
-        vlm = HuggingFaceVLM(model, processor, name=model.config.model_type, **options)
+        name = getattr(getattr(model, "config", None), "model_type", "vlm")
+        vlm = HuggingFaceVLM(model, processor, name=name, **options)
         return cls(vlm, load_agent(vlm, vlm.name, agent))
 
     def encode(self, images: Sequence[np.ndarray | Image], questions: Sequence[str]) -> Encoded:

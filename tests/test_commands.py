@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -230,6 +231,18 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
     with pytest.raises(SystemExit):
         train(settings(vlm_folder, tmp_path, "broken", cache=cache, cache_gib=0.0))
     assert "--cache-gib must be above 0 and at most 1,048,576; got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [math.inf, -math.inf, math.nan, -1.0, 1e300])
+def test_a_cache_of_impossible_size_is_refused(size: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(SystemExit) as caught:
+            commands.load_model(commands.ModelConfig(cache=cache, cache_gib=size))
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.startswith(
+            f"error: --cache-gib must be above 0 and at most 1,048,576; got {size:g}"
+        )
+    assert not (tmp_path / "cache").exists()
 
 
 def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm_folder: Path, tmp_path: Path) -> None:

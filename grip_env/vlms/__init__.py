@@ -23,14 +23,21 @@ def load_vlm(name_or_path: str | Path = "tiny", **options: Any) -> HuggingFaceVL
 
     Raises:
         FileNotFoundError: If there is no model, or the embedded one did not come whole with the package.
-        ValueError: If the model is damaged or of a family that is not supported.
+        ValueError: If the model is damaged, needs code of its own, or is of a family that is not supported. Code that
+            comes with a model is never run, and pickles are never opened.
     """
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
     if str(name_or_path) != "tiny":
         return HuggingFaceVLM.from_pretrained(name_or_path, **options)
+    from grip_env.vlms.loading import DIGESTS, check_digests
+
     try:
-        return HuggingFaceVLM.from_pretrained(TINY, **options)
+        if not (TINY / DIGESTS).is_file():
+            raise FileNotFoundError(f"{TINY / DIGESTS} is missing: copy it anew")
+        check_digests(TINY)
     except (OSError, ValueError) as error:
         reason = str(error).rpartition(": ")[0]
-        raise FileNotFoundError(f"the embedded model is missing or damaged, {reason}: reinstall grip-env") from error
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"the embedded model is missing or damaged, {reason}: reinstall grip-env") from error
+    return HuggingFaceVLM.from_pretrained(TINY, **options)

@@ -133,6 +133,8 @@ class QwenFamily(Family):
     """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a grid as large as the image asks for, positions of three axes."""
 
     axes = 3
+    largest = 2**28
+    """Sizes are of areas here."""
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
         """Run the vision encoder on what the image processor made of images."""
@@ -396,16 +398,35 @@ def family_of(model: Any, processor: Any) -> Family:
         ValueError: If there is none, or it cannot serve this model.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None:
-        raise ValueError(
-            f"expected an image-text model of transformers, got {type(model).__name__}: give the model itself"
-        )
+    if not isinstance(model, torch.nn.Module) or kind is None:
+        inside = "give the model itself, its .module" if hasattr(model, "module") else "give the model itself"
+        raise ValueError(f"expected an image-text model of transformers, got {type(model).__name__}: {inside}")
     adapted = hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False)
-    if adapted or any(".lora_" in name for name, _ in model.named_parameters()):
+    classes = {base for part in model.modules() for base in type(part).__mro__}  # also where PEFT's wrapper is gone
+    if adapted or any(one.__module__.split(".")[0] == "peft" for one in classes):
         raise ValueError(
             "the model has adapters of PEFT, such as LoRA, that are not merged into its weights: call "
             "merge_and_unload() and give what that returns"
         )
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model was wrapped by torch.compile: give the model itself, its ._orig_mod")
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no head that predicts words: load it with AutoModelForImageTextToText"
+        )
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(
+            f"the weights of a model must be on one device, and are on {' and '.join(devices)}: load it without "
+            'device_map, or with one device, as in device_map="cuda:0"'
+        )
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise ValueError(
+                f"expected the model's processor, with tokenizer and image_processor, got {type(processor).__name__}: "
+                "load it with AutoProcessor"
+            )
     return FAMILIES[kind](model, processor)

@@ -57,12 +57,15 @@ class Family:
     """How many numbers say where a token is in the text."""
     first_place = 0
     """The place of the first token in the text."""
+    largest = 2**14
+    """Largest number that a size in the settings of an image processor may be: a side, in pixels."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = int(model.config.image_token_id)
-        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        known = 0 <= self.image_token_id < len(self.tokenizer)
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id) if known else None
         if not token:
             raise ValueError(
                 f"the tokenizer does not know the image token {self.image_token_id}: save both together again"
@@ -112,6 +115,14 @@ class Family:
         return {}
 
     # -- images ------------------------------------------------------------------------------------------
+
+    def check_sizes(self) -> None:
+        """Raise ValueError if the image processor would enlarge images beyond all memory."""
+        for name in ("size", "crop_size"):
+            size = getattr(self.processor.image_processor, name, None) or {}
+            sides = dict(size).values() if not isinstance(size, int) else [size]
+            if any(isinstance(side, int | float) and side > self.largest for side in sides):
+                raise ValueError(f"the image processor's {name} is {size}, where {self.largest} is the most")
 
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
         """Wrap visual tokens (K, D) of all rows of a batch, in order, as the model's encoder does."""

@@ -30,7 +30,7 @@ from grip_env.vlms.decoding import CACHE, Prompts, WholePrompts, decode, greedy
 from grip_env.vlms.families import family_of
 from grip_env.vlms.family import Picture
 from grip_env.vlms.last_layer import CAPTURING, logits_at, trunk_of
-from grip_env.vlms.loading import read_pretrained
+from grip_env.vlms.loading import read_pretrained, refusal
 from grip_env.vlms.options import SILENT, check_options, new_tokens, option, stopping_at_strings
 from grip_env.vlms.prompts import prompt_ids, prompt_texts
 from grip_env.vlms.replies import Reply, timed_reply
@@ -39,6 +39,7 @@ from grip_env.vlms.tower import known_images
 __all__ = ["HuggingFaceVLM"]
 
 QUESTION = "what is there?"
+GREY = np.full((64, 64, 3), 128, np.uint8)
 """What a model that was just loaded is tried with."""
 
 
@@ -46,7 +47,8 @@ class HuggingFaceVLM:
     """A frozen image-text model of transformers.
 
     Args:
-        model: The model; it is put in eval mode and its parameters stop requiring gradients.
+        model: The model, its weights all on one device; it is put in eval mode and its parameters stop requiring
+            gradients.
         processor: Its tokenizer, image processor and chat template, as attributes of these names.
         name: Name for logs.
         position_policy: "original" keeps each token's position in the full sequence; "reindex" renumbers what is kept.
@@ -113,12 +115,21 @@ class HuggingFaceVLM:
             ValueError: If a part of it is missing or damaged, or its family is not supported.
         """
         model, processor = read_pretrained(path, dtype, attn_implementation)
-        vlm = cls(model.to(device), processor, Path(path).name, position_policy, token_budget, cache, max_side)
+        try:
+            model = model.to(device)
+        except Exception as error:  # of the device; quantised models refuse to move
+            raise refusal(path, "put on a device", error, f"choose another device than {str(device)!r}") from error
+        try:
+            vlm = cls(model, processor, Path(path).name, position_policy, token_budget, cache, max_side)
+        except ValueError:  # of an option, or of the model as a whole
+            raise
+        except Exception as error:
+            raise refusal(path, "used", error, "save it again") from error
         try:
             vlm._try_processor()
-        except Exception as error:  # of a tokenizer, template or image processor with impossible settings
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
-            raise ValueError(f"{path} cannot be used ({reason}): save it again") from error
+            vlm._try_model()
+        except Exception as error:  # files that can be read, with settings that are impossible or fit nothing else
+            raise refusal(path, "used", error, "save it again") from error
         return vlm
 
     def _try_processor(self) -> None:
@@ -137,9 +148,25 @@ class HuggingFaceVLM:
                 f"the tokenizer of {self.name} makes ids up to {max([0, *ids, family.image_token_id])}, and its model "
                 f"knows {vocabulary} tokens"
             )
-        values = family.pixels([np.full((64, 64, 3), 128, np.uint8)])["pixel_values"]
+        family.check_sizes()
+        values = family.pixels([GREY])["pixel_values"]
         if not bool(values.isfinite().all()):
             raise ValueError(f"the image processor of {self.name} makes NaN or infinities")
+
+    def _try_model(self) -> None:
+        """Raise an error if the model cannot see an image and answer, or gives NaN; few tokens make that quick."""
+        cache, self.cache = self.cache, None  # no picture of the user's
+        try:
+            try:
+                encoded = self.encode([Example(GREY, QUESTION, "nothing")])
+            except ValueError:  # too long for the model's window, say: that depends on the picture, and is told there
+                return
+            selection = encoded.token_mask & (torch.arange(encoded.token_mask.shape[1], device=self.device) < 4)
+            scores = self.score(encoded, selection[:, None])
+        finally:
+            self.cache = cache
+        if not bool(scores.log_likelihood.isfinite().all()):
+            raise ValueError(f"{self.name} gives NaN or infinities for a grey image in {self.model.dtype}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HuggingFaceVLM:
         """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,20 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
+from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.folders import check_adapter, check_folder, check_size
 from grip_env.vlms.hub import fetch
 from grip_env.vlms.sealed import write_atomically
 
-__all__ = ["DIGESTS", "Processor", "check_digests", "read_pretrained", "write_digests"]
+__all__ = ["DIGESTS", "Processor", "check_digests", "read_pretrained", "refusal", "write_digests"]
 
 DIGESTS = "SHA256SUMS"
 """The file in the folder of a model that has digests of the others."""
+LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
+"""A line of that file, in the form of the command sha256sum."""
 WEIGHTS = ".safetensors"
+SEALED = (".json", ".jinja", WEIGHTS)
+"""Ends of the names of the files that have digests."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 ONLY_DATA: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 """Left unset, transformers asks on the terminal whether to run code that comes with a model."""
@@ -50,19 +58,23 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
     folder = Path(path)
     # what cannot be a model's id on a hub ("owner/name") is not asked for there
     local = folder.exists() or str(path).startswith((".", "/")) or str(path).count("/") != 1
+    check_adapter(path, folder)  # most have no config.json
     if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
     if not local:
         folder = fetch(str(path))
+        check_adapter(path, folder)
     check_digests(folder)
     config = _config(path, folder)
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)  # what is wrong with the weights is in the error below
     try:
+        check_folder(folder, config, FAMILIES)
         tokenizer = AutoTokenizer.from_pretrained(folder, **ONLY_DATA)
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **ONLY_DATA)
-        processor = Processor(tokenizer, image_processor, tokenizer.chat_template or _older_template(folder))
+        processor = Processor(tokenizer, image_processor, _template(tokenizer, folder))
+        check_size(folder, config)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
@@ -74,7 +86,7 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
         )
         model, found = loaded
     except Exception as error:  # transformers raises all sorts of things on damaged files
-        raise ValueError(f"{path} cannot be read ({_reason(error)}): {_remedy(folder, config, error)}") from error
+        raise refusal(path, "read", error, _remedy(folder, config, error)) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -90,27 +102,46 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
 
 
 def check_digests(folder: Path) -> None:
-    """Raise ValueError if a file in a folder is not what its SHA256SUMS says; without one there is nothing to check."""
+    """Check the files in a folder against its SHA256SUMS; without one there is nothing to check.
+
+    Raises:
+        FileNotFoundError: If one of them is missing.
+        ValueError: If one is not what was written.
+    """
     listed = folder / DIGESTS
     if not listed.is_file():
         return
+    remedy = f"copy it anew, or remove {DIGESTS} if you changed the model yourself"
     try:
-        for line in listed.read_text(encoding="ascii").splitlines():
-            digest, name = line.split("  ", 1)
-            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != digest:
-                raise ValueError(f"{name} is damaged, its digest is not that in {DIGESTS}")
-    except (OSError, ValueError) as error:
-        reason = f"{error.filename} is missing" if isinstance(error, FileNotFoundError) else str(error)
-        raise ValueError(
-            f"{folder} cannot be read ({reason}): copy it anew, or remove {DIGESTS} if you changed the model yourself"
-        ) from None
+        lines = listed.read_text(encoding="utf-8").splitlines()
+        found = [LINE.fullmatch(line).groups() for line in lines]  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        found = []
+    if not found:
+        raise ValueError(f"{folder} cannot be read ({DIGESTS} is damaged, it is no list of digests): {remedy}")
+    for digest, name in found:
+        if name != Path(name).name or Path(name).suffix not in SEALED:
+            continue  # a list of another tool's may name notes, and other forms of the weights
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} cannot be read ({name} is missing): {remedy}")
+        if _sha256(folder / name) != digest.lower():
+            raise ValueError(
+                f"{folder} cannot be read ({name} is damaged, its digest is not that in {DIGESTS}): {remedy}"
+            )
 
 
 def write_digests(folder: Path) -> None:
     """Write SHA256SUMS of all files in a folder but notes for readers, in the form of the command sha256sum."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".jinja", WEIGHTS))
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    write_atomically(folder / DIGESTS, "".join(lines).encode())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SEALED)
+    write_atomically(folder / DIGESTS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files).encode())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while part := opened.read(2**20):  # weights may be larger than memory
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _config(path: str | Path, folder: Path) -> dict[str, Any]:
@@ -122,44 +153,49 @@ def _config(path: str | Path, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({reason}): save it again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read (config.json holds no object): save it again")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{path} cannot be read (it holds an adapter of PEFT, such as LoRA): load it with its model, call "
-            "merge_and_unload() and save what that returns"
-        )
     return config
+
+
+def refusal(path: str | Path, verb: str, error: Exception, remedy: str) -> ValueError:
+    """Return the error that says why a model cannot be read or used, and what to do about it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        remedy = "give it a device with more memory, or a dtype of fewer bits"
+    return ValueError(f"{path} cannot be {verb} ({_reason(error)}): {remedy}")
 
 
 def _reason(error: Exception) -> str:
     """Return the first sentence of an error."""
     lines = str(error).strip().splitlines() or [""]
     reason = lines[0].split(". ")[0].rstrip(" .:") or type(error).__name__
-    return (
-        reason
-        if isinstance(error, OSError | ValueError | ImportError | SafetensorError)
-        else (f"{type(error).__name__}: {reason}")
-    )
+    clear = isinstance(error, OSError | ValueError | ImportError | SafetensorError)
+    return reason if clear else f"{type(error).__name__}: {reason}"
 
 
-def _remedy(folder: Path, config: dict[str, Any], error: Exception) -> str:
+def _remedy(folder: Path, config: Mapping[str, Any], error: Exception) -> str:
     """Return what to do about a model that cannot be read."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is never run: give a model whose class is in transformers"
+    if str(error).startswith("model type"):
+        return "give a model of one of these types"
     if not any(folder.glob(f"*{WEIGHTS}")) and any(next(folder.glob(kind), None) for kind in PICKLES):
         return "its weights are pickles, which are never opened: save it as safetensors, as save_pretrained does"
     if config.get("quantization_config") is not None:
         settings = config["quantization_config"]
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         return f"it is quantised ({method}): install what that needs, or give the model as it was before"
+    if isinstance(error, ImportError):
+        return "install what it needs"
     return "save it again"
 
 
-def _older_template(folder: Path) -> str | None:
-    """Return the chat template of a processor that was saved before tokenizers read it too."""
+def _template(tokenizer: Any, folder: Path) -> str | None:
+    """Return the chat template: the tokenizer's, else one of a processor saved before tokenizers read those too."""
+    found: Any = tokenizer.chat_template
     file = folder / "chat_template.json"
-    if not file.is_file():
-        return None
-    found: Any = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-    if not isinstance(found, str):
-        raise ValueError("chat_template.json holds no template")
-    return found
+    if not found and file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    if isinstance(found, dict):  # several by name
+        found = found.get("default")
+    if found and not isinstance(found, str):
+        raise ValueError(f"the chat template is text; got {type(found).__name__}")
+    return found or None

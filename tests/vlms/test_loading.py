@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import io
 import json
@@ -14,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from agents.pruner import PRETRAINED, Pruner
 from grip_env import vlms
-from grip_env.vlms import TINY, load_vlm
+from grip_env.vlms import TINY, hub, load_vlm
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.loading import write_digests
 
@@ -166,6 +169,13 @@ def test_adapters_and_quantised_models_are_told_what_to_do(vlm_folder: Path, tmp
             load_vlm(folder)
 
 
+def test_an_adapter_alone_is_told_what_to_do(tmp_path: Path) -> None:
+    """PEFT saves no config.json beside it."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    with pytest.raises(ValueError, match=r"it holds an adapter of PEFT, such as LoRA\): .* merge_and_unload\(\)"):
+        load_vlm(tmp_path)
+
+
 def test_models_with_adapters_that_are_not_merged_are_refused(random_vlm: HuggingFaceVLM) -> None:
     class Wrapped(torch.nn.Module):
         """Hands on what it does not have itself, as PEFT's wrapper does."""
@@ -223,6 +233,138 @@ def test_damaged_tokenizers_templates_and_processors_are_refused(vlm_folder: Pat
         assert "\n" not in str(caught.value), (name, text)
 
 
+def change(folder: Path, name: str, *path: str, to: object) -> None:
+    """Set what a JSON file holds under nested names."""
+    whole = json.loads((folder / name).read_text())
+    place = whole
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    (folder / name).write_text(json.dumps(whole))
+
+
+CHANGES: dict[str, tuple[tuple[str, ...], object, str]] = {
+    "no such type": (("config.json", "model_type"), "bert", r"model type 'bert' is not supported; .*: give a model of"),
+    "many layers": (
+        ("config.json", "text_config", "num_hidden_layers"),
+        10**9,
+        "of 1000000000 layers, and 113 tensors",
+    ),
+    "another text model": (("config.json", "text_config"), {"model_type": "llama"}, "weights, and 1,723,264 are saved"),
+    "another tower": (("config.json", "vision_config", "hidden_size"), 10**7, "config.json describes a model of"),
+    "a kernel": (("config.json", "text_config", "_attn_implementation"), "somebody/kernel", "which is code: remove"),
+    "heads": (("config.json", "vision_config", "num_attention_heads"), -1, "cannot be used"),
+    "no feature layer": (("config.json", "vision_feature_layer"), 10**6, "cannot be used"),
+    "no image token": (("config.json", "image_token_index"), -1, "the tokenizer does not know the image token -1"),
+    "NaN": (("config.json", "text_config", "rope_parameters", "rope_theta"), 0, "gives NaN or infinities for a grey"),
+    "a size": (
+        ("processor_config.json", "image_processor", "size"),
+        {"shortest_edge": 10**6},
+        "where 16384 is the most",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_impossible_settings_are_refused_when_a_model_is_loaded(vlm_folder: Path, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(vlm_folder, folder)
+    (name, *path), value, reason = CHANGES[what]
+    change(folder, name, *path, to=value)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_vlm(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_outside_the_folder_and_missing_ones_are_refused(vlm_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(vlm_folder, folder)
+    names = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).rename(tmp_path / WEIGHTS)
+    index = folder / "model.safetensors.index.json"
+    for name, reason in (("../model.safetensors", "not a file beside it"), ("part-1.safetensors", "names, is missing")):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
+        with pytest.raises(ValueError, match=reason):
+            load_vlm(folder)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="no list of the files that hold the weights"):
+        load_vlm(folder)
+
+
+def test_of_several_chat_templates_the_default_is_taken(vlm_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(vlm_folder, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    several = [{"name": "default", "template": template}, {"name": "tool_use", "template": "tools"}]
+    change(folder, "tokenizer_config.json", "chat_template", to=several)
+    assert load_vlm(folder).prompt("what is it?") == load_vlm(vlm_folder).prompt("what is it?")
+
+
+def test_what_is_no_whole_model_is_refused(random_vlm: HuggingFaceVLM) -> None:
+    model, processor = copy.deepcopy(random_vlm.model), random_vlm.processor
+    flags = [weight.requires_grad_(True) for weight in model.parameters()]
+
+    class Adapted(torch.nn.Linear):
+        """As the layers that PEFT puts into a model, whose wrapper may be taken off."""
+
+    Adapted.__module__ = "peft.tuners.some.layer"
+    inside = copy.deepcopy(model)
+    inside.model.language_model.layers[0].self_attn.q_proj = Adapted(128, 128)
+    apart = copy.deepcopy(model)
+    apart.model.language_model.layers[0].to("meta")
+    for unfit, reason in (
+        (inside, r"call merge_and_unload\(\)"),
+        (apart, "must be on one device, and are on cpu and meta"),
+        (model.model, "LlavaModel has no head that predicts words: load it with AutoModelForImageTextToText"),
+        (torch.compile(model), r"give the model itself, its \._orig_mod"),
+        (torch.nn.DataParallel(model), r"give the model itself, its \.module"),
+        (None, "got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Pruner.wrap(unfit, processor, PRETRAINED / "tiny")
+    for part in (None, processor.tokenizer, processor.image_processor):
+        with pytest.raises(ValueError, match="expected the model's processor"):
+            Pruner.wrap(model, part, PRETRAINED / "tiny")
+    assert all(weight.requires_grad for weight in flags)  # what is refused stays as it was
+    HuggingFaceVLM(model, processor)
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+# -- hubs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Session:
+        def head(self, address: str, timeout: float) -> None:
+            asked.append(address)
+            raise ConnectionError
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", Session)
+    with pytest.raises(
+        ValueError, match=r"own/model cannot be read \(there is no such folder, .* no answer .*\): give"
+    ):
+        load_vlm("own/model")
+    assert len(asked) == 1
+
+
+def test_a_model_in_the_cache_of_the_hub_loads_without_a_network(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, commit = tmp_path / "models--own--model", "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    shutil.copytree(vlm_folder, place / "snapshots" / commit)
+    cached = functools.partial(hub.try_to_load_from_cache, cache_dir=tmp_path)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", cached)
+    vlm = load_vlm("own/model")
+    assert vlm.name == "model"
+    assert vlm.checksum() == load_vlm(vlm_folder).checksum()
+
+
 # -- digests -------------------------------------------------------------------------------------------------
 
 
@@ -239,13 +381,21 @@ def test_a_flipped_bit_in_the_embedded_model_is_found(tmp_path: Path, monkeypatc
             damaged = bytearray(whole)
             damaged[place] ^= 4
             (folder / name).write_bytes(damaged)
-            with pytest.raises(FileNotFoundError, match=f"{name} is damaged, its digest is not that in SHA256SUMS"):
+            with pytest.raises(ValueError, match=f"damaged, .*{name} is damaged, its digest is not .*: reinstall grip"):
                 load_vlm("tiny")
             with pytest.raises(ValueError, match=f"{name} is damaged.*copy it anew, or remove SHA256SUMS"):
                 load_vlm(folder)
         (folder / name).write_bytes(whole)
+    for text in ("", "nonsense", (folder / "SHA256SUMS").read_text()[:-40]):
+        (folder / "SHA256SUMS").write_text(text)
+        with pytest.raises(ValueError, match=r"SHA256SUMS is damaged, it is no list of digests\): copy it anew"):
+            load_vlm(folder)
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(FileNotFoundError, match="SHA256SUMS is missing: reinstall grip-env"):
+        load_vlm("tiny")
+    shutil.copy(TINY / "SHA256SUMS", folder)
     (folder / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing\): reinstall grip-env"):
         load_vlm("tiny")
 
 
