@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from agents.agent import as_selector, find_algorithm
 from agents.base import Selector, budget_to_count
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
+from grip_env.atomic import folder_on_disk
+from grip_env.run_status import unfinished
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -81,6 +84,7 @@ class Pruner:
         from grip_env.vlms import load_vlm
 
         model = load_vlm(vlm, **options)
+        _warn(agent)
         return cls(model, load_agent(model, str(vlm), agent))
 
     @classmethod
@@ -100,6 +104,7 @@ class Pruner:
         """
         name = getattr(getattr(model, "config", None), "model_type", "vlm")
         vlm = HuggingFaceVLM(model, processor, name=name, **options)
+        _warn(agent)
         return cls(vlm, load_agent(vlm, vlm.name, agent))
 
     def encode(self, images: Sequence[np.ndarray | Image], questions: Sequence[str]) -> Encoded:
@@ -234,7 +239,15 @@ def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) 
             algorithm = find_algorithm(json.loads((folder / "config.json").read_text())["config"]["algo"])
         except (KeyError, TypeError, json.JSONDecodeError):
             raise ValueError(f"{folder / 'config.json'} is not as grip_env.train wrote it: train again") from None
-        return as_selector(algorithm.load(folder / "agent", vlm))
-    scorer = Scorer.load(folder / "agent" if (folder / "agent").is_dir() else folder)
+        return as_selector(algorithm.load(folder_on_disk(folder / "agent"), vlm))
+    inside = folder_on_disk(folder / "agent")
+    scorer = Scorer.load(inside if inside.is_dir() else folder)
     scorer.check_width(vlm.width, folder, name)
     return ScorerSelector(scorer.to(vlm.device))
+
+
+def _warn(agent: str | Path | None) -> None:
+    """Warn that the training of an agent has not finished, if so."""
+    described = None if agent is None else unfinished(Path(agent))
+    if described is not None:
+        warnings.warn(described, UserWarning, stacklevel=3)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from grip_env.commands import CommandError, ModelConfig, check_agents_package, check_at_least, interruptible, load_model
+from grip_env.atomic import content_of, write_atomically
+from grip_env.commands import (
+    CommandError,
+    ModelConfig,
+    check_agents_package,
+    check_at_least,
+    interruptible,
+    load_model,
+    say_unfinished,
+    writing,
+)
 
 if TYPE_CHECKING:
     from agents.pruner import Answer, Pruner
@@ -85,6 +95,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm = load_model(config)
+    say_unfinished(config.agent)
     try:
         pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.agent))
         for budget in (config.budget, 1.0):  # what runs for the first time is slower than it will ever be again
@@ -101,19 +112,17 @@ def answer(config: Config) -> tuple[Answer, Answer]:
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']
     picture = draw_selection(image, pruned.positions, pruned.kept, lines, cells=pruned.cells)
-    try:
-        Image.fromarray(picture).save(config.out)
-    except OSError as error:
-        raise CommandError(f"cannot write --out {config.out}: {error.strerror or error}") from None
+    with writing(config.out):
+        write_atomically(config.out, content_of(lambda file: Image.fromarray(picture).save(file, "png")))
     print(f"wrote {config.out}")
     return pruned, dense
 
 
 def main() -> None:
     """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.answer")
-    check_agents_package()
     with interruptible("interrupted; nothing was written."):
+        config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.answer")
+        check_agents_package()
         answer(config)
 
 

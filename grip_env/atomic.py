@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
-__all__ = ["folder_on_disk", "remove", "replace_folder", "write_atomically"]
+__all__ = ["content_of", "folder_on_disk", "remove", "replace_folder", "write_atomically"]
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
@@ -40,6 +43,13 @@ def write_atomically(path: Path, data: bytes | str, durable: bool = False) -> No
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def content_of(write: Callable[[IO[bytes]], object]) -> bytes:
+    """Return what ``write`` writes into a file, as a picture's ``save`` does."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import statistics
@@ -21,8 +20,9 @@ import numpy as np
 import tyro
 from safetensors.numpy import load_file
 
-from grip_env.commands import CommandError, check_agents_package, check_at_least, print_verdicts
+from grip_env.commands import CommandError, check_agents_package, check_at_least, interruptible, print_verdicts
 from grip_env.comparison import Margin
+from grip_env.runs import read_log
 
 __all__ = ["Config", "drawing_speed", "main", "paired", "promises", "run_seed", "summary"]
 
@@ -192,7 +192,11 @@ def main() -> None:
         from grip_env import speed
 
         return speed.main(sys.argv[2:])
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark")
+    with interruptible("interrupted; the same command goes on after the runs that have finished."):
+        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark"))
+
+
+def _run(config: Config) -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, seeds=len(config.seeds), examples=config.examples)
@@ -205,10 +209,9 @@ def main() -> None:
         report, took = run_seed(config, seed)
         reports.append(report)
         minutes += [] if took is None else [took]
-        with (config.runs / f"benchmark-seed{seed}" / "grpo.csv").open() as file:
-            for line in csv.DictReader(file):
-                spent += float(line["seconds"])
-                scoring += float(line["scoring_seconds"])
+        for step in read_log(config.runs / f"benchmark-seed{seed}" / "grpo.csv"):
+            spent += step["seconds"]
+            scoring += step["scoring_seconds"]
 
     table = summary(reports)
     budgets = list(table[AGENT])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from grip_env import stopping
 from grip_env.atomic import remove, replace_folder, write_atomically
-from grip_env.run_status import FILE, RunStatus
+from grip_env.run_status import FILE, RunStatus, unfinished
 
 if TYPE_CHECKING:
     from grip_env.tasks.base import Task
@@ -42,6 +42,7 @@ __all__ = [
     "print_verdicts",
     "quieten",
     "say",
+    "say_unfinished",
     "versions",
     "writing",
 ]
@@ -125,7 +126,8 @@ def writing(*paths: Path) -> Iterator[None]:
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            raise CommandError(f"cannot write {error.filename or paths[0]}: {error.strerror or error}") from None
+            where = f"{paths[0]}{' and what is beside it' * (len(paths) > 1)}"
+            raise CommandError(f"cannot write {where}: {error.strerror or error}") from None
         note_written(*paths)
 
 
@@ -176,6 +178,13 @@ def say(line: str, error: bool = False) -> None:
     """Print a line, on standard error or output; where nobody can read it any more, go on without."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_unfinished(agent: Path | None) -> None:
+    """Say on standard error that the training of an agent, given by its folder, has not finished, if so."""
+    described = None if agent is None else unfinished(Path(agent))
+    if described is not None:
+        say(f"note: {described}", error=True)
 
 
 def quieten() -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
+
+from grip_env.atomic import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +83,8 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     """What is left out, and why."""
     training: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What methods took to train, as far as known: "seconds" and "forwards", see :class:`~agents.compute.Compute`."""
+    """What trained methods took to train: "seconds" and "forwards", see :class:`~agents.compute.Compute`; empty where
+    that is not known."""
 
     @property
     def budgets(self) -> list[float]:
@@ -132,11 +135,13 @@ class Comparison:
         ):
             lines += ["", f"**{title}** by budget (tokens kept)", "", *self._head()]
             lines += [self._row(method, key) for method in self.cells]
-        if AGENT in self.cells and self.gap_closed(AGENT, self.budgets[0]) is not None:
-            gaps = [self.gap_closed(AGENT, budget) for budget in self.budgets]
+        # one that has not finished has more in its name
+        agent = next((name for name in self.cells if name == AGENT or name.startswith(f"{AGENT} (")), None)
+        if agent is not None and self.gap_closed(agent, self.budgets[0]) is not None:
+            gaps = [self.gap_closed(agent, budget) for budget in self.budgets]
             shown = " | ".join("-" if gap is None else f"{gap:.0%}" for gap in gaps)
             lines += ["", f"Gap between random and oracle log-likelihood closed by {AGENT}:", "", *self._head()]
-            lines.append(f"| {AGENT} | {shown} |")
+            lines.append(f"| {agent} | {shown} |")
         lines += self._costs() + self._training()
         return "\n".join(lines + [""] * bool(self.notes) + [f"Left out: {note}." for note in self.notes])
 
@@ -196,12 +201,16 @@ class Comparison:
         """Return the table of what training took."""
         title = "**What training took**: seconds, on the machine it ran on, and forward passes of the language model"
         lines = ["", title, "", "| method | seconds | forwards |", "|---|--:|--:|"]
-        lines += [f"| {name} | {row['seconds']:,.0f} | {row['forwards']:,.0f} |" for name, row in self.training.items()]
+        for name, row in self.training.items():
+            shown = (f"{row[key]:,.0f}" if key in row else "-" for key in ("seconds", "forwards"))
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+        if not all(self.training.values()):
+            lines += ["", "-: not known, as the training has not finished, or its log has no seconds and forwards."]
         return lines if self.training else []
 
     def save(self, folder: Path) -> None:
         """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
-        (folder / "report.md").write_text(self.markdown() + "\n")
+        write_atomically(folder / "report.md", self.markdown() + "\n")
         plain = {
             "split": self.split,
             "examples": self.examples,
@@ -215,8 +224,8 @@ class Comparison:
             for name, row in self.log_likelihoods.items()
             for budget, values in row.items()
         }
-        save_file(arrays, folder / "report.safetensors")
-        (folder / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
+        write_atomically(folder / "report.safetensors", save(arrays))
+        write_atomically(folder / "report.json", json.dumps(plain, indent=2) + "\n")
 
 
 def _mean(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from grip_env.atomic import content_of, folder_on_disk, write_atomically
 from grip_env.commands import (
     CommandError,
     ModelConfig,
@@ -19,8 +20,11 @@ from grip_env.commands import (
     interruptible,
     load_model_and_task,
     make_folder,
+    say_unfinished,
+    writing,
 )
 from grip_env.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare
+from grip_env.run_status import read_status
 from grip_env.runs import Run, group_runs, load_agent, load_run
 
 if TYPE_CHECKING:
@@ -99,13 +103,15 @@ def report(
         progress: Show a progress bar.
     """
     contenders, notes = named_contenders(policies, vlm, task, split)
-    if (run / "warmup").is_dir():
+    if folder_on_disk(run / "warmup").is_dir():
         contenders[WARMUP] = load_agent(load_run(run), vlm, "warmup")
-    contenders[AGENT] = agent
+    status = read_status(run)
+    name = f"{AGENT} ({status.mark})" if status is not None and status.mark else AGENT
+    contenders[name] = agent
     out = make_folder(out or run)
     comparison = compare(vlm, task, contenders, split, examples, budgets, progress=progress)
     comparison.notes[:0] = notes
-    print_and_draw(comparison, out, vlm, task, agent, AGENT if policies else None)
+    print_and_draw(comparison, out, vlm, task, agent, name if policies else None, name)
     return comparison
 
 
@@ -176,7 +182,13 @@ def _try(name: str, policy: Contender, vlm: HuggingFaceVLM, first: Encoded) -> N
 
 
 def print_and_draw(
-    comparison: Comparison, out: Path, vlm: HuggingFaceVLM, task: Task, shown: Selector | None, main: str | None
+    comparison: Comparison,
+    out: Path,
+    vlm: HuggingFaceVLM,
+    task: Task,
+    shown: Selector | None,
+    main: str | None,
+    first: str = AGENT,
 ) -> None:
     """Print the tables, and write tables and pictures into ``out``.
 
@@ -187,24 +199,29 @@ def print_and_draw(
         task: Where the examples come from.
         shown: Whose selections the gallery shows.
         main: Which method is held against the others; ``None`` leaves that table out.
+        first: Which method stands out in the curves where ``main`` is ``None``.
     """
     from PIL import Image
 
     from grip_env.report import draw_curve, draw_gallery
 
     tables = comparison.markdown() if main is None else f"{comparison.markdown()}\n\n{comparison.margins(main)}"
-    comparison.save(out)  # first of all: whoever reads what is printed may go away
-    (out / "report.md").write_text(tables + "\n")
-    print("\n" + tables + "\n")
-    draw_curve(comparison, out / "pareto.png", main or AGENT)
-    written = ["report.md", "pareto.png"]
+    written = [out / "report.md", out / "pareto.png"]
+    gallery = None
     if shown is not None:
         split = comparison.split
         encoded = vlm.encode([task.example(split, index) for index in range(min(6, task.size(split)))])
-        Image.fromarray(draw_gallery(vlm, encoded, shown)).save(out / "kept_tokens.png")
-        written.append("kept_tokens.png")
-    for name in written:
-        print(f"wrote {out / name}")
+        gallery = Image.fromarray(draw_gallery(vlm, encoded, shown))
+        written.append(out / "kept_tokens.png")
+    with writing(*written):  # before anything is printed: whoever reads that may go away
+        draw_curve(comparison, out / "pareto.png", main or first)
+        if gallery is not None:
+            write_atomically(out / "kept_tokens.png", content_of(lambda file: gallery.save(file, "png")))
+        comparison.save(out)
+        write_atomically(out / "report.md", tables + "\n")
+    print("\n" + tables + "\n")
+    for path in written:
+        print(f"wrote {path}")
 
 
 def _model_and_task(config: Config, run: Run | None) -> tuple[HuggingFaceVLM, Task]:
@@ -248,6 +265,8 @@ def evaluate(config: Config) -> Comparison:
     if config.runs and config.vlm:
         raise CommandError("--vlm is for comparisons without a run: leave it out, the run says which model it is about")
     runs = [load_run(path) for path in config.runs]
+    for run in runs:
+        say_unfinished(run.path)
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = _model_and_task(config, runs[0] if runs else None)
@@ -295,8 +314,10 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
     spent = {str(run.path): run.training_cost() for run in runs}
     for name, members in groups.items():
         known = [cost for cost in (spent[member] for member in members) if cost is not None]
-        if len(known) == len(members):
-            comparison.training[name] = {key: sum(cost[key] for cost in known) / len(known) for key in known[0]}
+        whole = known if len(known) == len(members) else []
+        comparison.training[name] = {
+            key: sum(cost[key] for cost in whole) / len(whole) for key in ("seconds", "forwards") if whole
+        }
     shown: Any = agents[str(runs[0].path)] if runs else None
     print_and_draw(comparison, out, vlm, task, shown, next(iter(groups), None))
     return comparison
@@ -304,9 +325,9 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
 
 def main() -> None:
     """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
-    check_agents_package()
     with interruptible("interrupted; nothing was written."):
+        config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
+        check_agents_package()
         evaluate(config)
 
 

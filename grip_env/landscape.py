@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
+from grip_env.atomic import content_of, write_atomically
 from grip_env.commands import (
     CommandError,
     ModelConfig,
@@ -28,6 +29,7 @@ from grip_env.commands import (
     load_model_and_task,
     make_folder,
     versions,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -240,7 +242,7 @@ def draw(terrains: Sequence[Terrain], blocks: int, path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, axis="x" if axes is gaps else "y")
             axes.set_axisbelow(True)
-    figure.savefig(path, dpi=130)
+    write_atomically(path, content_of(lambda file: figure.savefig(file, dpi=130, format="png")))
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -311,11 +313,13 @@ def landscape(config: Config) -> list[Terrain]:
         "vlm": {"name": inside.name, "checksum": inside.checksum()},
         "instances": [terrain.plain() for terrain in terrains],
     }
-    (out / "landscape.md").write_text(text + "\n")
-    (out / "landscape.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
-    draw(terrains, blocks, out / "landscape.png")
-    for name in ("landscape.md", "landscape.json", "landscape.png"):
-        print(f"wrote {out / name}")
+    written = [out / f"landscape.{ending}" for ending in ("md", "json", "png")]
+    with writing(*written):
+        write_atomically(written[0], text + "\n")
+        write_atomically(written[1], json.dumps(content, indent=2, default=str) + "\n")
+        draw(terrains, blocks, written[2])
+    for path in written:
+        print(f"wrote {path}")
     return terrains
 
 
@@ -323,7 +327,8 @@ def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.landscape")
     check_agents_package()
-    with interruptible("interrupted; the next run goes on from the scores that are on disk."):
+    said = "interrupted; the next run goes on from the scores that are on disk."
+    with interruptible("interrupted before there were results." if config.table_cache == "none" else said):
         landscape(config)
 
 

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from grip_env.allocation import peak_bytes
-from grip_env.commands import CommandError, check_agents_package, check_at_least, check_out, print_verdicts, versions
+from grip_env.atomic import write_atomically
+from grip_env.commands import (
+    CommandError,
+    check_agents_package,
+    check_at_least,
+    check_out,
+    interruptible,
+    print_verdicts,
+    versions,
+    writing,
+)
 from grip_env.flops import encoder_flops, prefill_flops, selector_flops
 
 if TYPE_CHECKING:
@@ -312,7 +322,11 @@ def bars(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark latency", args=arguments)
+    with interruptible("interrupted; nothing was written."):
+        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark latency", args=arguments))
+
+
+def _run(config: Config) -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, repeats=config.repeats, new_tokens=config.new_tokens, layers=config.layers)
@@ -358,4 +372,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "rows": [asdict(row) for rows in tables for row in rows],
             "bars": [{"text": text, "holds": holds} for text, holds in checked],
         }
-        config.out.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        with writing(config.out):
+            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")

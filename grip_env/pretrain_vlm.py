@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 
+from grip_env import stopping
+from grip_env.atomic import replace_folder, write_atomically
 from grip_env.commands import check_agents_package, check_at_least, interruptible, make_folder
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def main(config: Config) -> None:
 
     def export(folder: Path) -> None:
         """Write the model in half precision; readers get it back in the precision they ask for."""
-        part = folder.with_name(folder.name + ".part")
+        part = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(part, ignore_errors=True)
         half = build_model(tokenizer).half()
         half.load_state_dict({key: value.half() for key, value in model.state_dict().items()})
@@ -205,8 +206,8 @@ def main(config: Config) -> None:
         half.save_pretrained(part)
         processor.save_pretrained(part)
         write_digests(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        with stopping.held():
+            replace_folder(part, folder)
 
     def language_probe(step: int) -> str:
         grad = {key: value.requires_grad for key, value in model.named_parameters()}
@@ -230,11 +231,11 @@ def main(config: Config) -> None:
     export(config.folder / "model")
     measured = landscape(load_vlm(config.folder / "model"), "test", config.test_examples)
     table = format_landscape(measured, config.test_examples, "test")
-    (config.folder / "model" / "MODEL_CARD.md").write_text(CARD.format(table=table, config=config))
+    write_atomically(config.folder / "model" / "MODEL_CARD.md", CARD.format(table=table, config=config))
     print(table)
     print(f"\nThe model is in {config.folder / 'model'}; copy it to grip_env/vlms/tiny to embed it.")
 
 
 if __name__ == "__main__":
-    with interruptible("interrupted; the same command goes on from the last checkpoint."):
+    with interruptible("interrupted; the same command goes on from the last checkpoint, if there is one."):
         main(tyro.cli(Config, prog="python -m grip_env.pretrain_vlm"))

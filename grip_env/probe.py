@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import tyro
 
+from grip_env.atomic import write_atomically
 from grip_env.commands import (
     CommandError,
     ModelConfig,
@@ -26,7 +27,9 @@ from grip_env.commands import (
     interruptible,
     load_model_and_task,
     print_verdicts,
+    say_unfinished,
     versions,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -184,7 +187,11 @@ def verdicts(values: dict[str, dict[float, np.ndarray]]) -> list[tuple[str, bool
 
 def main() -> None:
     """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.probe")
+    with interruptible("interrupted; nothing was written."):
+        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.probe"))
+
+
+def _run(config: Config) -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(2, examples=config.examples)
@@ -192,11 +199,6 @@ def main() -> None:
         given = " ".join(f"{budget:g}" for budget in config.budgets) or "nothing"
         raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {given}")
     check_out(config.out)
-    with interruptible("interrupted; nothing was written."):
-        _run(config)
-
-
-def _run(config: Config) -> None:
     import torch
 
     from agents.pruner import load_agent
@@ -204,6 +206,7 @@ def _run(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = load_model_and_task(config, "scenes", config.data, splits=(config.split,), progress=config.progress)
+    say_unfinished(config.agent)
     try:
         agent = load_agent(vlm, config.vlm, config.agent)
         values = probe(vlm, task, agent, config.split, config.examples, config.budgets, progress=config.progress)
@@ -222,7 +225,8 @@ def _run(config: Config) -> None:
             },
             "verdicts": [{"text": text, "holds": holds} for text, holds in checked],
         }
-        config.out.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        with writing(config.out):
+            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grip_env.atomic import content_of, write_atomically
 from grip_env.comparison import AGENT, ALL_TOKENS, WARMUP, Comparison
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
     else:
         figure.axes[1].legend(frameon=False, fontsize=9, loc="lower right")
     figure.suptitle(f"{comparison.examples} held-out examples ({comparison.split} split)", fontsize=11)
-    figure.savefig(path, dpi=130)
+    write_atomically(path, content_of(lambda file: figure.savefig(file, dpi=130, format="png")))
 
 
 def draw_gallery(

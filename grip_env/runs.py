@@ -1,4 +1,4 @@
-"""Finished runs: what a comparison needs to know of them, and which of them differ by their seed alone."""
+"""Runs on disk: what a comparison needs to know of them, and which of them differ by their seed alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grip_env.atomic import folder_on_disk
 from grip_env.commands import CommandError
+from grip_env.run_status import read_status
 
 if TYPE_CHECKING:
     from agents.base import Selector
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["Run", "group_runs", "load_agent", "load_run"]
+__all__ = ["Run", "group_runs", "load_agent", "load_run", "read_log"]
 
 
 @dataclass
 class Run:
-    """A finished run, as far as a comparison needs it."""
+    """A run, as far as a comparison needs it."""
 
     path: Path
     saved: dict[str, Any]
@@ -46,22 +48,30 @@ class Run:
         notes = [preset] if preset not in (None, usual) else []
         if in_turn != (preset == "default"):  # as the preset has it
             notes.append("in turn" if in_turn else "at once")
+        notes += [self.mark] if self.mark else []
         return algo + (f" ({', '.join(notes)})" if notes else "")
 
+    @property
+    def mark(self) -> str:
+        """What tables add to the name of its agent; nothing where training has finished, or nobody knows."""
+        status = read_status(self.path)
+        return "" if status is None else status.mark
+
     def training_cost(self) -> dict[str, float] | None:
-        """Return the "seconds" and "forwards" that its logs tell of; ``None`` where they do not."""
+        """Return the "seconds" and "forwards" its logs tell of; ``None`` if they do not, or it has not finished."""
         seconds = forwards = 0.0
-        for path in self.path.glob("*.csv"):
-            with path.open() as file:
-                rows = list(csv.DictReader(file))
+        for path in [] if self.mark else sorted(self.path.glob("*.csv")):
+            rows = read_log(path)
             if not rows or not {"seconds", "forwards"} <= set(rows[0]):
                 return None
-            seconds += sum(float(row["seconds"]) for row in rows)
-            forwards = max(forwards, float(rows[-1]["forwards"]))  # counted from the beginning on
+            seconds += sum(row["seconds"] for row in rows)
+            forwards = max(forwards, rows[-1]["forwards"])  # counted from the beginning on
         return {"seconds": seconds, "forwards": forwards} if seconds else None
 
     def joins(self, others: Sequence[Run]) -> bool:
-        """Return whether it is one more seed of others."""
+        """Return whether it is one more seed of others; a run that has not finished is not."""
+        if self.mark or others[0].mark:
+            return False
         return others[0].like(self) and self.config["seed"] not in [other.config["seed"] for other in others]
 
     def like(self, other: Run) -> bool:
@@ -69,6 +79,24 @@ class Run:
         beside = ("seed", "name", "runs", "threads", "progress", "picture_every", "report_examples", "device", "cache")
         ours, theirs = ({key: run.config[key] for key in run.config if key not in beside} for run in (self, other))
         return ours == theirs
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a log that a run wrote; rows that are cut off or otherwise damaged are left out."""
+    try:
+        text = path.read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return []
+    whole, end, _ = text.rpartition("\n")  # a last row without an end was cut: its last number may be, too
+    rows = []
+    lines = csv.reader((whole + end).splitlines())
+    names = next(lines, [])
+    for line in lines:
+        try:
+            rows.append(dict(zip(names, map(float, line), strict=True)))
+        except ValueError:
+            continue
+    return rows
 
 
 def load_run(path: Path) -> Run:
@@ -99,7 +127,7 @@ def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent") -> Selector:
         )
     algorithm = find_algorithm(run.config["algo"])
     try:
-        return as_selector(algorithm.load(run.path / part, vlm))
+        return as_selector(algorithm.load(folder_on_disk(run.path / part), vlm))
     except FileNotFoundError as error:
         raise CommandError(f"{run.path} has no trained agent yet: {error}") from None
     except ValueError as error:

@@ -19,7 +19,17 @@ import numpy as np
 import tyro
 
 from grip_env.allocation import peak_bytes
-from grip_env.commands import CommandError, check_agents_package, check_at_least, check_out, print_verdicts, versions
+from grip_env.atomic import content_of, write_atomically
+from grip_env.commands import (
+    CommandError,
+    check_agents_package,
+    check_at_least,
+    check_out,
+    interruptible,
+    print_verdicts,
+    versions,
+    writing,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -325,12 +335,16 @@ def draw_scaling(found: Mapping[str, Mapping[float, float]], path: Path) -> None
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("a step of the vector environment, ms")
-    figure.savefig(path, dpi=130)
+    write_atomically(path, content_of(lambda file: figure.savefig(file, dpi=130, format="png")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark speed", args=arguments)
+    with interruptible("interrupted; nothing was written."):
+        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark speed", args=arguments))
+
+
+def _run(config: Config) -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, num_envs=config.num_envs)
@@ -365,7 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "scaling": grown,
             "bars": [{"text": text, "holds": holds} for text, holds in found.bars()],
         }
-        config.out.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        with writing(config.out):
+            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
         if grown:
-            draw_scaling(grown, config.out.with_suffix(".png"))
+            with writing(config.out.with_suffix(".png")):
+                draw_scaling(grown, config.out.with_suffix(".png"))
             print(f"wrote {config.out} and {config.out.with_suffix('.png')}")

@@ -275,6 +275,12 @@ def test_of_many_runs_of_one_name_at_once_one_gets_the_folder(
 # -- trainings that end before their end ------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_galleries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time, and nothing here looks at them."""
+    monkeypatch.setattr(report, "draw_gallery", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
+
+
 class Counting:
     """An agent of a user's own whose one weight counts its steps; tests tell it what to do at the third."""
 
@@ -449,7 +455,6 @@ def test_sb3_agents_survive_an_interrupt_in_the_librarys_update(
 
     monkeypatch.setattr(PPOAgent, "learn", interrupted)
     monkeypatch.setattr(stopping, "GRACE", 600.0)  # however slow the machine
-    monkeypatch.setattr(report, "draw_gallery", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(SystemExit) as stop:
         train(Config(algo="ppo", vlm=str(vlm_folder), runs=tmp_path, name="run", progress=False, options=options))
     assert stop.value.code == 130
