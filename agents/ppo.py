@@ -247,6 +247,9 @@ class _LibraryAgent(ABC):
                 f"{folder / STATE} was written by {state.about.get('algorithm')}, and this is {self.phase}: resume "
                 "with the algorithm it was trained by"
             )
+        about = {"warm": bool, "updates": int, "forwards": int}
+        if any(type(state.about.get(name)) is not kind for name, kind in about.items()):
+            raise ValueError(f"{folder / STATE} does not say how far it came: train again")
         state.restore(self.model.policy, self.model.policy.optimizer, str(folder / STATE))
         self._warm, self.updates = state.about["warm"], state.about["updates"]
         self.compute.add(state.about["forwards"])
@@ -338,12 +341,13 @@ class MaskablePPOAgent(_LibraryAgent):
         try:
             if state.about["algorithm"] != cls.phase:
                 raise KeyError(state.about["algorithm"])
-            network = SetNetwork(ScorerConfig(**state.about["scorer"]))
+            weights = {
+                key.removeprefix(NETWORK): value for key, value in state.weights.items() if key.startswith(NETWORK)
+            }
+            network = SetNetwork(ScorerConfig.read(state.about["scorer"], weights, "scorer."))
             # strict: neither heads nor critic are needed to choose, and all the rest is
-            network.load_state_dict(
-                {key.removeprefix(NETWORK): value for key, value in state.weights.items() if key.startswith(NETWORK)}
-            )
-        except (KeyError, TypeError, RuntimeError) as error:
+            network.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"{folder / STATE} was not written by maskable-ppo: train again") from error
         network.scorer.check_width(vlm.width, folder, vlm.name)
         return SequentialSelector(network.to(device_of(vlm)).eval())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from agents.agent import as_selector, find_algorithm
 from agents.base import Selector, budget_to_count
+from agents.saved import load_saved
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
 from grip_env.atomic import folder_on_disk
+from grip_env.run_config import read_run_config
 from grip_env.run_status import unfinished
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
@@ -69,12 +69,20 @@ class Pruner:
         self.vlm, self.selector = vlm, selector
 
     @classmethod
-    def load(cls, vlm: str | Path = "tiny", agent: str | Path | None = None, **options: Any) -> Pruner:
+    def load(
+        cls,
+        vlm: str | Path = "tiny",
+        agent: str | Path | None = None,
+        algorithm: str | type | None = None,
+        **options: Any,
+    ) -> Pruner:
         """Load a model and an agent.
 
         Args:
             vlm: As for :func:`grip_env.load_vlm`.
             agent: Folder of a run, or of its agent; the one that comes with the package if not given.
+            algorithm: The class of your own that trained it, or its name "package.module:Class", which is imported;
+                what a run's file names is imported only if it is named here.
             options: Passed on to :func:`grip_env.load_vlm`.
 
         Raises:
@@ -85,10 +93,12 @@ class Pruner:
 
         model = load_vlm(vlm, **options)
         _warn(agent)
-        return cls(model, load_agent(model, str(vlm), agent))
+        return cls(model, load_agent(model, str(vlm), agent, algorithm))
 
     @classmethod
-    def wrap(cls, model: Any, processor: Any, agent: str | Path, **options: Any) -> Pruner:
+    def wrap(
+        cls, model: Any, processor: Any, agent: str | Path, algorithm: str | type | None = None, **options: Any
+    ) -> Pruner:
         """Put an agent before a model that is loaded already.
 
         Args:
@@ -96,6 +106,7 @@ class Pruner:
                 put in eval mode, and none of its parameters requires gradients any more.
             processor: Its processor.
             agent: Folder of a run, or of its agent.
+            algorithm: The class of your own that trained it, as for :meth:`load`.
             options: Passed on to :class:`~grip_env.vlms.huggingface.HuggingFaceVLM`.
 
         Raises:
@@ -105,7 +116,7 @@ class Pruner:
         name = getattr(getattr(model, "config", None), "model_type", "vlm")
         vlm = HuggingFaceVLM(model, processor, name=name, **options)
         _warn(agent)
-        return cls(vlm, load_agent(vlm, vlm.name, agent))
+        return cls(vlm, load_agent(vlm, vlm.name, agent, algorithm))
 
     def encode(self, images: Sequence[np.ndarray | Image], questions: Sequence[str]) -> Encoded:
         """Run the vision encoder on images, one question each.
@@ -216,17 +227,21 @@ class Pruner:
         return time.perf_counter()
 
 
-def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) -> Selector:
+def load_agent(
+    vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None, algorithm: str | type | None = None
+) -> Selector:
     """Load a trained agent for a model.
 
     Args:
         vlm: The model.
         name: The model's name, for an agent that comes with the package.
         agent: Folder of a run, or of its agent; the one that comes with the package if not given.
+        algorithm: The class of the user's own that trained it, or its name; see :func:`agents.saved.load_saved`.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged or was made for visual tokens of another width.
+        ValueError: If it is damaged, was made for visual tokens of another width, or is of a class that ``algorithm``
+            does not name.
     """
     folder = PRETRAINED / name if agent is None else Path(agent)
     if agent is None and (name != Path(name).name or not folder.is_dir()):
@@ -235,11 +250,9 @@ def load_agent(vlm: HuggingFaceVLM, name: str, agent: str | Path | None = None) 
             f"`python -m grip_env.train --vlm {name}` and give its run"
         )
     if (folder / "config.json").is_file():
-        try:
-            algorithm = find_algorithm(json.loads((folder / "config.json").read_text())["config"]["algo"])
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise ValueError(f"{folder / 'config.json'} is not as grip_env.train wrote it: train again") from None
-        return as_selector(algorithm.load(folder_on_disk(folder / "agent"), vlm))
+        return load_saved(folder, read_run_config(folder), vlm, algorithm)
+    if algorithm is not None:
+        raise ValueError(f"{folder} holds no run with config.json, but a scorer: leave out the algorithm {algorithm!r}")
     inside = folder_on_disk(folder / "agent")
     scorer = Scorer.load(inside if inside.is_dir() else folder)
     scorer.check_width(vlm.width, folder, name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import nn
 from agents.subset import KSubset
 from agents.succession import Succession
 from grip_env.finite import NonFiniteError, check_finite
+from grip_env.run_config import check_types
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.sealed import seal, unseal, write_atomically
 
@@ -41,6 +43,32 @@ class ScorerConfig:
     rather than all at once by their scores (:class:`~agents.subset.KSubset`)."""
     pair_width: int = 16
     """Width in which two tokens are compared where they are chosen in turn."""
+
+    @classmethod
+    def read(cls, values: Any, weights: Mapping[str, torch.Tensor], prefix: str = "") -> ScorerConfig:
+        """Return what a file says, if it fits the weights beside it: no network is made of any other size.
+
+        Args:
+            values: By name, as read from JSON.
+            weights: By the names in :class:`Scorer`, with ``prefix`` before them.
+            prefix: For scorers that are part of a network.
+
+        Raises:
+            ValueError: If something is unknown, or of another type or size.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or not values.keys() <= set(names):
+            raise ValueError(f"its configuration has other keys than {', '.join(names)}")
+        check_types(values, cls, "")
+        config = cls(**values)
+        shapes = {"embed_in.1.weight": (config.width, config.token_width)}
+        if config.in_turn:
+            shapes["interaction.pair.weight"] = (2 * config.pair_width, config.width)
+        blocks = {name[len(prefix) :].split(".")[1] for name in weights if name.startswith(f"{prefix}blocks.")}
+        found = {name: tuple(weights[prefix + name].shape) for name in shapes if prefix + name in weights}
+        if found != shapes or len(blocks) != config.blocks or not 0 < config.heads <= config.width:
+            raise ValueError("its configuration does not fit its weights")
+        return config
 
 
 class ScorerInputs(NamedTuple):
@@ -288,7 +316,7 @@ class Scorer(nn.Module):
             weights, texts = unseal(SEAL, (folder / "scorer.safetensors").read_bytes())
             if (folder / "scorer.json").read_bytes() != texts["config"].encode():
                 raise ValueError("scorer.json is not the one that was written with the weights")
-            scorer = cls(ScorerConfig(**json.loads(texts["config"])))
+            scorer = cls(ScorerConfig.read(json.loads(texts["config"]), weights))
             scorer.load_state_dict(weights)
             check_finite(weights, "it")
         except (KeyError, ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError) as error:

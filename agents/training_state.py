@@ -86,6 +86,8 @@ class TrainingState(NamedTuple):
         try:
             tensors, texts = unseal(SEAL, path.read_bytes())
             about = json.loads(texts["about"])
+            if not isinstance(about, dict):
+                raise ValueError("it says nothing about the training")
             parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "moments": {}}
             for key, tensor in tensors.items():
                 kind, _, name = key.partition("/")

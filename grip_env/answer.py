@@ -40,6 +40,9 @@ class Config(ModelConfig):
     """The question."""
     agent: Path | None = None
     """Folder of a run, as train printed it; the agent that comes with the package if not given."""
+    algo: str = ""
+    """The class of your own that the agent was trained with, as package.module:Class: no code that a run's file names
+    is imported unless you name it here as well."""
     budget: float = 0.1
     """Share of the visual tokens to look at, in (0, 1]."""
     max_new_tokens: int = 16
@@ -97,7 +100,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     vlm = load_model(config)
     say_unfinished(config.agent)
     try:
-        pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.agent))
+        pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.agent, config.algo or None))
         for budget in (config.budget, 1.0):  # what runs for the first time is slower than it will ever be again
             pruner(image, config.question, budget, 1)
         pruned, dense = (

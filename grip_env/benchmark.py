@@ -116,6 +116,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         CommandError: If the runs were made with other settings.
     """
     from grip_env import evaluate, train
+    from grip_env.runs import load_run
 
     folder = config.runs / f"benchmark-seed{seed}"
     options = replace(
@@ -132,11 +133,11 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         print(f"{folder} has not finished: starting it again")
         shutil.rmtree(folder)
     if folder.is_dir():
-        saved = json.loads((folder / "config.json").read_text())["config"]
-        saved = train.saved_config(train.parse([])) | saved  # runs made before an option was there have its default
+        # runs made before an option was there have its default
+        saved = train.saved_config(train.parse([])) | load_run(folder).config
         wanted = json.loads(json.dumps(train.saved_config(options), default=str))
         other = sorted(
-            key for key in wanted if saved[key] != wanted[key] and key not in ("runs", "threads", "progress")
+            key for key in wanted if saved.get(key) != wanted[key] and key not in ("runs", "threads", "progress")
         )
         if other:
             raise CommandError(f"{folder} was made with other settings of {', '.join(other)}: choose another --runs")
@@ -146,7 +147,9 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         minutes = (time.perf_counter() - began) / 60
     out = folder / f"test-{config.examples}"
     if not (out / "report.json").is_file():
-        evaluate.evaluate(evaluate.Config((folder,), examples=config.examples, threads=config.threads))
+        evaluate.evaluate(
+            evaluate.Config((folder,), algo=options.algo, examples=config.examples, threads=config.threads)
+        )
     report = json.loads((out / "report.json").read_text())
     return report | {"single": load_file(out / "report.safetensors")}, minutes
 

@@ -60,24 +60,48 @@ class CommandError(SystemExit):
 def check_agents_package() -> None:
     """Stop with advice when the importable package ``agents`` is not the one that came with grip_env.
 
-    Other distributions (openai-agents is one) install a package of that name over ours.
+    A file ``agents.py`` or a folder ``agents`` of the user's own may come first where Python looks for modules, and
+    other distributions (openai-agents is one) install a package of that name over ours.
     """
     ours = Path(__file__).parent.parent / "agents"
     spec = importlib.util.find_spec("agents")
     found = Path(spec.origin) if spec is not None and spec.origin else None
-    if found is not None and found.is_file() and 'DISTRIBUTION = "grip-env"' in found.read_text(encoding="utf-8"):
-        return
-    if found is None:
+    if found is None or not found.is_file():
         raise CommandError(
             f"the package 'agents' that belongs to grip_env is missing (expected in {ours}): reinstall grip-env"
         )
+    if b'DISTRIBUTION = "grip-env"' in found.read_bytes():
+        return
+    theirs = found.parent if found.stem == "__init__" else found
     owners = sorted(set(metadata.packages_distributions().get("agents", [])) - {"grip-env"})
-    owner = f" of the distribution {' and '.join(owners)}" if owners else ""
-    remedy = f"pip uninstall {' '.join(owners)}" if owners else f"move {found.parent} away"
-    raise CommandError(
-        f"the package 'agents' at {found.parent}{owner} shadows the one of grip_env. "
-        f"Use an environment of its own for grip-env, or `{remedy}` and reinstall grip-env."
-    )
+    installed = [owner for owner in owners if _belongs(theirs, owner)]
+    what = "package" if theirs.is_dir() else "module"
+    said = f"the {what} 'agents' at {theirs}"
+    if installed:
+        raise CommandError(
+            f"{said} of the distribution {' and '.join(installed)} shadows the package of grip_env. Use an environment "
+            f"of its own for grip-env, or `pip uninstall {' '.join(installed)}` and reinstall grip-env."
+        )
+    remedy = f"rename {theirs}"
+    if theirs.parent.resolve() == Path.cwd():
+        remedy = f"start the command in another folder, or {remedy}"
+    elif theirs.parent.resolve() in [
+        Path(part).resolve() for part in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    ]:
+        remedy = f"take {theirs.parent} out of PYTHONPATH, or {remedy}"
+    raise CommandError(f"{said} shadows the package of grip_env: {remedy}")
+
+
+def _belongs(path: Path, distribution: str) -> bool:
+    """Return whether a distribution says that it installed ``path``, a module or a package."""
+    try:
+        files = metadata.files(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    listed = {Path(str(file.locate())).resolve() for file in files or ()}
+    if not listed:  # it keeps no list: then by where it lies
+        return path.parent.resolve() == Path(str(metadata.distribution(distribution).locate_file(""))).resolve()
+    return any(path.resolve() in (file, *file.parents) for file in listed)
 
 
 def check_at_least(least: int, **options: int) -> None:
@@ -100,13 +124,14 @@ def print_verdicts(checked: Sequence[tuple[str, bool]]) -> None:
 
 
 @contextlib.contextmanager
-def importable_from_here() -> Iterator[None]:
-    """Let modules in the current folder be imported, last of all: where a user's own class is likely to lie."""
-    sys.path.append("")
+def importable_from_here(folder: str = "") -> Iterator[None]:
+    """Let modules in the current folder, or another, be imported, last of all: where a user's own class may lie."""
+    sys.path.append(folder)
     try:
         yield
     finally:
-        sys.path.remove("")
+        places = [place for place, known in enumerate(sys.path) if known == folder]
+        del sys.path[places[-1]]
 
 
 _written: list[Path] = []

@@ -24,6 +24,7 @@ from grip_env.commands import (
     writing,
 )
 from grip_env.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare
+from grip_env.run_config import consent_needed
 from grip_env.run_status import read_status
 from grip_env.runs import Run, group_runs, load_agent, load_run
 
@@ -59,6 +60,9 @@ class Config:
     """How many examples."""
     budgets: tuple[float, ...] = BUDGETS
     """Shares of the visual tokens to keep."""
+    algo: str = ""
+    """Classes of your own that the runs were trained with, as package.module:Class, separated by commas: no code that a
+    run's file names is imported unless you name it here as well."""
     data: Path | None = None
     """Your own images and questions to compare on; those the run was trained on, if any, when not given."""
     skip_bad: bool = False
@@ -87,6 +91,7 @@ def report(
     policies: str = "",
     budgets: Sequence[float] = BUDGETS,
     progress: bool = True,
+    algorithm: str | None = None,
 ) -> Comparison:
     """Compare a run's agent, print the tables, and write tables and pictures.
 
@@ -101,10 +106,11 @@ def report(
         policies: What to compare with, see :class:`Config`.
         budgets: Shares of the tokens.
         progress: Show a progress bar.
+        algorithm: The class of the user's own that the run may load its warm-up with; see :class:`Config`.
     """
     contenders, notes = named_contenders(policies, vlm, task, split)
     if folder_on_disk(run / "warmup").is_dir():
-        contenders[WARMUP] = load_agent(load_run(run), vlm, "warmup")
+        contenders[WARMUP] = load_agent(load_run(run), vlm, "warmup", algorithm)
     status = read_status(run)
     name = f"{AGENT} ({status.mark})" if status is not None and status.mark else AGENT
     contenders[name] = agent
@@ -238,7 +244,7 @@ def _model_and_task(config: Config, run: Run | None) -> tuple[HuggingFaceVLM, Ta
     if data is None and skip_bad:
         raise CommandError("--skip-bad is about the rows of --data, and this run was trained without: leave it out")
     names = {field.name for field in fields(ModelConfig)} & set(trained)
-    cache = trained.get("cache") and Path(trained["cache"])
+    cache = Path(trained["cache"]) if trained.get("cache") else None
     model = ModelConfig(**{name: trained[name] for name in names} | {"device": config.device, "cache": cache})
     vlm, task = load_model_and_task(model, trained["task"], data, skip_bad, (config.split,))
     if isinstance(task, FileTask) and config.data is None and task.fingerprint != run.saved["data"]["fingerprint"]:
@@ -265,6 +271,7 @@ def evaluate(config: Config) -> Comparison:
     if config.runs and config.vlm:
         raise CommandError("--vlm is for comparisons without a run: leave it out, the run says which model it is about")
     runs = [load_run(path) for path in config.runs]
+    _check_algo(config.algo, runs)
     for run in runs:
         say_unfinished(run.path)
     if config.threads:
@@ -276,10 +283,10 @@ def evaluate(config: Config) -> Comparison:
     try:
         if len(runs) == 1:
             out = config.out or runs[0].path / place
-            agent = load_agent(runs[0], vlm)
+            agent = load_agent(runs[0], vlm, algorithm=_algorithm(config, runs[0]))
             comparison = report(
                 runs[0].path, vlm, task, agent, config.split, config.examples, out, config.policies, config.budgets,
-                config.progress,
+                config.progress, _algorithm(config, runs[0]),
             )  # fmt: skip
         else:
             out = config.out or (runs[0].path.parent if runs else Path("runs")) / f"comparison-{place}"
@@ -289,6 +296,28 @@ def evaluate(config: Config) -> Comparison:
     if vlm.cache is not None:
         print(vlm.cache.describe())
     return comparison
+
+
+def _named(algo: str) -> list[str]:
+    return [name.strip() for name in algo.split(",") if name.strip()]
+
+
+def _algorithm(config: Config, run: Run) -> str | None:
+    """Return the class of the user's own that a run was trained with, if --algo names it, or else ``None``."""
+    return run.config["algo"] if run.config["algo"] in _named(config.algo) else None
+
+
+def _check_algo(algo: str, runs: Sequence[Run]) -> None:
+    """Stop with one line where --algo names what no run was trained with, or leaves out what one was."""
+    known = list(dict.fromkeys(run.config["algo"] for run in runs))
+    for name in _named(algo):
+        if name not in known:
+            theirs = f"they were trained with {', '.join(known)}" if runs else "there is no run"
+            raise CommandError(f"--algo {name} is of no run that is compared: {theirs}")
+    for run in runs:
+        if ":" in run.config["algo"] and run.config["algo"] not in _named(algo):
+            wanted = ",".join(name for name in known if ":" in name)
+            raise CommandError(f"{consent_needed(run.path, run.saved)}: if you trust it, give --algo {wanted}")
 
 
 def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task: Task, out: Path) -> Comparison:
@@ -303,7 +332,9 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise CommandError("a run is named twice: give each once, as every run of a row counts as another seed")
     contenders, notes = named_contenders(config.policies, vlm, task, config.split)
-    agents: dict[str, Contender] = {str(run.path): load_agent(run, vlm) for run in runs}
+    agents: dict[str, Contender] = {
+        str(run.path): load_agent(run, vlm, algorithm=_algorithm(config, run)) for run in runs
+    }
     groups = group_runs(runs)
     out = make_folder(out)
     comparison = compare(

@@ -57,6 +57,9 @@ class Config(ModelConfig):
 
     agent: Path | None = None
     """Folder of a run, as train printed it; the agent that comes with the package if not given."""
+    algo: str = ""
+    """The class of your own that the agent was trained with, as package.module:Class: no code that a run's file names
+    is imported unless you name it here as well."""
     data: Path | None = None
     """Your own images and questions instead of the scenes task."""
     split: Literal["test", "validation", "train"] = "test"
@@ -208,7 +211,7 @@ def _run(config: Config) -> None:
     vlm, task = load_model_and_task(config, "scenes", config.data, splits=(config.split,), progress=config.progress)
     say_unfinished(config.agent)
     try:
-        agent = load_agent(vlm, config.vlm, config.agent)
+        agent = load_agent(vlm, config.vlm, config.agent, config.algo or None)
         values = probe(vlm, task, agent, config.split, config.examples, config.budgets, progress=config.progress)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grip_env.atomic import folder_on_disk
 from grip_env.commands import CommandError
+from grip_env.run_config import read_run_config
 from grip_env.run_status import read_status
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ class Run:
     @property
     def options(self) -> dict[str, Any]:
         """Those of its algorithm; none where that is a class of the user's own."""
-        found: dict[str, Any] = self.config.get(self.config["algo"].replace("-", "_"), {})
+        algo: str = self.config["algo"]
+        found: dict[str, Any] = {} if ":" in algo else self.config.get(algo.replace("-", "_"), {})
         return found
 
     @property
@@ -72,7 +72,8 @@ class Run:
         """Return whether it is one more seed of others; a run that has not finished is not."""
         if self.mark or others[0].mark:
             return False
-        return others[0].like(self) and self.config["seed"] not in [other.config["seed"] for other in others]
+        seeds = [other.config.get("seed") for other in others]
+        return others[0].like(self) and self.config.get("seed") not in seeds
 
     def like(self, other: Run) -> bool:
         """Return whether the two differ by nothing but their seed, and where and when they were made."""
@@ -101,36 +102,35 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def load_run(path: Path) -> Run:
     """Return the run in a folder, or stop and say what is wrong."""
-    if not (path / "config.json").is_file():
-        raise CommandError(f"{path} is not a run: expected a folder with config.json, as grip_env.train writes it")
     try:
-        saved = json.loads((path / "config.json").read_text())
-        saved["config"]["vlm"], saved["config"]["task"], saved["config"]["algo"], saved["vlm"]["checksum"]
-        if saved["config"].get("data"):
-            saved["config"]["skip_bad"], saved["data"]["fingerprint"]
-        run = Run(path, saved)
-        run.options.setdefault("in_turn", False)  # in runs made before there was a choice
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CommandError(f"{path / 'config.json'} is not as grip_env.train wrote it: train again") from None
+        run = Run(path, read_run_config(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    run.options.setdefault("in_turn", False)  # in runs made before there was a choice
     return run
 
 
-def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent") -> Selector:
-    """Return the agent of a run, or its warm-up, or stop and say what is wrong."""
-    from agents.agent import as_selector
-    from grip_env.train import find_algorithm
+def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent", algorithm: str | None = None) -> Selector:
+    """Return the agent of a run, or its warm-up, or stop and say what is wrong.
+
+    Args:
+        run: The run.
+        vlm: Its model.
+        part: "agent" or "warmup".
+        algorithm: Whose code may be imported, see :func:`agents.saved.load_saved`.
+    """
+    from agents.saved import load_saved
 
     if vlm.checksum() != run.saved["vlm"]["checksum"]:
         raise CommandError(
             f"the agent in {run.path} was trained on a vision-language model with other weights than "
             f"{run.config['vlm']!r} has now: train an agent for this one"
         )
-    algorithm = find_algorithm(run.config["algo"])
     try:
-        return as_selector(algorithm.load(folder_on_disk(run.path / part), vlm))
+        return load_saved(run.path, run.saved, vlm, algorithm, part)
     except FileNotFoundError as error:
         raise CommandError(f"{run.path} has no trained agent yet: {error}") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CommandError(str(error)) from None
 
 

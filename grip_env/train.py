@@ -138,6 +138,7 @@ def _train(config: Config) -> Path:
     import torch
 
     from agents.agent import Setting
+    from agents.saved import folder_of
     from grip_env.envs.rewards import resolve_reward
     from grip_env.tasks.files import FileTask
 
@@ -194,6 +195,8 @@ def _train(config: Config) -> Path:
         run = RunFolder(config.runs / (config.name or default), unique=not config.name)
         note_written(run.path)
         about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
+        if (place := folder_of(config.algo)) is not None:
+            about["algorithm"] = {"folder": place}  # evaluate may be started from elsewhere
         run.write_config(saved_config(config), **about)
         training = _Training(config, run, agent, vlm, task)
         try:
@@ -295,7 +298,7 @@ class _Training:
                 about = self.config
                 report(
                     self.run.path, self.vlm, self.task, self.selector, "test", about.report_examples,
-                    progress=about.progress,
+                    progress=about.progress, algorithm=about.algo,
                 )  # fmt: skip
             if self.vlm.cache is not None:
                 print(self.vlm.cache.describe())
@@ -339,7 +342,8 @@ class _Training:
 
     def _save_what_can_be(self, status: RunStatus) -> str:
         """Save the agent with a run's status, and return what there is now."""
-        compare = f"compare it with `python -m grip_env.evaluate {self.run.path}`"
+        own = f" --algo {self.config.algo}" if ":" in self.config.algo else ""
+        compare = f"compare it with `python -m grip_env.evaluate {self.run.path}{own}`"
         if self.over:
             return f"the agent is trained and saved: {compare}"
         place = self.run.path

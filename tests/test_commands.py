@@ -542,9 +542,9 @@ def test_another_package_called_agents_is_named_with_the_remedy(tmp_path: Path, 
     assert out == ""
     assert one_line(err), err
     assert f"the package 'agents' at {tmp_path / 'agents'}" in err
-    assert "shadows the one of grip_env" in err
-    remedy = "`pip uninstall openai-agents` and reinstall grip-env" if owned else f"move {tmp_path / 'agents'} away"
-    assert remedy in err
+    assert "shadows the package of grip_env" in err
+    rename = f"start the command in another folder, or rename {tmp_path / 'agents'}"
+    assert ("`pip uninstall openai-agents` and reinstall grip-env" if owned else rename) in err
     assert ("of the distribution openai-agents" in err) == owned
 
 

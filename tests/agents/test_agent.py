@@ -169,10 +169,11 @@ def test_an_agent_of_ones_own_goes_through_the_commands(
     assert json.loads((run / "config.json").read_text())["config"]["agent"]["num_envs"] == 4
     assert len((run / "reinforce.csv").read_text().splitlines()) == 3
     trained = torch.load(run / "agent" / "matcher.pt", weights_only=True)
-    comparison = evaluate.evaluate(evaluate.Config((run,), examples=4, policies="random", progress=False))
+    again = evaluate.Config((run,), examples=4, policies="random", algo="own_agent:Matcher", progress=False)
+    comparison = evaluate.evaluate(again)
     assert "this agent" in comparison.cells
     assert trained["token.weight"].shape == (32, 128)
-    pruner = Pruner.load(vlm_folder, run)
+    pruner = Pruner.load(vlm_folder, run, algorithm="own_agent:Matcher")
     scenes = [SceneTask().example("test", index) for index in range(2)]
     kept = pruner.select(pruner.encode([one.image for one in scenes], [one.question for one in scenes]), budget=0.1)
     assert kept.sum(1).tolist() == [14, 14]
