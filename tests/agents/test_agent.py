@@ -209,9 +209,11 @@ def test_runs_that_differ_by_their_seed_share_a_row(
     assert cost["seconds"] == pytest.approx(sum(log["seconds"].sum() for log in logs) / 2)
     assert cost["forwards"] == np.mean([np.atleast_1d(log["forwards"])[-1] for log in logs[1::2]])
     assert f"| grpo, 2 seeds | {cost['seconds']:,.0f} | {cost['forwards']:,.0f} |" in out
-    # logs of an algorithm that does not count say nothing
+    # of an algorithm that does not count it is said that nobody knows
     (runs[2] / "imitation.csv").write_text("step,loss\n0,1.5\n")
-    assert list(evaluate.evaluate(evaluate.Config(tuple(runs), policies="random", **few)).training) == ["grpo, 2 seeds"]
+    again = evaluate.evaluate(evaluate.Config(tuple(runs), policies="random", **few))
+    assert list(again.training) == ["grpo, 2 seeds", "imitation"]
+    assert "| imitation | - | - |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
