@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import GenerationConfig
 from transformers.generation import StopStringCriteria
 
@@ -48,7 +50,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "id": (_is_count, "the id of a token"),
     "ids": (_is_ids, "a list of ids of tokens"),
     "tokens": (_is_tokens, "the id of a token or a list of such"),
-    "ends": (lambda value: _is_tokens(value) or value in (-1, [-1]), "the id of a token or a list of such"),
+    "ends": (_is_tokens, "the id of a token or a list of such"),
     "pairs": (
         lambda value: (
             isinstance(value, list | tuple) and len(value) == 2 and _is_count(value[0]) and _is_real(value[1])
@@ -202,6 +204,8 @@ def check_options(saved: Any, options: Options, vocabulary: int) -> None:
         value = option(name, saved, options)
         if value is None or name in _UNUSED:
             continue
+        if isinstance(value, torch.Tensor | np.ndarray):
+            raise ValueError(f"{name} must not be {type(value).__name__}: give numbers, lists or words of Python")
         if name in _REFUSED:
             harmless, advice = _REFUSED[name]
             if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):

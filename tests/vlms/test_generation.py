@@ -269,6 +269,8 @@ def test_every_option_of_transformers_is_known() -> None:
         {"temperature": "hot"},
         {"suppress_tokens": [10**9]},
         {"stop_strings": [1]},
+        {"eos_token_id": torch.ones(2)},
+        {"num_beams": torch.ones(2)},
         {"logits_processor": 3},
         {"output_hidden_states": True, "return_dict_in_generate": True, "use_cache": False},
     ],
