@@ -72,10 +72,10 @@ class StagedForward:
         position_policy: Literal["original", "reindex"] | None = None,
     ) -> None:
         self.vlm = vlm
-        self.position_policy = vlm.position_policy if position_policy is None else position_policy
         self.layer = 0
         """How many layers have run: the boundary at which the pass stands."""
         decoder = decoder_of(vlm)
+        self.position_policy = vlm.position_policy if position_policy is None else position_policy
         self.layers = len(decoder.layers)
         """How many layers there are."""
         assert encoded.places is not None
