@@ -10,7 +10,7 @@ import grip_env  # noqa: F401  (importing it registers the environment)
 
 env = gymnasium.make("GRIP/TokenSelection-v0", split="test", budget=0.1, action_mode="scores", render_mode="rgb_array")
 observation, info = env.reset(seed=3)
-print(f"question: {info['question_text']}")
+print(f"question: {env.unwrapped.example.question}")
 print(f"the agent sees {len(observation['tokens'])} visual tokens and may keep {info['k']} of them")
 
 # Any number per token will do as an action: the k highest are kept. Here: how strongly each token stands out.

@@ -116,9 +116,6 @@ class FakeVLM:
 
 INFO_KEYS = {
     "index",
-    "split",
-    "family",
-    "question_text",
     "k",
     "kept",
     "kept_count",

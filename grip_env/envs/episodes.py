@@ -291,15 +291,13 @@ class EpisodeRules(ABC):
         """Return the info of a reset or a step.
 
         Its keys, and the shapes and types of their values, are the same at every step of every episode, so that
-        trainers can stack and store them. What is not known (yet) has a definite value beside a flag that says so.
+        trainers can stack and store them; none is a text, which few of them can. What is not known (yet) has a
+        definite value beside a flag that says so.
         """
         instance, outcome = episode.instance, episode.outcome
         relevant = instance.relevant
         return {
             "index": instance.index,
-            "split": self.split,
-            "family": instance.example.family,
-            "question_text": instance.example.question,
             "k": episode.k,
             "kept": episode.selection.copy(),
             "kept_count": int(np.count_nonzero(episode.selection)),

@@ -30,7 +30,7 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
     all that begin together end together; by default that step begins the next ones (``AutoresetMode.SAME_STEP``): the
     observations returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of
     read-only arrays) and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such
-    as ``kept`` come as bool (num_envs, N), texts as object arrays.
+    as ``kept`` come as bool (num_envs, N).
 
     Args:
         num_envs: How many instances.

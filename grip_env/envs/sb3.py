@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 
 __all__ = ["as_sb3_vec_env"]
 
-_PER_INSTANCE = ("np_random", "np_random_seed")
+_PER_INSTANCE = ("example", "np_random", "np_random_seed")
 _PER_INSTANCE_METHODS = ("action_masks", "render")
 
 
@@ -36,7 +36,7 @@ def as_sb3_vec_env(envs: VectorEnv[Any, Any, Any]) -> VecEnv:
     :class:`~grip_env.envs.sequential.SequentialSelectionEnv` explains.
 
     The instances share one set of rules: ``set_attr`` sets for all, ``get_attr`` returns the same value for each but
-    for ``np_random`` and ``np_random_seed``, and ``env_method`` knows ``action_masks`` and ``render``.
+    for ``example``, ``np_random`` and ``np_random_seed``, and ``env_method`` knows ``action_masks`` and ``render``.
 
     Args:
         envs: From ``gymnasium.make_vec`` or a class of this project, wrapped or not.

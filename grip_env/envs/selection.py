@@ -101,7 +101,6 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     | key | type | meaning |
     |---|---|---|
     | index | int | which instance of the split |
-    | split, family, question_text | str | the split, the kind of question, the question |
     | k | int | how many tokens may be kept |
     | kept | bool (N,) | the tokens kept so far; none after ``reset`` |
     | kept_count | int | how many |
@@ -115,7 +114,8 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     | over_budget | int | by how many tokens the action was over budget; 0 after ``reset`` |
 
     Masks index arrays as they are, ``observation["tokens"][info["kept"]]``; for a list of indices take
-    ``np.flatnonzero(info["kept"])``.
+    ``np.flatnonzero(info["kept"])``. Texts are no part of infos, as few trainers can store them:
+    ``env.unwrapped.example`` has the question, the answer and the picture of the instance that ``index`` names.
 
     ## Arguments
 

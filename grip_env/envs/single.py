@@ -15,6 +15,7 @@ from grip_env.envs.episodes import Episode, EpisodeRules, Observation
 from grip_env.envs.rendering import draw_selection
 from grip_env.envs.sampling import EpisodeStream, FixedEpisodes
 from grip_env.envs.window import Window
+from grip_env.tasks.base import Example
 
 __all__ = ["EpisodeEnv", "RenderMode", "draw_episode"]
 
@@ -52,6 +53,17 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
     @abstractmethod
     def _make_rules(self, **arguments: Any) -> EpisodeRules:
         """Return the decision process."""
+
+    @property
+    def example(self) -> Example:
+        """The example that the episode is about: picture, question, answer and kind of question.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first reset.
+        """
+        if self._episode is None:
+            raise gymnasium.error.ResetNeeded("there is no episode; call reset() before asking for its example")
+        return self._episode.instance.example
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

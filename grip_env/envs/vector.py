@@ -28,7 +28,7 @@ from grip_env.envs.joining import joined_infos, joined_observations
 from grip_env.envs.rewards import Reward
 from grip_env.envs.sampling import Budget, EpisodeStream, FixedEpisodes
 from grip_env.envs.single import RenderMode, draw_episode
-from grip_env.tasks.base import Task
+from grip_env.tasks.base import Example, Task
 from grip_env.vlms.base import FrozenVLM
 
 __all__ = ["EpisodeVectorEnv", "TokenSelectionVectorEnv"]
@@ -122,6 +122,17 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
         """The seed of each instance."""
         return tuple(self._seeds)
+
+    @property
+    def example(self) -> tuple[Example, ...]:
+        """The example that each instance's episode is about: picture, question, answer and kind of question.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first reset.
+        """
+        if not self._episodes:
+            raise gymnasium.error.ResetNeeded("there are no episodes; call reset() before asking for their examples")
+        return tuple(episode.instance.example for episode in self._episodes)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -309,7 +320,7 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
     Every step ends all episodes and, by default, begins the next ones (``AutoresetMode.SAME_STEP``): the observations
     returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays)
     and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
-    ``kept`` come as bool (num_envs, N), texts as object arrays.
+    ``kept`` come as bool (num_envs, N).
 
     Args:
         num_envs: How many instances.

@@ -122,7 +122,7 @@ def test_a_setting_makes_environments_of_the_training_split() -> None:
     setting = Setting(FakeVLM(), FakeTask(), AnswerLogLikelihood())
     envs = setting.make_vec(num_envs=3, budget=0.25)
     _, infos = envs.reset(seed=0)
-    assert infos["split"].tolist() == ["train"] * 3
+    assert envs.unwrapped.rules.split == "train"
     assert infos["k"].tolist() == [4] * 3
 
 

@@ -41,7 +41,7 @@ def test_made_environment_runs_on_scenes() -> None:
     assert observation["tokens"].shape == (144, WIDTH)
     assert info["k"] == 14
     example = SceneTask().example("test", info["index"])
-    assert (info["question_text"], info["family"], info["split"]) == (example.question, example.family, "test")
+    assert env.unwrapped.example.question == example.question  # type: ignore[attr-defined]
     action = np.zeros(144, dtype=np.float32)
     action[indices(info["relevant"])] = 1.0
     _, reward, terminated, truncated, info = env.step(action)
@@ -364,7 +364,7 @@ def test_options_fix_an_episode() -> None:
     env = make(budget=(0.1, 0.9))
     _, info = env.reset(seed=0, options={"index": 7, "budget": 0.5})
     assert (info["index"], info["k"]) == (7, 8)
-    assert info["question_text"] == "what is number 7 of train?"
+    assert env.example.question == "what is number 7 of train?"
     _, info = env.reset(options={"budget": 0.125})
     assert info["k"] == 2
 

@@ -1,4 +1,4 @@
-"""Trainers that no one here wrote: TorchRL, where it is installed (extra ``torchrl``)."""
+"""Trainers that no one here wrote: TorchRL, where it is installed (extra ``trainers``)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,46 @@ import pytest
 import torch
 
 import grip_env  # noqa: F401  (registers the environments)
+from tests.envs.test_specs import ARGUMENTS, COMMON, REGISTERED
 from tests.fakes import FakeTask, FakeVLM
 
-torchrl_envs = pytest.importorskip("torchrl.envs", reason="needs the extra torchrl")
+torchrl_envs = pytest.importorskip("torchrl.envs", reason="needs the extra trainers")
+
+every_id = pytest.mark.parametrize("name", REGISTERED)
+
+
+def arguments(name: str) -> dict[str, Any]:
+    return COMMON | next(iter(ARGUMENTS[name].values()))
+
+
+def check(env: Any, infos: bool) -> None:
+    """Let TorchRL check its own idea of the environment, and roll it out past ends."""
+    torchrl_envs.check_env_specs(env)
+    rollout = env.rollout(12, break_when_any_done=False)
+    done = rollout["next", "done"].squeeze(-1)
+    assert done.any()
+    if infos:
+        assert rollout["next", "kept"].dtype == torch.bool
+        assert rollout["next", "kept"].shape == rollout["next", "token_mask"].shape
+    env.close()
+
+
+@every_id
+def test_single_environments_have_the_specs_they_say(name: str) -> None:
+    check(torchrl_envs.GymWrapper(gymnasium.make(name, **arguments(name))), infos=False)
+
+
+@every_id
+@pytest.mark.parametrize("mode", ["SameStep", "Disabled"])  # TorchRL refuses NextStep
+def test_native_vector_environments_have_the_specs_they_say(name: str, mode: str) -> None:
+    envs = gymnasium.make_vec(name, 2, autoreset_mode=mode, **arguments(name))
+    check(torchrl_envs.GymWrapper(envs), infos=mode == "SameStep")
+
+
+def test_several_processes_have_the_specs_they_say() -> None:
+    """The slowest door, as it starts processes: one id stands for all, whose infos have one form."""
+    name = "GRIP/SequentialSelection-v0"
+    check(torchrl_envs.GymEnv(name, num_envs=2, **arguments(name)), infos=True)
 
 
 @pytest.mark.parametrize("name", ["TokenSelection", "SequentialSelection"])
@@ -35,3 +72,10 @@ def test_rollouts_equal_the_environments_own(name: str) -> None:
     found = rollout["next", "reward"].flatten()
     torch.testing.assert_close(found, torch.tensor(rewards, dtype=found.dtype))
     assert rollout["next", "terminated"].any()
+
+
+def test_without_autoreset_rollouts_of_many_keep_the_last_observation() -> None:
+    envs = gymnasium.make_vec("GRIP/SequentialSelection-v0", 2, autoreset_mode="Disabled", vlm=FakeVLM(), budget=0.125)
+    rollout = torchrl_envs.GymWrapper(envs).rollout(8, break_when_any_done=False)
+    done = rollout["next", "done"].squeeze(-1)
+    assert (rollout["next", "selected"][done].sum(-1) == 2).all()  # k

@@ -919,7 +919,7 @@ def test_environments_take_the_task_and_its_path(folder: Path) -> None:
     for task in (FileTask(path), str(path), path):
         env = gymnasium.make("GRIP/TokenSelection-v0", vlm=FakeVLM(), task=task, budget=0.25, action_mode="scores")
         _, info = env.reset(seed=0)
-        assert info["question_text"] == "what is it?"
+        assert env.unwrapped.example.question == "what is it?"
         assert not info["relevance_known"]
         _, reward, terminated, _, _ = env.step(np.arange(16, dtype=np.float32))
         assert terminated
