@@ -264,8 +264,8 @@ def _check_total(name: str, schedule: PruningSchedule, kept: int, count: int) ->
         schedule.check_total(kept, count)
     except ValueError as error:
         raise ValueError(
-            f"{name} cannot keep this budget: {error}; or count what is left at the end, budget_of='kept', which costs "
-            "more than k tokens do"
+            f"{name} cannot keep this budget: {error}; or count what is left at the end, budget_of='kept' "
+            f"(--policies {name.lower()}-kept), which costs more than k tokens do"
         ) from None
 
 

@@ -56,7 +56,8 @@ class SparseVLMScore:
     """Keeps what those words attend to most that the picture speaks of: mean over these raters and over heads.
 
     See :func:`text_raters` for which words they are. The published method drops by rank-adaptive shares at several
-    layers and merges some of the dropped tokens again; neither is done here.
+    layers and merges some of the dropped tokens again; neither is done here. Words are chosen as in version 1 of the
+    published code.
 
     Source: Zhang et al., "SparseVLM: visual token sparsification for efficient vision-language model inference", ICML
     2025, arXiv 2410.04417.
@@ -116,7 +117,8 @@ class DARTScore:
     Pivots are the visual tokens, and the words, whose keys in layer K - 1 have the largest L1 norm, largest first. The
     visual ones are kept. Then each pivot, visual ones first, takes its share of the other tokens: those of lowest
     cosine similarity to it, of what enters layer K through the model's final norm. Shares are equal; what is left over
-    goes to the first pivots, so that exactly k are kept (the published code rounds down, and leaves the order open).
+    goes to the first pivots, so that exactly k are kept (the published code rounds down, leaves the order open, and
+    keeps up to 4 tokens more than k).
 
     Source: Wen et al., "Stop looking for important tokens in multimodal language models: duplication matters more"
     (DART), EMNLP 2025, arXiv 2502.11494, where the tokens leave before layer K.

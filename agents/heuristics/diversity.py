@@ -87,7 +87,9 @@ class CDPruner:
 
     Departure: the paper's relevance is the similarity of CLIP's image tokens and its text tower's embedding of the
     question. The models here come without a text tower; :func:`question_relevance`, the embedding cosine in the
-    language model's input space, stands in for it.
+    language model's input space, stands in for it. On models with tiles, the published code keeps k tokens of each
+    tile, scales relevance over all tiles together, and leaves newline tokens out of the budget; here k counts all
+    tokens of an image, newlines among them.
 
     Args:
         sign: 1 prefers tokens that fit the question; -1, which the official code uses with CLIP's embeddings, those

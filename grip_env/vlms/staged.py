@@ -40,11 +40,10 @@ class StagedForward:
         ValueError: If ``selection`` is not bool (B, N).
 
     Dropped tokens leave the sequence, so later layers have less to do. What is left keeps its positions, or is
-    renumbered at each drop where ``position_policy``, the model's own if not given, is "reindex".
-    Dropping at layer 0 alone is what
-    ``vlm.score`` does; dropping at layer l equals hiding the tokens from attention in layer l and all after it.
-    Attention is causal: what visual tokens hold depends on nothing that comes after them, so not on the answer, nor on
-    the question where that follows the image.
+    renumbered at each drop where ``position_policy``, the model's own if not given, is "reindex". Dropping at layer 0
+    alone is what ``vlm.score`` does; dropping at layer l equals hiding the tokens from attention in layer l and all
+    after it. Attention is causal: what visual tokens hold depends on nothing that comes after them, so not on the
+    answer, nor on the question where that follows the image.
 
     What can be looked at belongs to the boundary where the pass stands: hidden states that come out of the layers that
     ran, keys and attention of the layer that is next. To prune by the attention of a layer once it has run, as FastV
