@@ -279,7 +279,7 @@ class GRPO:
                 return None
             encoded, full, kept, scores, reward = encoded[good], full[good], kept[good], scores[good], reward[good]
             actions = self._only(actions, good, kept)
-            with torch.set_grad_enabled(candidates == 1):
+            if candidates == 1:  # of several, the policy is made anew below
                 policy = self._policy(self.scorer, encoded, kept)
         seen = _seen(scores, reward, kept, config.flat_below)
         if candidates > 1:

@@ -14,10 +14,11 @@ from torch import nn
 
 from agents.subset import KSubset
 from agents.succession import Succession
+from grip_env.atomic import write_atomically
 from grip_env.finite import NonFiniteError, check_finite
 from grip_env.run_config import check_types
 from grip_env.vlms.base import Encoded
-from grip_env.vlms.sealed import seal, unseal, write_atomically
+from grip_env.vlms.sealed import seal, unseal
 
 __all__ = ["Interaction", "Scorer", "ScorerConfig", "ScorerInputs"]
 
@@ -319,7 +320,7 @@ class Scorer(nn.Module):
             scorer = cls(ScorerConfig.read(json.loads(texts["config"]), weights))
             scorer.load_state_dict(weights)
             check_finite(weights, "it")
-        except (KeyError, ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, AssertionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from grip_env.atomic import write_atomically
 from grip_env.finite import check_finite
-from grip_env.vlms.sealed import seal, unseal, write_atomically
+from grip_env.vlms.sealed import seal, unseal
 
 __all__ = ["TrainingState"]
 
@@ -93,7 +94,7 @@ class TrainingState(NamedTuple):
                 kind, _, name = key.partition("/")
                 parts[kind][name] = tensor
             check_finite(parts["weights"], "it")
-        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"{path} is damaged ({reason}): train again or copy it anew") from error
         return cls(about, parts["weights"], parts["moments"])

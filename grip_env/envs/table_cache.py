@@ -9,8 +9,9 @@ import os
 import warnings
 from pathlib import Path
 
+from grip_env.atomic import write_atomically
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
-from grip_env.vlms.sealed import picture_key, seal, unseal, write_atomically
+from grip_env.vlms.sealed import picture_key, seal, unseal
 
 __all__ = ["TableCache", "resolve_table_cache"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from grip_env.atomic import write_atomically
 from grip_env.vlms.cache_entries import pack, picture_key, unpack
 from grip_env.vlms.family import Picture
-from grip_env.vlms.sealed import write_atomically
 
 __all__ = ["CacheStatistics", "PictureCache"]
 

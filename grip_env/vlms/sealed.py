@@ -14,9 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from grip_env.atomic import write_atomically
-
-__all__ = ["picture_key", "raw_bytes", "seal", "unseal", "write_atomically"]
+__all__ = ["picture_key", "raw_bytes", "seal", "unseal"]
 
 DIGEST = "sha256"
 
