@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Succession", "as_subsets"]
@@ -126,7 +127,8 @@ class Succession:
 
 def _log_prob(scores: Tensor, interaction: Tensor, mask: Tensor, orders: Tensor) -> Tensor:
     """Return the log-probability of orders (G, k) of one row with scores (N,): float (G,)."""
-    taken = interaction.T[orders]  # (G, k, N): what each choice takes
+    # (G, k, N): what each choice takes; as an embedding, since threads that add to the gradient of an index race
+    taken = embedding(orders, interaction.T)
     taken = taken.cumsum(1) - taken  # what those before it took
     turns = torch.arange(orders.shape[1], device=orders.device)
     chosen = torch.full((len(orders), len(scores)), len(turns), device=orders.device)  # (G, N), the turn of each token

@@ -85,6 +85,8 @@ class Comparison:
     training: dict[str, dict[str, float]] = field(default_factory=dict)
     """What trained methods took to train: "seconds" and "forwards", see :class:`~agents.compute.Compute`; empty where
     that is not known."""
+    positions: dict[str, str] = field(default_factory=dict)
+    """Position policy of each method, "original" or "reindex"; absent where the model does not say."""
 
     @property
     def budgets(self) -> list[float]:
@@ -122,7 +124,8 @@ class Comparison:
             single[name] = {
                 budget: np.concatenate([self.log_likelihoods[member][budget] for member in members]) for budget in kept
             }
-        return Comparison(self.split, self.examples, self.tokens, cells, single, self.notes)
+        positions = {owner.get(name, name): policy for name, policy in self.positions.items()}
+        return Comparison(self.split, self.examples, self.tokens, cells, single, self.notes, positions=positions)
 
     # -- tables ------------------------------------------------------------------------------------------------
 
@@ -142,7 +145,7 @@ class Comparison:
             shown = " | ".join("-" if gap is None else f"{gap:.0%}" for gap in gaps)
             lines += ["", f"Gap between random and oracle log-likelihood closed by {AGENT}:", "", *self._head()]
             lines.append(f"| {agent} | {shown} |")
-        lines += self._costs() + self._training()
+        lines += self._positions() + self._costs() + self._training()
         return "\n".join(lines + [""] * bool(self.notes) + [f"Left out: {note}." for note in self.notes])
 
     def margins(self, method: str) -> str:
@@ -175,6 +178,17 @@ class Comparison:
             spread = "" if cell is None or f"{key}_sd" not in cell else f" ({cell[f'{key}_sd']:.3f})"
             shown.append("-" if cell is None else f"{cell[key]:.3f}{spread}")
         return f"| {method} | {' | '.join(shown)} |"
+
+    def _positions(self) -> list[str]:
+        """Return the line that says which position ids the tokens that stay have under each method."""
+        meanings = {"original": "as in the full sequence", "reindex": "renumbered without gaps"}
+        rows = {name: policy for name, policy in self.positions.items() if name in self.cells}
+        shown = []
+        for policy in dict.fromkeys(rows.values()):
+            names = [name for name, own in rows.items() if own == policy]
+            who = "every method" if len(names) == len(self.cells) else ", ".join(names)
+            shown.append(f"`{policy}` ({meanings.get(policy, policy)}): {who}")
+        return ["", f"**Position ids** of the tokens that stay. {'; '.join(shown)}."] if shown else []
 
     def _costs(self) -> list[str]:
         """Return the table of methods that do not simply keep what the budget allows."""
@@ -218,6 +232,7 @@ class Comparison:
             "cells": {name: {str(budget): cell for budget, cell in row.items()} for name, row in self.cells.items()},
             "notes": self.notes,
             "training": self.training,
+            "positions": self.positions,
         }
         arrays = {
             f"{name}@{budget}": np.ascontiguousarray(values[0] if len(values) == 1 else values)
@@ -341,7 +356,11 @@ def compare(
         f"{name} at {', '.join(f'{budget:.0%}' for budget in row)} ({next(iter(row.values()))})"
         for name, row in refused.items()
     ]
-    return Comparison(split, examples, tokens / examples, known, {name: single[name] for name in known}, notes)
+    usual = getattr(vlm, "position_policy", None)  # that of the model, but pruners inside it may have their own
+    policies = {name: getattr(contenders.get(name), "position_policy", usual) for name in known}
+    positions = {name: policy for name, policy in policies.items() if policy is not None}
+    likelihoods = {name: single[name] for name in known}
+    return Comparison(split, examples, tokens / examples, known, likelihoods, notes, positions=positions)
 
 
 def _run_batch(

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.grpo import GRPOConfig
 from agents.heuristics import BASELINES
+from agents.inside import FastV, PyramidDrop
 from agents.scorer import Scorer, ScorerConfig
 from grip_env import benchmark, commands, evaluate
 from grip_env import train as train_module
@@ -525,6 +526,23 @@ def test_what_else_is_compared_does_not_change_a_methods_numbers(vlm_folder: Pat
     beside = compare(vlm, task, BASELINES, examples=6, budgets=(0.2, 0.1), progress=False)
     for budget in (0.1, 0.2):
         assert alone.value("random", budget) == pytest.approx(beside.value("random", budget), abs=1e-5)
+
+
+def test_tables_say_which_positions_every_row_has(vlm_folder: Path, tmp_path: Path) -> None:
+    vlm, task = load_vlm(vlm_folder), SceneTask()
+    alike = {"random": BASELINES["random"], "FastV": FastV(budget_of="kept")}
+    both = alike | {"PyramidDrop": PyramidDrop(budget_of="kept")}
+    options: dict[str, Any] = {"examples": 4, "budgets": (0.2,), "progress": False}
+    assert "`original` (as in the full sequence): every method." in compare(vlm, task, alike, **options).markdown()
+    comparison = compare(vlm, task, both, **options).merged({"fast": ["FastV"]})
+    assert "`original` (as in the full sequence): random, fast, all tokens;" in comparison.markdown()
+    assert "`reindex` (renumbered without gaps): PyramidDrop." in comparison.markdown()
+    comparison.save(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["positions"]["PyramidDrop"] == "reindex"
+    renumbering = load_vlm(vlm_folder, position_policy="reindex")
+    assert compare(renumbering, task, alike, **options).positions == {
+        "random": "reindex", "FastV": "original", "all tokens": "reindex"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -392,3 +392,23 @@ def test_weights_of_a_seed_are_the_same_with_an_interaction_and_without() -> Non
         weights.append(Scorer(dataclasses.replace(SMALL, in_turn=in_turn)).state_dict())
     assert weights[0].keys() < weights[1].keys()
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+
+
+def test_gradients_are_the_same_on_several_threads_every_time() -> None:
+    """Tokens chosen twice add to one place of the interaction's gradient, in an order that must not depend on luck."""
+    generator = torch.Generator().manual_seed(0)
+    scores, interaction = torch.randn(4, 144, generator=generator), torch.randn(4, 144, 144, generator=generator)
+    mask, k = torch.ones(4, 144, dtype=torch.bool), torch.tensor([72, 50, 14, 7])
+    orders = Succession(scores, interaction, k, mask).sample((8,), generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(10):
+            leaf = interaction.clone().requires_grad_(True)
+            Succession(scores, leaf, k, mask).log_prob(orders).sum().backward()
+            assert leaf.grad is not None
+            found.append(leaf.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(gradient.equal(found[0]) for gradient in found)
