@@ -246,9 +246,13 @@ def begin() -> None:
 def end_soon(code: int, seconds: float = 5.0) -> None:
     """End the process of ``python -m grip_env.COMMAND`` that goes on after its command, once it has had some seconds.
 
-    A thread that somebody forgot keeps Python from ending.
+    A thread that somebody forgot keeps Python from ending. Signals are ignored meanwhile: Python gives them back their
+    default actions on its way out, by which they would replace the exit code.
     """
-    if any(signal.getsignal(number) is _quit for number in _SIGNALS) or _quit in _state.installed.values():
+    ours = [number for number in _SIGNALS if signal.getsignal(number) is _quit]
+    if ours or _quit in _state.installed.values():
+        for number in ours:
+            signal.signal(number, signal.SIG_IGN)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
