@@ -62,7 +62,7 @@ def picture_scope(family: Family, weights: str) -> str:
         # the class too: one of Pillow and one of torchvision have the same settings
         "processor": [_kind(processor), json.loads(processor.to_json_string())],
         "square": getattr(processor, "default_to_square", None),  # the one setting that is not among the saved ones
-        "family": [_kind(family), family.image_token, family.marker, family.text()],
+        "family": [vars(type(family)).get("key", _kind(family)), family.image_token, family.marker, family.text()],
         "versions": [version.split("+")[0] for version in (transformers.__version__, torch.__version__)],
         "pillow": PIL.__version__,
     }

@@ -25,6 +25,8 @@ __all__ = ["FAMILIES", "family_of"]
 class LlavaFamily(Family):
     """LLaVA 1.5."""
 
+    key = "grip_env.vlms.families.LlavaFamily"
+
     def views(self, images: Sequence[np.ndarray]) -> list[TowerView]:
         """Look at the layer whose output is selected."""
         tower = self.model.model.vision_tower
@@ -49,6 +51,8 @@ class LlavaFamily(Family):
 
 class TiledLlavaFamily(Family):
     """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles as one grid, a newline token after each row."""
+
+    key = "grip_env.vlms.families.TiledLlavaFamily"
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
         """Run the vision encoder on what the image processor made of images."""
@@ -132,6 +136,7 @@ class TiledLlavaFamily(Family):
 class QwenFamily(Family):
     """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a grid as large as the image asks for, positions of three axes."""
 
+    key = "grip_env.vlms.families.QwenFamily"
     axes = 3
     largest = 2**28
     """Sizes are of areas here."""
@@ -185,6 +190,8 @@ class QwenFamily(Family):
 class Qwen3Family(QwenFamily):
     """Qwen3-VL: the first layers of the language model get features of their own."""
 
+    key = "grip_env.vlms.families.Qwen3Family"
+
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
         """Wrap visual tokens (K, D) and what is added to them (K, E, D)."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
@@ -198,6 +205,7 @@ class Qwen3Family(QwenFamily):
 class SplitFamily(Family):
     """Idefics3 and SmolVLM: tiles, each after the name of its place, then the whole image."""
 
+    key = "grip_env.vlms.families.SplitFamily"
     fake = "<fake_token_around_image>"
 
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
@@ -258,6 +266,7 @@ class SplitFamily(Family):
 class InternVLFamily(Family):
     """InternVL: tiles in raster order, then the whole image if there are several."""
 
+    key = "grip_env.vlms.families.InternVLFamily"
     stacked = True
 
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -315,6 +324,7 @@ class InternVLFamily(Family):
 class PaliGemmaFamily(Family):
     """PaliGemma: no chat template; image and question see each other whole, the answer only what came before."""
 
+    key = "grip_env.vlms.families.PaliGemmaFamily"
     stacked = True
     first_place = 1
 
@@ -346,6 +356,7 @@ class PaliGemmaFamily(Family):
 class Gemma3Family(Family):
     """Gemma 3: one square image; visual tokens see each other whole."""
 
+    key = "grip_env.vlms.families.Gemma3Family"
     stacked = True
 
     @property

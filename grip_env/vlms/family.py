@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,6 +57,9 @@ class Family:
     """How many numbers say where a token is in the text."""
     first_place = 0
     """The place of the first token in the text."""
+    key: ClassVar[str]
+    """What names the family in keys of caches, and stays as it is whatever becomes of the class's module; each class
+    has one of its own, and one that has none is named by its module and name."""
     largest = 2**14
     """Largest number that a size in the settings of an image processor may be: a side, in pixels."""
 

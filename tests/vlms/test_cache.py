@@ -26,7 +26,7 @@ from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms import cache_entries, load_vlm
 from grip_env.vlms.cache import CacheStatistics, PictureCache
 from grip_env.vlms.cache_entries import LANGUAGE, encoder_digest, picture_key, picture_scope
-from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.families import FAMILIES, LlavaFamily
 from grip_env.vlms.family import Picture
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.vlms import tiny_models
@@ -661,3 +661,24 @@ def test_two_processes_write_and_evict_at_once(tmp_path: Path) -> None:
         assert (found is not None) == (key(seed) in sizes)
         assert found is None or found.tokens.equal(torch.full((6, 4), float(seed)))
     assert list(tmp_path.glob("shared/*/*.tmp")) == []
+
+
+def test_keys_stay_when_the_class_of_a_family_moves(
+    tiny_llava: HuggingFaceVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users' caches are addressed by these names: whatever is moved or renamed, they stay."""
+    names = {kind.key for kind in FAMILIES.values()}
+    assert names == {
+        f"grip_env.vlms.families.{name}Family"
+        for name in ("Llava", "TiledLlava", "Qwen", "Qwen3", "Split", "InternVL", "PaliGemma", "Gemma3")
+    }
+    assert len(names) == len(set(FAMILIES.values()))
+    before = picture_scope(tiny_llava.family, "weights")
+    monkeypatch.setattr(type(tiny_llava.family), "__module__", "somewhere.else")
+    assert picture_scope(tiny_llava.family, "weights") == before
+
+    class Own(LlavaFamily):
+        """A user's own family computes something else, whatever it inherits."""
+
+    own = Own(tiny_llava.model, tiny_llava.processor)
+    assert picture_scope(own, "weights") != before
