@@ -1,4 +1,103 @@
-"""Agents that choose visual tokens: GRPO, training-free pruners, and what they are made of."""
+"""Agents that choose visual tokens: GRPO, its rivals, training-free pruners, and what they are made of.
+
+The rooms, in the order in which a training passes through them:
+
+- ``base`` (what a policy is), ``scorer`` (the network), ``subset`` and ``ordered_subset`` (the distributions it makes),
+  ``selectors`` (a trained scorer as a policy);
+- ``pool`` (training examples), ``learning`` (what all training shares), ``training`` (imitation, relaxations, options),
+  ``grpo``, and ``sb3`` (Stable-Baselines3);
+- ``heuristics`` (training-free pruners), ``search`` (references that use the answer), ``methods`` (both by name);
+- ``agent`` (what ``--algo`` names), ``saved`` (agents of runs), ``pruner`` (a model with an agent in front of it).
+
+The names below are the public ones; they load when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.agent import Agent, Setting, find_algorithm, register
+    from agents.base import Policy, PolicySelector, Selector, keep_best
+    from agents.grpo import GRPO, RLOO, GRPOConfig, Reinforce
+    from agents.heuristics import BASELINES
+    from agents.learning import Metrics
+    from agents.methods import METHODS, find_method
+    from agents.ordered_subset import OrderedSubset
+    from agents.pool import ExamplePool
+    from agents.pruner import PRETRAINED, Pruner
+    from agents.scorer import Scorer, ScorerConfig
+    from agents.selectors import ScorerPolicy, ScorerSelector
+    from agents.subset import KSubset
 
 DISTRIBUTION = "grip-env"
-"""Tells this package from others of the same name; see ``grip_env.commands.check_agents_package``."""
+"""Tells this package from others of the same name; see ``grip_env.cli.check_agents_package``."""
+
+_HOMES = {
+    "Agent": "agents.agent",
+    "BASELINES": "agents.heuristics",
+    "ExamplePool": "agents.pool",
+    "GRPO": "agents.grpo",
+    "GRPOConfig": "agents.grpo",
+    "KSubset": "agents.subset",
+    "METHODS": "agents.methods",
+    "Metrics": "agents.learning",
+    "OrderedSubset": "agents.ordered_subset",
+    "PRETRAINED": "agents.pruner",
+    "Policy": "agents.base",
+    "PolicySelector": "agents.base",
+    "Pruner": "agents.pruner",
+    "RLOO": "agents.grpo",
+    "Reinforce": "agents.grpo",
+    "Scorer": "agents.scorer",
+    "ScorerConfig": "agents.scorer",
+    "ScorerPolicy": "agents.selectors",
+    "ScorerSelector": "agents.selectors",
+    "Selector": "agents.base",
+    "Setting": "agents.agent",
+    "find_algorithm": "agents.agent",
+    "find_method": "agents.methods",
+    "keep_best": "agents.base",
+    "register": "agents.agent",
+}
+
+__all__ = [
+    "BASELINES",
+    "GRPO",
+    "METHODS",
+    "PRETRAINED",
+    "RLOO",
+    "Agent",
+    "ExamplePool",
+    "GRPOConfig",
+    "KSubset",
+    "Metrics",
+    "OrderedSubset",
+    "Policy",
+    "PolicySelector",
+    "Pruner",
+    "Reinforce",
+    "Scorer",
+    "ScorerConfig",
+    "ScorerPolicy",
+    "ScorerSelector",
+    "Selector",
+    "Setting",
+    "find_algorithm",
+    "find_method",
+    "keep_best",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

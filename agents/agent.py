@@ -18,7 +18,7 @@ from agents.base import Policy, PolicySelector, Selector
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
-from grip_env.envs.rewards import Reward
+from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM
 
@@ -38,7 +38,7 @@ ALGORITHMS: dict[str, str] = {
     **dict.fromkeys(
         ("grpo", "rloo", "reinforce", "imitation", "gumbel-top-k", "sigmoid-gates", "soft-top-k"), "agents.algorithms"
     ),
-    **dict.fromkeys(("ppo", "a2c", "maskable-ppo"), "agents.ppo"),
+    **dict.fromkeys(("ppo", "a2c", "maskable-ppo"), "agents.sb3.agents"),
 }
 """The algorithms that come with the package, and the modules that register them."""
 

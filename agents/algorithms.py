@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from agents.agent import ScorerAgent, register
-from agents.grpo import GRPO, RLOO, GRPOConfig, Reinforce, ReinforceConfig, RLOOConfig
-from agents.imitation import Imitation, ImitationConfig
-from agents.relaxed import (
+from agents.grpo import GRPO, RLOO, GRPOConfig, Reinforce
+from agents.training.grpo_config import ReinforceConfig, RLOOConfig
+from agents.training.imitation import Imitation, ImitationConfig
+from agents.training.relaxations import (
     GumbelTopK,
     GumbelTopKConfig,
     SigmoidGates,
@@ -48,27 +49,27 @@ class ReinforceAgent(ScorerAgent):
 
 @register("imitation")
 class ImitationAgent(ScorerAgent):
-    """A scorer trained by :class:`~agents.imitation.Imitation`."""
+    """A scorer trained by :class:`~agents.training.imitation.Imitation`."""
 
     Options, Algorithm = ImitationConfig, Imitation
 
 
 @register("gumbel-top-k")
 class GumbelTopKAgent(ScorerAgent):
-    """A scorer trained by :class:`~agents.relaxed.GumbelTopK`."""
+    """A scorer trained by :class:`~agents.training.relaxations.GumbelTopK`."""
 
     Options, Algorithm = GumbelTopKConfig, GumbelTopK
 
 
 @register("sigmoid-gates")
 class SigmoidGatesAgent(ScorerAgent):
-    """A scorer trained by :class:`~agents.relaxed.SigmoidGates`."""
+    """A scorer trained by :class:`~agents.training.relaxations.SigmoidGates`."""
 
     Options, Algorithm = SigmoidGatesConfig, SigmoidGates
 
 
 @register("soft-top-k")
 class SoftTopKAgent(ScorerAgent):
-    """A scorer trained by :class:`~agents.relaxed.SoftTopK`."""
+    """A scorer trained by :class:`~agents.training.relaxations.SoftTopK`."""
 
     Options, Algorithm = SoftTopKConfig, SoftTopK

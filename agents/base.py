@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from grip_env.envs.sampling import check_budget, tokens_in_budget
+from grip_env.envs.core.sampling import check_budget, tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["Policy", "PolicySelector", "Selector", "budget_to_count", "keep_best", "observations", "top_k"]

@@ -2,9 +2,10 @@
 
 How it departs from GRPO as Shao et al. (DeepSeekMath, 2024) have it for language: an action is one subset, which has
 one log-probability and no per-token ratio. By default its tokens are drawn one after another
-(:mod:`agents.succession`), otherwise all at once from the exact k-subset distribution, whose KL to the policy that the
-warm-up left is exact, not estimated. Rewards are continuous, so that the group's standard deviation has a floor; one
-on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's value is 0 (its gradient is
+(:mod:`agents.ordered_subset`), otherwise all at once from the exact k-subset distribution, whose KL to the policy that
+the warm-up left is exact, not estimated. Rewards are continuous, so that the group's standard deviation has a floor;
+one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's value is 0 (its gradient
+is
 not: watch reward and entropy). A single decision has no length to normalise by.
 
 By default only the examples whose first few rewards differ most get a whole group (``candidates``), as in most groups
@@ -20,21 +21,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from agents.imitation import Imitation, as_warm_up
 from agents.learning import Learner, Metrics, check_batch, draw_counts, finite_rows, lowest_eighth
+from agents.ordered_subset import OrderedSubset, as_subsets
 from agents.pool import ExamplePool
-from agents.presets import PRESETS, GRPOConfig, Objective, PresetName
 from agents.scorer import Scorer
 from agents.subset import KSubset
-from agents.succession import Succession, as_subsets
-from agents.value import ValueBaseline
-from grip_env.envs.rewards import Reward, judge, needs_agreement, resolve_reward
-from grip_env.finite import named_step
+from agents.training.grpo_config import PRESETS, GRPOConfig, Objective
+from agents.training.imitation import Imitation, as_warm_up
+from agents.training.value_baseline import ValueBaseline
+from grip_env.common.finite import named_step
+from grip_env.rewards.judging import judge
+from grip_env.rewards.parsing import resolve_reward
+from grip_env.rewards.terms import Reward, needs_agreement
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = [
@@ -44,9 +47,7 @@ __all__ = [
     "GRPOConfig",
     "Metrics",
     "Objective",
-    "RLOOConfig",
     "Reinforce",
-    "ReinforceConfig",
     "advantages",
     "policy_objective",
     "surrogate",
@@ -111,13 +112,13 @@ def surrogate(
 
 
 def policy_objective(
-    policy: KSubset | Succession,
+    policy: KSubset | OrderedSubset,
     log_prob: torch.Tensor,
     old: torch.Tensor,
     advantage: torch.Tensor,
     settings: Objective,
     counted: torch.Tensor | None = None,
-    reference: KSubset | Succession | None = None,
+    reference: KSubset | OrderedSubset | None = None,
 ) -> torch.Tensor:
     """Return what one update maximises, a scalar: mean surrogate - KL to the reference + entropy per kept token.
 
@@ -149,7 +150,7 @@ class Rollouts(NamedTuple):
     """B examples."""
     kept: torch.Tensor
     """Subset sizes, long (B,)."""
-    policy: KSubset | Succession
+    policy: KSubset | OrderedSubset
     """Over the subsets of the examples."""
     actions: torch.Tensor
     """What the policy drew: subsets, bool (G, B, N), or orders, long (G, B, K)."""
@@ -189,8 +190,9 @@ class GRPO:
         scorer: What is trained, in place. Where neither ``in_turn`` nor a preset other than "default" is given, it is
             trained to choose as it was made to.
         config: Hyperparameters; ``self.config`` has those that a preset decides filled in.
-        reward: A reward, or a text that stands for one: see :func:`~grip_env.envs.rewards.resolve_reward`. All subsets
-            of a group have one size, so that :class:`~grip_env.envs.rewards.KeptFraction` changes nothing but numbers.
+        reward: A reward, or a text that stands for one: see :func:`~grip_env.rewards.parsing.resolve_reward`. All
+            subsets of a group have one size, so that :class:`~grip_env.rewards.terms.KeptFraction` changes nothing but
+            numbers.
         seed: Decides budgets and subsets.
 
     Raises:
@@ -200,7 +202,7 @@ class GRPO:
     deviation, and ``flat_groups``, the share of groups where it is below ``flat_below`` (both absent where a group is
     one subset); ``entropy_per_token``, exact for the k-subset law, and for tokens chosen in turn that of their order,
     estimated from what was drawn, which is higher; ``value_loss`` with a learned baseline; ``seconds`` of the step, and
-    ``forwards``, what the language model was run for from the beginning on: see :class:`~agents.compute.Compute`.
+    ``forwards``, what the language model was run for from the beginning on: see :class:`~agents.pool.ForwardCounter`.
     """
 
     phase = "grpo"
@@ -247,7 +249,7 @@ class GRPO:
         config = self.config
         return draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
 
-    def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset | Succession:
+    def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset | OrderedSubset:
         return scorer.policy(encoded, kept, self.config.temperature)
 
     def _score(self, encoded: Encoded, full: Scores, actions: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
@@ -364,16 +366,6 @@ class GRPO:
             )
 
 
-@dataclass
-class RLOOConfig(GRPOConfig):
-    """REINFORCE whose baseline is the mean reward of the other subsets in the group (RLOO)."""
-
-    preset: PresetName = "rloo"
-    """Decides the options that are not given, as `--algo grpo --help` tells."""
-    instances: int = 32
-    """Examples per step (B)."""
-
-
 class RLOO(GRPO):
     """GRPO with the preset "rloo", under a name of its own.
 
@@ -382,16 +374,6 @@ class RLOO(GRPO):
     """
 
     phase = "rloo"
-
-
-@dataclass
-class ReinforceConfig(GRPOConfig):
-    """REINFORCE with a learned baseline: G independent subsets of each example, of which one is enough."""
-
-    preset: PresetName = "reinforce"
-    """Decides the options that are not given, as `--algo grpo --help` tells."""
-    instances: int = 32
-    """Examples per step (B)."""
 
 
 class Reinforce(GRPO):

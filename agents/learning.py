@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from grip_env.envs.sampling import tokens_in_budget
-from grip_env.finite import NonFiniteError, name_of
+from grip_env.common.finite import NonFiniteError, name_of
+from grip_env.envs.core.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded
 
 __all__ = [

@@ -2,20 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from agents.contenders import Contender, run_contender
+import torch
+
+from agents.base import Selector
 from agents.heuristics.attention import VisPruner, cls_attention, received_attention
 from agents.heuristics.basic import feature_norm, oracle, random_tokens, uniform_grid
 from agents.heuristics.diversity import CDPruner, max_min_diversity
-from agents.heuristics.replacing import VisionZip, downsampled_image
-from agents.inside import FastV, PyramidDrop
-from agents.language import DARTScore, FastVScore, SparseVLMScore
-from agents.search import CrossEntropy, GreedyBackward, GreedyForward, RandomSearch, Search, SwapSearch
+from agents.heuristics.inside_llm import FastV, InsidePruner, PyramidDrop
+from agents.heuristics.llm_scores import DARTScore, FastVScore, SparseVLMScore
+from agents.heuristics.replacing import Replacement, Replacer, VisionZip, downsampled_image
+from agents.search.local import CrossEntropy, GreedyBackward, GreedyForward, RandomSearch, Search, SwapSearch
 from grip_env.vlms.base import Encoded, FrozenVLM
 
-__all__ = ["METHODS", "Method", "Need", "find_method", "methods_table"]
+__all__ = [
+    "METHODS",
+    "BudgetError",
+    "Method",
+    "MethodResult",
+    "Need",
+    "Runnable",
+    "find_method",
+    "methods_table",
+    "run_method",
+]
+
+
+Runnable: TypeAlias = "Selector | Replacer | InsidePruner"
+"""A selector of tokens, a method that puts other tokens in their place, or a pruner inside the language model."""
+
+
+class BudgetError(ValueError):
+    """A method cannot keep a budget."""
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """How the model answered B examples under a method that is no selector."""
+
+    log_likelihood: torch.Tensor
+    """float (B,)."""
+    correct: torch.Tensor
+    """bool (B,)."""
+    spent: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """"tokens", how many were left at the end, and of pruners inside the language model "layer_average", how many there
+    were on average over the layers, and "flops", the share of those without pruning; each (B,)."""
+
+
+def run_method(
+    method: Runnable, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor | MethodResult:
+    """Let a method have its way with B examples.
+
+    Args:
+        method: The method.
+        vlm: The frozen model.
+        encoded: B examples.
+        kept: How many tokens each may keep, long (B,).
+        generator: Source of any randomness, on the CPU.
+
+    Returns:
+        The selection of a selector, bool (B, N); what came of the others.
+
+    Raises:
+        BudgetError: If a pruner inside the language model cannot keep the budget.
+    """
+    if isinstance(method, InsidePruner):
+        try:
+            result = method.score(vlm, encoded, kept, generator)
+        except ValueError as error:
+            raise BudgetError(str(error)) from None
+        spent = {"tokens": result.kept, "layer_average": result.layer_average, "flops": result.flops}
+        return MethodResult(result.scores.log_likelihood[:, 0], result.scores.correct[:, 0], spent)
+    chosen = method(vlm, encoded, kept, generator)
+    if not isinstance(chosen, Replacement):
+        return chosen
+    scores = vlm.score(chosen.encoded, chosen.selection[:, None])
+    return MethodResult(scores.log_likelihood[:, 0], scores.correct[:, 0], {"tokens": chosen.selection.sum(1)})
+
 
 Need = Literal[
     "CLS attention",
@@ -38,7 +105,7 @@ class Method:
 
     title: str
     """Its name in tables."""
-    run: Contender
+    run: Runnable
     """A selector of tokens, a replacer where the tokens themselves change, or a pruner inside the language model."""
     source: str
     """Where it comes from; empty for what is common knowledge."""
@@ -70,9 +137,9 @@ class Method:
         count = first.token_mask.sum(1)
         try:
             if "decoder layers" in self.needs:  # a budget of all tokens can always be kept
-                run_contender(self.run, vlm, first, count, torch.Generator().manual_seed(0))
+                run_method(self.run, vlm, first, count, torch.Generator().manual_seed(0))
             elif {"CLS attention", "received attention", "new tokens", "smaller images"} & set(self.needs):
-                run_contender(self.run, vlm, first, torch.ones_like(count), torch.Generator().manual_seed(0))
+                run_method(self.run, vlm, first, torch.ones_like(count), torch.Generator().manual_seed(0))
         except (NotImplementedError, ValueError) as error:
             return f"{self.title} needs {' and '.join(self.needs)}: {error}"
         return None

@@ -4,11 +4,51 @@ from __future__ import annotations
 
 import torch
 
-from agents.compute import Compute
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
-__all__ = ["ExamplePool"]
+__all__ = ["BACKWARD", "ExamplePool", "ForwardCounter"]
+
+
+BACKWARD = 3
+"""Forward passes that one forward and backward pass together are worth: the backward pass computes two products of
+matrices for each one of the forward pass (Kaplan et al., "Scaling laws for neural language models", 2020, section 2.1).
+"""
+
+
+class ForwardCounter:
+    """Counts forward-equivalents: how often a language model has read one selection of one example.
+
+    One selection scored counts 1, whatever it keeps, and so does the full image, by which an example enters the pool.
+    One read forwards and backwards, as for a gradient with respect to the visual tokens, counts :data:`BACKWARD`. What
+    runs once per image in every algorithm, the vision encoder, is not counted, and neither is the scorer's own work:
+    ``seconds`` in the logs has them.
+
+    >>> compute = ForwardCounter()
+    >>> compute.add(32)  # 32 selections scored
+    >>> compute.add(8, backward=True)  # 8 gradients
+    >>> compute.forwards
+    56
+    """
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        """Forward-equivalents so far."""
+
+    def add(self, count: int, backward: bool = False) -> None:
+        """Count selections that the language model has read.
+
+        Args:
+            count: How many, B * G for a batch.
+            backward: Whether a gradient was computed through the language model as well.
+
+        Raises:
+            ValueError: If there are fewer than 0.
+        """
+        if count < 0:
+            raise ValueError(f"count must be at least 0; got {count}")
+        self.forwards += count * (BACKWARD if backward else 1)
+
 
 PART = 128  # examples encoded or scored in one go
 
@@ -36,7 +76,7 @@ class ExamplePool:
         if size < 1 or reuse < 1:
             raise ValueError(f"size and reuse must be at least 1; got size={size}, reuse={reuse}")
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
-        self.compute = Compute()
+        self.compute = ForwardCounter()
         """What all who train on this pool have spent, the pool included: 1 for each example scored with all tokens."""
         self._generator = torch.Generator().manual_seed(seed)
         self._held: Encoded | None = None

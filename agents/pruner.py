@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from agents.base import Selector, budget_to_count
-from agents.saved import load_saved
+from agents.saved import load_saved, options_of
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
-from grip_env.atomic import folder_on_disk
-from grip_env.run_config import read_run_config
-from grip_env.run_status import unfinished
+from grip_env.common.atomic_files import folder_on_disk
+from grip_env.run_folder.config import read_run_config
+from grip_env.run_folder.status import unfinished
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
+from grip_env.vlms.generation.options import check_options, new_tokens
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.inputs import encode_inputs, split_inputs
-from grip_env.vlms.options import check_options, new_tokens
+from grip_env.vlms.processor_inputs import encode_inputs, split_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -172,7 +172,7 @@ class Pruner:
         Args:
             budget: Share of the visual tokens, one for all or one for each prompt; 1 keeps all.
             sizes: (height, width) of each image, where the processor's tensors do not tell them; see
-                :func:`~grip_env.vlms.inputs.encode_inputs`.
+                :func:`~grip_env.vlms.processor_inputs.encode_inputs`.
             inputs: What the model's processor returned, one image for each prompt (padding on any side), and options
                 of ``generate``: ``max_new_tokens``, ``do_sample``, ``generation_config``, ... Lengths among them count
                 the prompts as given, and streamers, stopping criteria and processors of logits see these; see
@@ -250,7 +250,7 @@ def load_agent(
             f"`python -m grip_env.train --vlm {name}` and give its run"
         )
     if (folder / "config.json").is_file():
-        return load_saved(folder, read_run_config(folder), vlm, algorithm)
+        return load_saved(folder, read_run_config(folder, options_of), vlm, algorithm)
     if algorithm is not None:
         raise ValueError(f"{folder} holds no run with config.json, but a scorer: leave out the algorithm {algorithm!r}")
     inside = folder_on_disk(folder / "agent")

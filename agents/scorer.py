@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from agents.ordered_subset import OrderedSubset
 from agents.subset import KSubset
-from agents.succession import Succession
-from grip_env.atomic import write_atomically
-from grip_env.finite import NonFiniteError, check_finite
-from grip_env.run_config import check_types
+from grip_env.common.atomic_files import write_atomically
+from grip_env.common.finite import NonFiniteError, check_finite
+from grip_env.common.json_types import check_types
+from grip_env.common.sealed_files import seal, unseal
 from grip_env.vlms.base import Encoded
-from grip_env.vlms.sealed import seal, unseal
+from grip_env.vlms.flops import layer_flops
 
-__all__ = ["Interaction", "Scorer", "ScorerConfig", "ScorerInputs"]
+__all__ = ["Interaction", "Scorer", "ScorerConfig", "ScorerInputs", "selector_flops"]
 
 SEAL = "scorer"
 
@@ -40,8 +41,9 @@ class ScorerConfig:
     use_question: bool = True
     """False hides the question: the agent then learns what matters whatever is asked."""
     in_turn: bool = False
-    """Choose tokens one after another, each choice knowing of those before (:class:`~agents.succession.Succession`),
-    rather than all at once by their scores (:class:`~agents.subset.KSubset`)."""
+    """Choose tokens one after another, each choice knowing of those before
+    (:class:`~agents.ordered_subset.OrderedSubset`), rather than all at once by their scores
+    (:class:`~agents.subset.KSubset`)."""
     pair_width: int = 16
     """Width in which two tokens are compared where they are chosen in turn."""
 
@@ -253,7 +255,7 @@ class Scorer(nn.Module):
         """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
         return self(*ScorerInputs.of(encoded, kept))
 
-    def policy(self, encoded: Encoded, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | Succession:
+    def policy(self, encoded: Encoded, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
         """Return the distribution over selections of encoded examples at the given counts (B,), as ``in_turn`` says.
 
         Args:
@@ -263,7 +265,7 @@ class Scorer(nn.Module):
         """
         return self.decide(ScorerInputs.of(encoded, kept), kept, temperature)
 
-    def decide(self, inputs: ScorerInputs, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | Succession:
+    def decide(self, inputs: ScorerInputs, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
         """Return the same from what the scorer reads; see :meth:`policy`."""
         features = self.features(*inputs)
         scores = self.rate(features, inputs.token_mask) / temperature
@@ -271,7 +273,9 @@ class Scorer(nn.Module):
             raise NonFiniteError("scores of the scorer are NaN or infinite: look at its weights and at what it reads")
         if self.interaction is None:
             return KSubset(scores, kept, mask=inputs.token_mask, validate_args=False)
-        return Succession(scores, self.interaction(features, inputs.positions) / temperature, kept, inputs.token_mask)
+        return OrderedSubset(
+            scores, self.interaction(features, inputs.positions) / temperature, kept, inputs.token_mask
+        )
 
     def check_in_turn(self, wanted: bool) -> None:
         """Raise ValueError unless this scorer chooses as options say."""
@@ -324,3 +328,15 @@ class Scorer(nn.Module):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()
+
+
+def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:
+    """FLOPs of the scorer over ``tokens`` visual tokens and a question of ``words`` tokens."""
+    width, memory = config.width, words + 1
+    embed = 2 * (tokens + words) * config.token_width * width
+    places = 2 * tokens * (24 * width + width**2) + 2 * (2 * width + width**2)
+    question = layer_flops(memory, width, 4 * width)
+    cross = 2 * (2 * tokens + 2 * memory) * width**2 + 4 * tokens * memory * width
+    blocks = config.blocks * (layer_flops(tokens, width, 4 * width) + cross)
+    pairs = 2 * tokens * (width + 2 * width * config.pair_width + tokens * config.pair_width) * config.in_turn
+    return embed + places + question + blocks + pairs + 2 * tokens * width

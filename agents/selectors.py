@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from agents.scorer import Scorer, ScorerInputs
-from grip_env.envs.sampling import tokens_in_budget
+from grip_env.envs.core.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["ScorerPolicy", "ScorerSelector"]

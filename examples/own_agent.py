@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agents.agent import Setting
-from agents.base import keep_best
-from agents.learning import Metrics
-from agents.subset import KSubset
-from grip_env.vlms.base import FrozenVLM
+from agents import KSubset, Metrics, Setting, keep_best
+from grip_env import FrozenVLM
 
 
 @dataclass

@@ -9,10 +9,8 @@ import gymnasium
 import torch
 
 import grip_env
-from agents.base import PolicySelector, keep_best
-from agents.heuristics import BASELINES
-from agents.subset import KSubset
-from grip_env.comparison import compare
+from agents import BASELINES, KSubset, keep_best
+from grip_env import compare
 
 
 class Matcher(torch.nn.Module):
@@ -44,5 +42,5 @@ for step in range(steps):
     optimizer.step()
     if step % 25 == 0:
         print(f"step {step}: reward {reward.mean():.3f}")
-methods = {"my policy": PolicySelector(policy), "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
+methods = {"my policy": policy, "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
 print(compare(vlm, task, methods, split="validation", examples=96, budgets=(0.05, 0.1, 0.2)).markdown())

@@ -17,9 +17,8 @@ import tyro
 from torch import nn
 
 import grip_env
-from agents.base import PolicySelector
-from agents.heuristics import BASELINES
-from grip_env.comparison import compare
+from agents import BASELINES
+from grip_env import compare
 
 
 @dataclass
@@ -167,5 +166,5 @@ for iteration in range(args.iterations):
         )
 envs.close()
 
-methods = {"PPO": PolicySelector(agent), "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
+methods = {"PPO": agent, "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
 print(compare(vlm, task, methods, "validation", args.report_examples, budgets=(args.budget,)).markdown())

@@ -1,7 +1,15 @@
 """Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
 
-Importing this package registers the environments ``GRIP/...-v0``. What is heavier than
-Gymnasium loads when used.
+Importing this package registers the environments ``GRIP/...-v0``. What is heavier than Gymnasium loads when used.
+
+The rooms, in the order in which data pass through them; none imports from one behind it:
+
+- ``common``: files that appear whole, signals, checks;
+- ``tasks``: images with questions and answers; ``vlms``: the frozen models; ``pretraining``: how the embedded one came
+  about;
+- ``rewards``: what a selection is worth; ``exact``: every selection of small instances; ``envs``: the environments;
+- ``run_folder``: the folder of a run; then the package ``agents``;
+- ``reports``: agents and methods compared; ``cli``, ``bench`` and the commands, ``python -m grip_env.train`` and so on.
 """
 
 from __future__ import annotations
@@ -12,18 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("grip_env.") for word in sys.orig_argv):
     # python -m grip_env.COMMAND imports this package first: Ctrl-C is dealt with from here on
-    from grip_env.stopping import quit_while_starting
+    from grip_env.common.stopping import quit_while_starting
 
     quit_while_starting()
 
 import gymnasium
 
 if TYPE_CHECKING:
-    from grip_env.envs.enumeration import RewardTable
-    from grip_env.envs.progressive import ProgressivePruningEnv
-    from grip_env.envs.progressive_vector import ProgressivePruningVectorEnv
-    from grip_env.envs.rendering import Panel, draw_selection, gallery
-    from grip_env.envs.rewards import (
+    from grip_env.envs.core.rendering import Panel, draw_selection, gallery
+    from grip_env.envs.progressive import ProgressivePruningEnv, ProgressivePruningVectorEnv
+    from grip_env.envs.sb3 import as_sb3_vec_env
+    from grip_env.envs.selection import TokenSelectionEnv, TokenSelectionVectorEnv
+    from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
+    from grip_env.envs.small import SmallSelectionEnv, SmallSelectionVectorEnv
+    from grip_env.exact.reward_table import RewardTable
+    from grip_env.reports.comparison import Comparison, compare
+    from grip_env.rewards.terms import (
         REWARDS,
         AgreementWithFull,
         AnswerLogLikelihood,
@@ -34,56 +46,55 @@ if TYPE_CHECKING:
         Reward,
         WeightedSum,
     )
-    from grip_env.envs.sb3 import as_sb3_vec_env
-    from grip_env.envs.selection import TokenSelectionEnv
-    from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
-    from grip_env.envs.small import SmallSelectionEnv, SmallSelectionVectorEnv
-    from grip_env.envs.vector import TokenSelectionVectorEnv
     from grip_env.tasks.base import Example, Task
     from grip_env.tasks.files import DataError, FileTask
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
     from grip_env.vlms.base import Encoded, FrozenVLM, Scores
     from grip_env.vlms.blocks import BlockVLM
+    from grip_env.vlms.cache.images import PictureCache
+    from grip_env.vlms.decoder.staged_forward import StagedForward
     from grip_env.vlms.huggingface import HuggingFaceVLM
-    from grip_env.vlms.staged import StagedForward
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AgreementWithFull": "grip_env.envs.rewards",
-    "AnswerLogLikelihood": "grip_env.envs.rewards",
-    "AnswerProbability": "grip_env.envs.rewards",
-    "ComposableReward": "grip_env.envs.rewards",
+    "AgreementWithFull": "grip_env.rewards.terms",
+    "AnswerLogLikelihood": "grip_env.rewards.terms",
+    "AnswerProbability": "grip_env.rewards.terms",
+    "ComposableReward": "grip_env.rewards.terms",
     "BlockVLM": "grip_env.vlms.blocks",
+    "Comparison": "grip_env.reports.comparison",
     "DataError": "grip_env.tasks.files",
     "Encoded": "grip_env.vlms.base",
-    "ExactMatch": "grip_env.envs.rewards",
+    "ExactMatch": "grip_env.rewards.terms",
     "Example": "grip_env.tasks.base",
     "FileTask": "grip_env.tasks.files",
     "FrozenVLM": "grip_env.vlms.base",
     "HuggingFaceVLM": "grip_env.vlms.huggingface",
-    "KeptFraction": "grip_env.envs.rewards",
-    "Panel": "grip_env.envs.rendering",
+    "KeptFraction": "grip_env.rewards.terms",
+    "Panel": "grip_env.envs.core.rendering",
+    "PictureCache": "grip_env.vlms.cache.images",
     "ProgressivePruningEnv": "grip_env.envs.progressive",
-    "ProgressivePruningVectorEnv": "grip_env.envs.progressive_vector",
-    "REWARDS": "grip_env.envs.rewards",
-    "Reward": "grip_env.envs.rewards",
-    "RewardTable": "grip_env.envs.enumeration",
+    "ProgressivePruningVectorEnv": "grip_env.envs.progressive",
+    "REWARDS": "grip_env.rewards.terms",
+    "Reward": "grip_env.rewards.terms",
+    "RewardTable": "grip_env.exact.reward_table",
     "SceneTask": "grip_env.tasks.scenes",
     "Scores": "grip_env.vlms.base",
     "SequentialSelectionEnv": "grip_env.envs.sequential",
     "SequentialSelectionVectorEnv": "grip_env.envs.sequential",
-    "StagedForward": "grip_env.vlms.staged",
+    "StagedForward": "grip_env.vlms.decoder.staged_forward",
     "SmallSelectionEnv": "grip_env.envs.small",
     "SmallSelectionVectorEnv": "grip_env.envs.small",
     "Task": "grip_env.tasks.base",
     "TokenSelectionEnv": "grip_env.envs.selection",
-    "TokenSelectionVectorEnv": "grip_env.envs.vector",
-    "WeightedSum": "grip_env.envs.rewards",
+    "TokenSelectionVectorEnv": "grip_env.envs.selection",
+    "WeightedSum": "grip_env.rewards.terms",
     "as_sb3_vec_env": "grip_env.envs.sb3",
-    "draw_selection": "grip_env.envs.rendering",
-    "gallery": "grip_env.envs.rendering",
+    "compare": "grip_env.reports.comparison",
+    "draw_selection": "grip_env.envs.core.rendering",
+    "gallery": "grip_env.envs.core.rendering",
     "load_vlm": "grip_env.vlms",
 }
 
@@ -93,6 +104,7 @@ __all__ = [
     "AnswerLogLikelihood",
     "AnswerProbability",
     "BlockVLM",
+    "Comparison",
     "ComposableReward",
     "DataError",
     "Encoded",
@@ -103,6 +115,7 @@ __all__ = [
     "HuggingFaceVLM",
     "KeptFraction",
     "Panel",
+    "PictureCache",
     "ProgressivePruningEnv",
     "ProgressivePruningVectorEnv",
     "Reward",
@@ -120,6 +133,7 @@ __all__ = [
     "WeightedSum",
     "__version__",
     "as_sb3_vec_env",
+    "compare",
     "draw_selection",
     "gallery",
     "load_vlm",
@@ -138,23 +152,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_TOKENS = "selection:TokenSelectionEnv", "vector:TokenSelectionVectorEnv"
-
-for _name, (_single, _vector), _preset in (
-    ("TokenSelection", _TOKENS, {}),
-    ("TokenScores", _TOKENS, {"action_mode": "scores"}),  # for what can be told nothing but an id
-    ("SequentialSelection", ("sequential:SequentialSelectionEnv", "sequential:SequentialSelectionVectorEnv"), {}),
-    (
-        "ProgressivePruning",
-        ("progressive:ProgressivePruningEnv", "progressive_vector:ProgressivePruningVectorEnv"),
-        {},
-    ),
-    ("SmallSelection", ("small:SmallSelectionEnv", "small:SmallSelectionVectorEnv"), {}),
+for _name, _module, _class, _preset in (
+    ("TokenSelection", "selection", "TokenSelection", {}),
+    ("TokenScores", "selection", "TokenSelection", {"action_mode": "scores"}),  # for what is told nothing but an id
+    ("SequentialSelection", "sequential", "SequentialSelection", {}),
+    ("ProgressivePruning", "progressive", "ProgressivePruning", {}),
+    ("SmallSelection", "small", "SmallSelection", {}),
 ):
     if f"GRIP/{_name}-v0" not in gymnasium.registry:  # a reload would warn
         gymnasium.register(
             f"GRIP/{_name}-v0",
-            f"grip_env.envs.{_single}",
-            vector_entry_point=f"grip_env.envs.{_vector}",
+            f"grip_env.envs.{_module}:{_class}Env",
+            vector_entry_point=f"grip_env.envs.{_module}:{_class}VectorEnv",
             kwargs=dict(_preset),
         )

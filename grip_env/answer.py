@@ -10,17 +10,10 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from grip_env.atomic import content_of, write_atomically
-from grip_env.commands import (
-    CommandError,
-    ModelConfig,
-    check_agents_package,
-    check_at_least,
-    interruptible,
-    load_model,
-    say_unfinished,
-    writing,
-)
+from grip_env.cli import check_agents_package, check_at_least, interruptible, load_model, say_unfinished, writing
+from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.errors import CommandError
+from grip_env.run_folder.config import ModelConfig
 
 if TYPE_CHECKING:
     from agents.pruner import Answer, Pruner
@@ -111,7 +104,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     print(table(pruned, dense))
     if vlm.cache is not None:
         print(f"{vlm.cache.describe()}; so encode is the time to read it")
-    from grip_env.envs.rendering import draw_selection
+    from grip_env.envs.core.rendering import draw_selection
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']
     picture = draw_selection(image, pruned.positions, pruned.kept, lines, cells=pruned.cells)

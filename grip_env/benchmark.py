@@ -1,7 +1,7 @@
 """Train with several seeds and measure what the project promises: ``python -m grip_env.benchmark``.
 
-``python -m grip_env.benchmark latency`` measures what pruning saves instead (see :mod:`grip_env.latency`), and
-``python -m grip_env.benchmark speed`` what the environments cost (see :mod:`grip_env.speed`).
+``python -m grip_env.benchmark latency`` measures what pruning saves instead (see :mod:`grip_env.bench.latency`), and
+``python -m grip_env.benchmark speed`` what the environments cost (see :mod:`grip_env.bench.speed`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 import tyro
 from safetensors.numpy import load_file
 
-from grip_env.commands import CommandError, check_agents_package, check_at_least, interruptible, print_verdicts
-from grip_env.comparison import Margin
-from grip_env.runs import read_log
+from grip_env.cli import check_agents_package, check_at_least, interruptible, print_verdicts
+from grip_env.common.errors import CommandError
+from grip_env.reports.comparison import Margin
+from grip_env.reports.saved_runs import read_log
 
 __all__ = ["Config", "drawing_speed", "main", "paired", "promises", "run_seed", "summary"]
 
@@ -85,7 +86,7 @@ def paired(reports: list[dict[str, Any]], method: str, rival: str, budget: str) 
 
 def promises(reports: list[dict[str, Any]], ratio: float) -> list[tuple[str, bool]]:
     """Check what the README says of the default agent; returns (statement with numbers, whether it holds)."""
-    from grip_env.comparison import AGENT, WARMUP
+    from grip_env.reports.comparison import AGENT, WARMUP
 
     table, checks = summary(reports), []
     for budget in ("0.05", "0.1"):
@@ -116,7 +117,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         CommandError: If the runs were made with other settings.
     """
     from grip_env import evaluate, train
-    from grip_env.runs import load_run
+    from grip_env.reports.saved_runs import load_run
 
     folder = config.runs / f"benchmark-seed{seed}"
     options = replace(
@@ -188,11 +189,11 @@ def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float
 def main() -> None:
     """Run the command."""
     if sys.argv[1:2] == ["latency"]:
-        from grip_env import latency
+        from grip_env.bench import latency
 
         return latency.main(sys.argv[2:])
     if sys.argv[1:2] == ["speed"]:
-        from grip_env import speed
+        from grip_env.bench import speed
 
         return speed.main(sys.argv[2:])
     with interruptible("interrupted; the same command goes on after the runs that have finished."):
@@ -203,7 +204,7 @@ def _run(config: Config) -> None:
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, seeds=len(config.seeds), examples=config.examples)
-    from grip_env.comparison import AGENT
+    from grip_env.reports.comparison import AGENT
 
     reports: list[dict[str, Any]] = []
     minutes: list[float] = []

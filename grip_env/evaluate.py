@@ -10,27 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from grip_env.atomic import content_of, folder_on_disk, write_atomically
-from grip_env.commands import (
-    CommandError,
-    ModelConfig,
+from grip_env.cli import (
     check_agents_package,
     check_at_least,
-    importable_from_here,
     interruptible,
     load_model_and_task,
-    make_folder,
     say_unfinished,
     writing,
 )
-from grip_env.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare
-from grip_env.run_config import consent_needed
-from grip_env.run_status import read_status
-from grip_env.runs import Run, group_runs, load_agent, load_run
+from grip_env.common.atomic_files import content_of, folder_on_disk, write_atomically
+from grip_env.common.errors import CommandError
+from grip_env.common.plugins import importable_from_here
+from grip_env.reports.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare
+from grip_env.reports.saved_runs import Run, group_runs, load_agent, load_run
+from grip_env.run_folder.config import ModelConfig, consent_needed
+from grip_env.run_folder.folder import make_folder
+from grip_env.run_folder.status import read_status
 
 if TYPE_CHECKING:
     from agents.base import Selector
-    from agents.contenders import Contender
+    from agents.methods import Runnable
     from grip_env.tasks.base import Task
     from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -108,22 +107,20 @@ def report(
         progress: Show a progress bar.
         algorithm: The class of the user's own that the run may load its warm-up with; see :class:`Config`.
     """
-    contenders, notes = named_contenders(policies, vlm, task, split)
+    methods, notes = named_methods(policies, vlm, task, split)
     if folder_on_disk(run / "warmup").is_dir():
-        contenders[WARMUP] = load_agent(load_run(run), vlm, "warmup", algorithm)
+        methods[WARMUP] = load_agent(load_run(run), vlm, "warmup", algorithm)
     status = read_status(run)
     name = f"{AGENT} ({status.mark})" if status is not None and status.mark else AGENT
-    contenders[name] = agent
+    methods[name] = agent
     out = make_folder(out or run)
-    comparison = compare(vlm, task, contenders, split, examples, budgets, progress=progress)
+    comparison = compare(vlm, task, methods, split, examples, budgets, progress=progress)
     comparison.notes[:0] = notes
     print_and_draw(comparison, out, vlm, task, agent, name if policies else None, name)
     return comparison
 
 
-def named_contenders(
-    policies: str, vlm: HuggingFaceVLM, task: Task, split: str
-) -> tuple[dict[str, Contender], list[str]]:
+def named_methods(policies: str, vlm: HuggingFaceVLM, task: Task, split: str) -> tuple[dict[str, Runnable], list[str]]:
     """Return the methods that a text names, by their names in tables, and why others were left out.
 
     Raises:
@@ -134,7 +131,7 @@ def named_contenders(
     usual = ("random", "uniform-grid", "cls-attention", "divprune", "oracle")
     names = [name.strip() for name in policies.split(",") if name.strip()] or list(usual)
     first: Encoded = vlm.encode([task.example(split, 0)])
-    found: dict[str, Contender] = {}
+    found: dict[str, Runnable] = {}
     notes: list[str] = []
     for name in names:
         if ":" in name:
@@ -155,7 +152,7 @@ def named_contenders(
     return found, notes
 
 
-def _own_policy(name: str) -> Contender:
+def _own_policy(name: str) -> Runnable:
     """Return a user's own policy, made without arguments."""
     import importlib
 
@@ -171,15 +168,15 @@ def _own_policy(name: str) -> Contender:
         ) from None
 
 
-def _try(name: str, policy: Contender, vlm: HuggingFaceVLM, first: Encoded) -> None:
+def _try(name: str, policy: Runnable, vlm: HuggingFaceVLM, first: Encoded) -> None:
     """Let a policy of a user choose once, or stop with one line: later it would cost what was computed until then."""
     import torch
 
-    from agents.contenders import run_contender
+    from agents.methods import run_method
 
     try:
         one = torch.ones_like(first.lengths)  # on the model's device, as everything that a policy is given
-        chosen = run_contender(policy, vlm, first, one, torch.Generator())
+        chosen = run_method(policy, vlm, first, one, torch.Generator())
         vlm.score(first, chosen[:, None])  # type: ignore[index]
     except Exception as error:  # whatever it is, it is the policy's
         raise CommandError(
@@ -209,7 +206,7 @@ def print_and_draw(
     """
     from PIL import Image
 
-    from grip_env.report import draw_curve, draw_gallery
+    from grip_env.reports.plots import draw_curve, draw_gallery
 
     tables = comparison.markdown() if main is None else f"{comparison.markdown()}\n\n{comparison.margins(main)}"
     written = [out / "report.md", out / "pareto.png"]
@@ -331,14 +328,14 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
                 )
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise CommandError("a run is named twice: give each once, as every run of a row counts as another seed")
-    contenders, notes = named_contenders(config.policies, vlm, task, config.split)
-    agents: dict[str, Contender] = {
+    methods, notes = named_methods(config.policies, vlm, task, config.split)
+    agents: dict[str, Runnable] = {
         str(run.path): load_agent(run, vlm, algorithm=_algorithm(config, run)) for run in runs
     }
     groups = group_runs(runs)
     out = make_folder(out)
     comparison = compare(
-        vlm, task, contenders | agents, config.split, config.examples, config.budgets, progress=config.progress
+        vlm, task, methods | agents, config.split, config.examples, config.budgets, progress=config.progress
     )
     comparison = comparison.merged(groups)
     comparison.notes[:0] = notes

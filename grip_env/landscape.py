@@ -19,27 +19,20 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
-from grip_env.atomic import content_of, write_atomically
-from grip_env.commands import (
-    CommandError,
-    ModelConfig,
-    check_agents_package,
-    check_at_least,
-    interruptible,
-    load_model_and_task,
-    make_folder,
-    versions,
-    writing,
-)
+from grip_env.cli import check_agents_package, check_at_least, interruptible, load_model_and_task, writing
+from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.errors import CommandError
+from grip_env.run_folder.config import ModelConfig
+from grip_env.run_folder.folder import make_folder, versions
 
 if TYPE_CHECKING:
     from agents.base import Selector
-    from grip_env.envs.rewards import Reward
-    from grip_env.envs.ruggedness import Terrain
-    from grip_env.envs.table_cache import TableCache
+    from grip_env.exact.ruggedness import Terrain
+    from grip_env.rewards.terms import Reward
     from grip_env.tasks.base import Task
     from grip_env.vlms.base import Encoded
     from grip_env.vlms.blocks import BlockVLM
+    from grip_env.vlms.cache.tables import TableCache
 
 __all__ = ["Config", "draw", "landscape", "main", "markdown", "survey"]
 
@@ -105,8 +98,8 @@ def survey(
     """Explore every instance at every k; ``done`` is told how many selections have been scored."""
     import torch
 
-    from grip_env.envs.enumeration import RewardTable
-    from grip_env.envs.ruggedness import explore
+    from grip_env.exact.reward_table import RewardTable
+    from grip_env.exact.ruggedness import explore
 
     terrains: list[Terrain] = []
     selectors: dict[str, Selector] | None = None
@@ -250,8 +243,8 @@ def draw(terrains: Sequence[Terrain], blocks: int, path: Path) -> None:
 
 def _check(config: Config) -> tuple[Reward, int]:
     """Return the reward, and how many selections an instance has, or stop and say what is wrong."""
-    from grip_env.envs.enumeration import count_subsets
-    from grip_env.envs.rewards import resolve_reward
+    from grip_env.exact.reward_table import count_subsets
+    from grip_env.rewards.parsing import resolve_reward
 
     check_at_least(0, threads=config.threads, seed=config.seed)
     check_at_least(1, rows=config.rows, columns=config.columns, examples=config.examples)
@@ -275,9 +268,9 @@ def landscape(config: Config) -> list[Terrain]:
     import torch
     from tqdm import tqdm
 
-    from grip_env.envs.table_cache import resolve_table_cache
     from grip_env.tasks.files import DataError
     from grip_env.vlms.blocks import BlockVLM
+    from grip_env.vlms.cache.tables import resolve_table_cache
 
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 
-from grip_env import stopping
-from grip_env.atomic import replace_folder, write_atomically
-from grip_env.commands import check_agents_package, check_at_least, interruptible, make_folder
+from grip_env.cli import check_agents_package, check_at_least, interruptible
+from grip_env.common import stopping
+from grip_env.common.atomic_files import replace_folder, write_atomically
+from grip_env.run_folder.folder import make_folder
 
 if TYPE_CHECKING:
     from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -137,13 +138,13 @@ def main(config: Config) -> None:
     check_at_least(1, vision_steps=config.vision_steps, vision_batch=config.vision_batch)
     check_at_least(1, language_steps=config.language_steps, language_batch=config.language_batch)
     check_at_least(1, test_examples=config.test_examples)
+    from grip_env.pretraining.language_stage import PLACE_WEIGHT, LanguageStage, place_loss
+    from grip_env.pretraining.tiny_model import build_model, build_processor
+    from grip_env.pretraining.training_loop import run_stage
+    from grip_env.pretraining.vision_stage import DenseBatch, DenseHead, vision_tokens
     from grip_env.vlms import load_vlm
-    from grip_env.vlms.building import build_model, build_processor
-    from grip_env.vlms.dense import DenseBatch, DenseHead, vision_tokens
     from grip_env.vlms.huggingface import HuggingFaceVLM
-    from grip_env.vlms.language import PLACE_WEIGHT, LanguageStage, place_loss
     from grip_env.vlms.loading import write_digests
-    from grip_env.vlms.stage import run_stage
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -188,8 +189,8 @@ def main(config: Config) -> None:
     tower.requires_grad_(False)
     model.set_attn_implementation("sdpa")
     with torch.no_grad():  # a plural starts out as its singular, which the vision stage has trained
-        from grip_env.tasks.drawing import SHAPES
         from grip_env.tasks.scenes import plural
+        from grip_env.tasks.sprites import SHAPES
 
         for shape in SHAPES:
             source, target = (tokenizer.encode(f" {word}")[0] for word in (shape, plural(shape)))

@@ -17,10 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import tyro
 
-from grip_env.atomic import write_atomically
-from grip_env.commands import (
-    CommandError,
-    ModelConfig,
+from grip_env.cli import (
     check_agents_package,
     check_at_least,
     check_out,
@@ -28,9 +25,12 @@ from grip_env.commands import (
     load_model_and_task,
     print_verdicts,
     say_unfinished,
-    versions,
     writing,
 )
+from grip_env.common.atomic_files import write_atomically
+from grip_env.common.errors import CommandError
+from grip_env.run_folder.config import ModelConfig
+from grip_env.run_folder.folder import versions
 
 if TYPE_CHECKING:
     import torch

@@ -9,30 +9,25 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tyro
 
-from grip_env import stopping
-from grip_env.atomic import remove, write_atomically
-from grip_env.commands import (
-    CommandError,
-    ModelConfig,
-    RunFolder,
-    check_agents_package,
+from grip_env.cli import (
     check_at_least,
     check_name,
-    free_folder,
-    importable_from_here,
     interruptible,
     load_model_and_task,
     note_written,
     quieten,
     say,
 )
-from grip_env.run_status import RunStatus
+from grip_env.common import stopping
+from grip_env.common.atomic_files import remove, write_atomically
+from grip_env.common.errors import CommandError
+from grip_env.run_folder.folder import RunFolder, free_folder
+from grip_env.run_folder.status import RunStatus
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,54 +37,10 @@ if TYPE_CHECKING:
     from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["Config", "main", "parse", "train"]
+from grip_env.cli import find_algorithm
+from grip_env.run_folder.config import Config, options_name
 
-
-@dataclass
-class Config(ModelConfig):
-    """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
-
-    algo: str = "grpo"
-    """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, ppo, a2c,
-    maskable-ppo, or your own class, as "package.module:Class"."""
-    task: Literal["scenes"] = "scenes"
-    """Where images and questions come from."""
-    data: Path | None = None
-    """Your own images and questions instead of the task: a .jsonl or .json file, or a saved dataset's folder."""
-    skip_bad: bool = False
-    """Leave out rows of --data with faults, and list them, instead of stopping."""
-    reward: str = "log_likelihood"
-    """What a selection is worth: log_likelihood, probability, exact_match, agreement (with all tokens kept; needs no
-    labels), a sum such as "agreement + 0.5 * exact_match", or your own as "package.module:object"."""
-    seed: int = 0
-    """Decides weights, examples, budgets and subsets."""
-    name: str = ""
-    """Name of the run; made from algorithm, task or data, seed and time when empty."""
-    runs: Path = Path("runs")
-    """Where runs are kept."""
-    report_examples: int = 480
-    """Test examples the final report is measured on; 0 skips the report."""
-    picture_every: int = 100
-    """Steps between galleries in TensorBoard and checkpoints."""
-    threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
-    progress: bool = True
-    """Show progress bars."""
-    options: Annotated[Any, tyro.conf.Suppress] = None
-    """Hyperparameters of the algorithm, of its class ``Options``; its defaults if ``None``. On the command line they
-    have the algorithm's name, as in --grpo.steps."""
-
-
-def find_algorithm(name: str) -> type[Agent]:
-    """Return the algorithm of this name, or stop with one line."""
-    check_agents_package()
-    from agents.agent import find_algorithm
-
-    try:
-        with importable_from_here():
-            return find_algorithm(name)
-    except ValueError as error:
-        raise CommandError(f"--algo: {error}") from None
+__all__ = ["main", "parse", "train"]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -110,11 +61,6 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     found: Any = tyro.cli(full, description=Config.__doc__, prog="python -m grip_env.train", args=given)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Config)}
     return Config(**(values | {"options": getattr(found, key, options())}))
-
-
-def options_name(algo: str) -> str:
-    """Return under what name an algorithm's hyperparameters are saved, and given on the command line."""
-    return "agent" if ":" in algo else algo.replace("-", "_")
 
 
 def _options_class(algorithm: type[Agent]) -> type[Any]:
@@ -139,7 +85,7 @@ def _train(config: Config) -> Path:
 
     from agents.agent import Setting
     from agents.saved import folder_of
-    from grip_env.envs.rewards import resolve_reward
+    from grip_env.rewards.parsing import resolve_reward
     from grip_env.tasks.files import FileTask
 
     check_at_least(0, threads=config.threads, report_examples=config.report_examples, seed=config.seed)
@@ -247,8 +193,8 @@ class _Training:
 
     def learn(self, shown: Encoded) -> None:
         """Train to the end, with a row of the log for each step, and checkpoints."""
-        from grip_env.board import Board
-        from grip_env.report import draw_gallery
+        from grip_env.reports.plots import draw_gallery
+        from grip_env.run_folder.tensorboard import Board
 
         averages: dict[str, float] = {}
 
@@ -305,8 +251,8 @@ class _Training:
 
     def stop(self, error: BaseException) -> NoReturn:
         """Save what can be saved, say in one line where that leaves the user, and end."""
-        from grip_env.envs.instances import RoomError
-        from grip_env.finite import NonFiniteError
+        from grip_env.common.finite import NonFiniteError
+        from grip_env.envs.core.instances import RoomError
         from grip_env.tasks.files import DataError
 
         stopping.acknowledge()

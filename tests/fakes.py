@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from grip_env.tasks.base import Example
-from grip_env.vlms.base import Encoded, Scores, negative_divergence
+from grip_env.vlms.base import Encoded, Scores
+from grip_env.vlms.likelihood import negative_divergence
 
 WIDTH = 8
 VOCABULARY = 5

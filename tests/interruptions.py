@@ -25,10 +25,10 @@ import tyro
 
 from agents.agent import ScorerAgent
 from agents.scorer import Scorer, ScorerConfig
-from grip_env import stopping
-from grip_env.atomic import folder_on_disk
-from grip_env.commands import RunFolder
-from grip_env.run_status import RunStatus, read_status
+from grip_env.common import stopping
+from grip_env.common.atomic_files import folder_on_disk
+from grip_env.run_folder.folder import RunFolder
+from grip_env.run_folder.status import RunStatus, read_status
 
 __all__ = ["Config", "double", "main", "saves"]
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from grip_env.answer import Config, answer
-from grip_env.commands import CommandError
+from grip_env.common.errors import CommandError
 from grip_env.tasks.scenes import SceneTask
 from tests.test_commands import finish, start
 

@@ -23,13 +23,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.grpo import GRPOConfig
 from agents.heuristics import BASELINES
-from agents.inside import FastV, PyramidDrop
+from agents.heuristics.inside_llm import FastV, PyramidDrop
 from agents.scorer import Scorer, ScorerConfig
-from grip_env import benchmark, commands, evaluate
+from grip_env import benchmark, cli, evaluate
 from grip_env import train as train_module
-from grip_env.comparison import compare
+from grip_env.reports.comparison import compare
+from grip_env.run_folder.config import Config
+from grip_env.run_folder.folder import RunFolder
 from grip_env.tasks.scenes import SceneTask
-from grip_env.train import Config, train
+from grip_env.train import train
 from grip_env.vlms import load_vlm
 
 TIMES = {"seconds", "scoring_seconds"}
@@ -238,7 +240,7 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
 def test_a_cache_of_impossible_size_is_refused(size: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for cache in (None, tmp_path / "cache"):
         with pytest.raises(SystemExit) as caught:
-            commands.load_model(commands.ModelConfig(cache=cache, cache_gib=size))
+            cli.load_model(cli.ModelConfig(cache=cache, cache_gib=size))
         assert caught.value.code == 2
         assert capsys.readouterr().err.startswith(
             f"error: --cache-gib must be above 0 and at most 1,048,576; got {size:g}"
@@ -300,7 +302,7 @@ def test_interrupt_in_the_warmup_keeps_the_agent(
     def interrupted(self: Any, phase: str, step: int, values: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.RunFolder, "log", interrupted)
+    monkeypatch.setattr(RunFolder, "log", interrupted)
     with pytest.raises(SystemExit) as stop:
         train(settings(vlm_folder, tmp_path))
     assert stop.value.code == 130
@@ -600,7 +602,7 @@ def test_help_lists_every_option(
 def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
     code = """
 import sys
-from grip_env.commands import interruptible
+from grip_env.cli import interruptible
 with interruptible("interrupted"):
     sys.stdin.read()  # until the reader of the output has gone
     print("x" * 100000)

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from agents.scorer import Scorer
-from grip_env import benchmark, commands, evaluate
+from grip_env import benchmark, cli, evaluate
 from grip_env import train as train_module
+from grip_env.run_folder.folder import RunFolder
 from grip_env.tasks.files import FileTask
 from grip_env.train import train
 from tests.test_commands import one_line, settings
@@ -123,7 +124,7 @@ def test_bad_data_stop_before_the_model_is_loaded_and_leave_no_folder(
 def test_texts_that_the_model_cannot_be_given_stop_a_run_before_its_first_step(
     vlm_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grip_env.vlms.family.Family.marker", "orange")  # as if it stood for the image
+    monkeypatch.setattr("grip_env.vlms.families.base.Family.marker", "orange")  # as if it stood for the image
     config = settings(vlm_folder, tmp_path / "runs", data=data)
     monkeypatch.setattr("grip_env.vlms.huggingface.HuggingFaceVLM._try_processor", lambda self: None)
     stops(train, config)
@@ -131,7 +132,7 @@ def test_texts_that_the_model_cannot_be_given_stop_a_run_before_its_first_step(
     assert f"error: {data} has 1 fault:\n" in shown.err
     assert "pets.jsonl:11: \"answer\" holds 'orange', which stands for an image" in shown.err
     assert not (tmp_path / "runs").exists()
-    _, task = commands.load_model_and_task(config, "scenes", data, skip_bad=True, splits=("train",))
+    _, task = cli.load_model_and_task(config, "scenes", data, skip_bad=True, splits=("train",))
     assert sum(map(task.size, task.splits)) == 19
     assert "skipped 1 row of" in capsys.readouterr().err
 
@@ -208,14 +209,14 @@ def test_an_image_that_changes_during_training_ends_it_and_keeps_the_agent(
     vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_data(tmp_path / "data")
-    log = commands.RunFolder.log
+    log = RunFolder.log
 
-    def change(self: commands.RunFolder, phase: str, step: int, values: Any) -> None:
+    def change(self: RunFolder, phase: str, step: int, values: Any) -> None:
         for image in path.parent.glob("*.png"):
             image.write_bytes(b"junk")
         log(self, phase, step, values)
 
-    monkeypatch.setattr(commands.RunFolder, "log", change)
+    monkeypatch.setattr(RunFolder, "log", change)
     stops(train, settings(vlm_folder, tmp_path / "runs", data=path, reuse=1))
     told = capsys.readouterr().err
     assert one_line(told)

@@ -16,11 +16,11 @@ from PIL import Image
 
 from agents.heuristics import BASELINES
 from grip_env import landscape
-from grip_env.commands import CommandError
-from grip_env.envs.enumeration import RewardTable, score_subsets
-from grip_env.envs.rewards import resolve_reward
-from grip_env.envs.ruggedness import Terrain, explore
+from grip_env.common.errors import CommandError
+from grip_env.exact.reward_table import RewardTable, score_subsets
+from grip_env.exact.ruggedness import Terrain, explore
 from grip_env.landscape import Config
+from grip_env.rewards.parsing import resolve_reward
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms import load_vlm
 from grip_env.vlms.blocks import BlockVLM

@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import normalize
 
 from grip_env.vlms.base import Encoded, FrozenVLM
-from grip_env.vlms.tower import TowerView, known_images
+from grip_env.vlms.families.tower import TowerView, known_images
 
 if TYPE_CHECKING:
-    from grip_env.vlms.family import Picture
+    from grip_env.vlms.families.base import Picture
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["Replacement", "Replacer", "VisionZip", "downsampled_image"]
@@ -121,7 +121,7 @@ class VisionZip:
 def downsampled_image(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
     """Encode the image once more, made so small that it gives no more than ``kept`` tokens.
 
-    The tokens form a grid (:func:`grip_env.vlms.shrinking.grid_within`), so that often some fewer than ``kept`` are
+    The tokens form a grid (:func:`grip_env.vlms.families.base.grid_within`), so that often some fewer than ``kept`` are
     used: the selection tells how many. Towers for images of one size (CLIP, SigLIP) interpolate their position
     embeddings. The prompt is as short as the tokens are few, and its positions are those of a prompt of this length.
 
@@ -155,7 +155,7 @@ def _counts(encoded: Encoded, kept: torch.Tensor) -> list[int]:
 
 
 def _picture(tokens: torch.Tensor, positions: torch.Tensor) -> Picture:
-    from grip_env.vlms.family import Picture
+    from grip_env.vlms.families.base import Picture
 
     return Picture(tokens, positions, "", [len(tokens)])  # the text around it is in the prompt already
 

@@ -6,15 +6,103 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 
-from grip_env.envs.episodes import ActionMode, ObsDtype, SelectionRules
-from grip_env.envs.rewards import Reward
-from grip_env.envs.sampling import Budget
-from grip_env.envs.single import EpisodeEnv, RenderMode
+from grip_env.envs.core.checks import as_numbers
+from grip_env.envs.core.rules import (
+    ActionMode,
+    Decision,
+    Episode,
+    EpisodeRules,
+    ObsDtype,
+    best_scores,
+    check_penalty,
+)
+from grip_env.envs.core.sampling import (
+    Budget,
+)
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
+from grip_env.envs.core.vector_env import EpisodeVectorEnv
+from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["TokenSelectionEnv"]
+__all__ = ["SelectionRules", "TokenSelectionEnv", "TokenSelectionVectorEnv"]
+
+
+_MEANING = {"binary": "0 or 1", "scores": "score"}
+
+
+class SelectionRules(EpisodeRules):
+    """A single decision: the whole set at once.
+
+    The arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
+    """
+
+    one_step = True
+
+    def __init__(self, *, action_mode: ActionMode, over_budget_penalty: float, **common: Any) -> None:
+        if action_mode not in ("binary", "scores"):
+            raise ValueError(f"action_mode must be 'binary' or 'scores'; got {action_mode!r}")
+        check_penalty("over_budget_penalty", over_budget_penalty)
+        super().__init__(penalty=over_budget_penalty, **common)
+        self.action_mode = action_mode
+        self.action_space = (
+            spaces.MultiBinary(self.max_tokens)
+            if action_mode == "binary"
+            else spaces.Box(-1.0, 1.0, (self.max_tokens,), np.float32)
+        )
+
+    def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Return ``action`` as an array of ``shape``.
+
+        Raises:
+            ValueError: If the shape is another, a binary action is not made of 0 and 1, or a score is NaN.
+        """
+        each = f"one {_MEANING[self.action_mode]} for each of the {self.max_tokens} visual tokens"
+        given = as_numbers(action, "biuf", f"numbers, {each}")
+        if given.shape != shape:
+            raise ValueError(f"the action has shape {given.shape}, expected {shape}: {each}")
+        if self.action_mode == "scores":
+            bad = int(np.isnan(given).sum())
+            if bad:
+                raise ValueError(
+                    f"the action has NaN for {bad} of its {given.size} scores, expected numbers: check the "
+                    "policy that gave them"
+                )
+            with np.errstate(over="ignore"):  # of longer floats: what is too large becomes infinite
+                return given.astype(np.float64)
+        strange = given[(given != 0) & (given != 1)]
+        if strange.size:
+            raise ValueError(
+                f"a binary action holds 0 (drop) and 1 (keep), but this one has {strange[0]}: for real-valued "
+                "scores use action_mode='scores'"
+            )
+        return given.astype(bool)
+
+    def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
+        """Turn a checked action (N,) into a selection within the budget; the episode stays as it is.
+
+        Only an action over budget, or one that leaves open which tokens are the best, draws from ``generator``.
+        """
+        real = episode.instance.real
+        if self.action_mode == "binary":
+            selection = action & real
+            excess = max(0, int(np.count_nonzero(selection)) - episode.k)
+            if excess:
+                chosen = generator.choice(np.flatnonzero(selection), episode.k, replace=False)
+                selection[:] = False
+                selection[chosen] = True
+            return Decision(episode, selection, excess)
+        selection = np.zeros(self.max_tokens, dtype=bool)
+        candidates = episode.instance.candidates
+        selection[candidates[best_scores(action[candidates], episode.k, generator)]] = True
+        return Decision(episode, selection, 0)
+
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset or a step."""
+        return super().info(episode) | {"over_budget": episode.violations}
 
 
 class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
@@ -128,7 +216,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         action_mode: "binary" or "scores".
         reward: "log_likelihood", "probability", "exact_match", "agreement" or "kept_fraction"; a sum of these such
             as "log_likelihood - 0.1 * kept_fraction"; "package.module:object" to import; or an object called as
-            ``reward(scores, full)``. See :mod:`grip_env.envs.rewards`. With "agreement" in it, each example in memory
+            ``reward(scores, full)``. See :mod:`grip_env.rewards.terms`. With "agreement" in it, each example in memory
             takes another float32 for each word of the vocabulary.
         over_budget_penalty: Charged for each token by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
@@ -138,7 +226,8 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
         feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
+        obs_dtype: Precision of those features, "float32" or "float16"; see
+        :class:`~grip_env.envs.core.features.Features`.
         examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
             see Starting State.
 
@@ -182,6 +271,100 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     ) -> None:
         super().__init__(
             render_mode,
+            vlm=vlm,
+            task=task,
+            split=split,
+            budget=budget,
+            action_mode=action_mode,
+            reward=reward,
+            over_budget_penalty=over_budget_penalty,
+            question_aware=question_aware,
+            max_tokens=max_tokens,
+            max_question_tokens=max_question_tokens,
+            cache_size=cache_size,
+            feature_dim=feature_dim,
+            obs_dtype=obs_dtype,
+            examples=examples,
+        )
+
+    def _make_rules(self, **arguments: Any) -> SelectionRules:
+        return SelectionRules(**arguments)
+
+
+class TokenSelectionVectorEnv(EpisodeVectorEnv):
+    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
+    together.
+
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
+    Every step ends all episodes and, by default, begins the next ones (``AutoresetMode.SAME_STEP``): the observations
+    returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays)
+    and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
+    ``kept`` come as bool (num_envs, N).
+
+    Args:
+        num_envs: How many instances.
+        vlm: See the single environment, also for the arguments that follow.
+        task: Where instances come from.
+        split: Which split of the task.
+        budget: Share of the tokens; ranges, as tuples or mappings, and lists are drawn
+            from separately for each instance.
+        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
+        reward: A name or an object.
+        over_budget_penalty: Charged for each token over budget.
+        question_aware: Whether the agent sees the question.
+        render_mode: ``None`` or "rgb_array".
+        max_tokens: N.
+        max_question_tokens: Q.
+        cache_size: How many encoded examples to keep in memory.
+        feature_dim: F, the width that features have in observations; D by default.
+        obs_dtype: Precision of those features, "float32" or "float16".
+        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
+        max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
+            well as terminated, and above nothing changes.
+        autoreset_mode: ``AutoresetMode.SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``, or such a name: see
+            :class:`EpisodeVectorEnv`. With NEXT_STEP every second step ignores its action and pays 0, which flatters
+            a mean over steps.
+
+    Raises:
+        ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
+
+    ```python
+    import gymnasium
+    import grip_env
+
+    envs = gymnasium.make_vec("GRIP/TokenSelection-v0", num_envs=8, budget=(0.05, 0.5), action_mode="scores")
+    observations, infos = envs.reset(seed=0)
+    observations, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())
+    print(rewards, infos["final_info"]["correct"])
+    ```
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        vlm: FrozenVLM | str = "tiny",
+        task: Task | str = "scenes",
+        split: str = "train",
+        budget: Budget = 0.1,
+        action_mode: ActionMode = "binary",
+        reward: Reward | str = "log_likelihood",
+        over_budget_penalty: float = 0.0,
+        question_aware: bool = True,
+        render_mode: RenderMode | None = None,
+        max_tokens: int | None = None,
+        max_question_tokens: int = 24,
+        cache_size: int = 256,
+        feature_dim: int | None = None,
+        obs_dtype: ObsDtype = "float32",
+        examples: int | Sequence[int] | None = None,
+        max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ) -> None:
+        super().__init__(
+            num_envs,
+            render_mode,
+            max_episode_steps,
+            autoreset_mode,
             vlm=vlm,
             task=task,
             split=split,

@@ -10,12 +10,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
-from grip_env.envs.checks import as_numbers, check_flag, check_whole
-from grip_env.envs.episodes import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
-from grip_env.envs.rewards import Reward
-from grip_env.envs.sampling import Budget
-from grip_env.envs.single import EpisodeEnv, RenderMode
-from grip_env.envs.vector import EpisodeVectorEnv
+from grip_env.envs.core.checks import as_numbers, check_flag, check_whole
+from grip_env.envs.core.rules import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
+from grip_env.envs.core.sampling import Budget
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
+from grip_env.envs.core.vector_env import EpisodeVectorEnv
+from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 
@@ -157,7 +157,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.
         reward: A name, a sum of names such as "agreement - 0.1 * kept_fraction", "package.module:object" to import, or
-            an object called as ``reward(scores, full)``: see :mod:`grip_env.envs.rewards`.
+            an object called as ``reward(scores, full)``: see :mod:`grip_env.rewards.terms`.
         question_aware: Whether the agent sees the question.
         render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3), of one size throughout an
             episode) or "human" (window).
@@ -166,7 +166,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         max_question_tokens: Q.
         cache_size: How many encoded examples to keep in memory; the least recently used go first.
         feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16"; see :class:`~grip_env.envs.features.Features`.
+        obs_dtype: Precision of those features, "float32" or "float16"; see
+        :class:`~grip_env.envs.core.features.Features`.
         examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
             see Starting State of :class:`~grip_env.TokenSelectionEnv`.
         dense: Whether every token pays, or the last alone.
@@ -275,7 +276,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
         max_invalid_actions: An episode ends with this many of them; ``None`` stands for N.
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, which
             ``gymnasium.make`` puts around the single environment for the same argument.
-        autoreset_mode: See :class:`~grip_env.envs.vector.EpisodeVectorEnv`.
+        autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from grip_env.envs.checks import as_options, check_flag, check_whole, is_whole
-from grip_env.envs.enumeration import RewardTable, count_subsets
-from grip_env.envs.episodes import ActionMode, Decision, Episode, Fixed, ObsDtype, SelectionRules, resolve_vlm
-from grip_env.envs.rewards import Reward
-from grip_env.envs.selection import RenderMode, TokenSelectionEnv
-from grip_env.envs.table_cache import resolve_table_cache
-from grip_env.envs.vector import TokenSelectionVectorEnv
+from grip_env.envs.core.checks import as_options, check_flag, check_whole, is_whole
+from grip_env.envs.core.rules import ActionMode, Decision, Episode, Fixed, ObsDtype, resolve_vlm
+from grip_env.envs.selection import RenderMode, SelectionRules, TokenSelectionEnv, TokenSelectionVectorEnv
+from grip_env.exact.reward_table import RewardTable, count_subsets
+from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import FrozenVLM
 from grip_env.vlms.blocks import BlockVLM, check_grid
+from grip_env.vlms.cache.tables import resolve_table_cache
 
 __all__ = ["SmallSelectionEnv", "SmallSelectionVectorEnv"]
 
@@ -181,7 +180,7 @@ class SmallSelectionEnv(TokenSelectionEnv):
     - ``percentile`` (float): the share of selections with a smaller reward plus half of those with the same, itself
       among them; on average 0.5 for random actions.
 
-    They are looked up in a table of all selections (:class:`~grip_env.envs.enumeration.RewardTable`), made when an
+    They are looked up in a table of all selections (:class:`~grip_env.exact.reward_table.RewardTable`), made when an
     instance's first episode with this k ends. For the default that is 1,820 selections and about four seconds of
     one CPU core, for 8 of 16 blocks 12,870 and a minute. The table is kept on disk, so it is made once. Its rewards are
     scored in other batches than the step's: ``optimality_gap`` and ``optimal_reward - reward`` agree to 1e-4.
@@ -271,8 +270,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
 class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
     """``num_envs`` instances of :class:`SmallSelectionEnv`, encoded and scored together.
 
-    Seeds, autoreset and infos are those of :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`; tables are made one
-    instance after the other.
+    Seeds, autoreset and infos are those of :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`; tables are made
+    one instance after the other.
 
     Args:
         num_envs: How many instances.
@@ -293,8 +292,8 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
         examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
         enumerate: Whether to score all selections.
         table_cache: Where their scores are kept between runs.
-        max_episode_steps: See :class:`~grip_env.envs.vector.TokenSelectionVectorEnv`.
-        autoreset_mode: See :class:`~grip_env.envs.vector.EpisodeVectorEnv`.
+        max_episode_steps: See :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`.
+        autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grip_env.tasks.base import Example, check_index
-from grip_env.tasks.jsonfiles import read_lines, read_list
+from grip_env.tasks.json_rows import read_lines, read_list
 from grip_env.tasks.pictures import MAX_PIXELS, MAX_SIDE, PictureError, digest, locate, read_picture, resize, shown
 from grip_env.tasks.rows import SPLITS, Row
 
@@ -292,7 +292,7 @@ def _source(path: Path, limit: int) -> _Source:
         if stat.S_ISDIR(mode):
             if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
                 raise DataError(f"{path} is a folder without a dataset in it: {formats}")
-            from grip_env.tasks.saved import SavedDataset
+            from grip_env.tasks.hf_datasets import SavedDataset
 
             return SavedDataset(path)
         if not stat.S_ISREG(mode):

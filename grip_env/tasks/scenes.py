@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grip_env.tasks import drawing, layout
+from grip_env.tasks import scene_layout, sprites
 from grip_env.tasks.base import Example, check_index
-from grip_env.tasks.layout import COLOURS, SIDE, Thing
+from grip_env.tasks.scene_layout import COLOURS, SIDE, Thing
 
 __all__ = ["CHOICES", "FAMILIES", "GRID", "SIDE", "Question", "Scene", "SceneTask", "Thing", "plural"]
 
@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "color": COLOURS,
     "counting": ("1", "2", "3"),
     "reading": tuple("0123456789"),
-    "shape": drawing.SHAPES,
+    "shape": sprites.SHAPES,
     "relation": ("left", "right"),
 }
 """The possible answers of each family; each is drawn equally often."""
@@ -65,15 +65,15 @@ class Scene:
     def draw(self) -> np.ndarray:
         """Return the picture, uint8 (SIDE, SIDE, 3)."""
         rng = np.random.default_rng(self.texture)
-        canvas = drawing.background(rng, SIDE)
+        canvas = sprites.background(rng, SIDE)
         shades = rng.uniform(-12, 12, (len(self.things), 3)).astype(np.float32)
-        colours = np.array([drawing.PALETTE[thing.colour] for thing in self.things], dtype=np.float32) + shades
+        colours = np.array([sprites.PALETTE[thing.colour] for thing in self.things], dtype=np.float32) + shades
         for thing, colour in zip(self.things, colours[..., None, None], strict=True):
-            drawing.composite(canvas, thing.mask, colour, thing.top, thing.left)
+            sprites.composite(canvas, thing.mask, colour, thing.top, thing.left)
             if thing.digit is not None:
                 dark = _LUMA @ colour[:, 0, 0] < 120
-                ink = drawing.card_masks(thing.digit, thing.size)[1]
-                drawing.composite(canvas, ink, _LIGHT_INK if dark else _DARK_INK, thing.top, thing.left)
+                ink = sprites.card_masks(thing.digit, thing.size)[1]
+                sprites.composite(canvas, ink, _LIGHT_INK if dark else _DARK_INK, thing.top, thing.left)
         np.clip(canvas, 0, 255, out=canvas)
         picture = np.empty((SIDE * SIDE, 3), dtype=np.uint8)
         for channel, values in enumerate(canvas.astype(np.uint8)):  # several times faster than one transposed copy
@@ -247,17 +247,17 @@ class SceneTask:
             family: If given, the scene can be asked a question of this family,
             answer: with this answer.
         """
-        contents = layout.draw_contents(rng)
+        contents = scene_layout.draw_contents(rng)
         if family is not None and answer is not None:
-            layout.steer(contents, rng, family, answer)
-        if layout.bucket(contents) not in _BUCKETS[split]:
+            scene_layout.steer(contents, rng, family, answer)
+        if scene_layout.bucket(contents) not in _BUCKETS[split]:
             return None
-        objects, clutter = layout.objects_of(contents, rng), layout.draw_clutter(rng)
+        objects, clutter = scene_layout.objects_of(contents, rng), scene_layout.draw_clutter(rng)
         # every question but left/right depends on the contents alone: look before paying for places
         if family is not None and family != "relation" and not Scene(objects + clutter, 0).questions(family, answer):
             return None
-        placed = layout.arrange(objects, rng)
+        placed = scene_layout.arrange(objects, rng)
         if placed is None or (family == "relation" and not Scene(placed[0], 0).questions(family, answer)):
             return None
-        around = layout.arrange(clutter, rng, placed[1])
+        around = scene_layout.arrange(clutter, rng, placed[1])
         return None if around is None else Scene(placed[0] + around[0], rng.getrandbits(32))

@@ -10,7 +10,7 @@ import torch
 
 from grip_env.tasks.base import Example
 
-__all__ = ["Encoded", "FrozenVLM", "Scores", "negative_divergence"]
+__all__ = ["Encoded", "FrozenVLM", "Scores"]
 
 
 @dataclass
@@ -135,24 +135,6 @@ class Scores:
             values = [getattr(part, name) for part in parts]
             fields[name] = None if any(value is None for value in values) else torch.cat(values)
         return Scores(**fields)
-
-
-def negative_divergence(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """Return -KL(reference || other) of distributions given as log-probabilities, in nats; never above 0.
-
-    Args:
-        reference: float (..., V), finite.
-        log_probs: The other, float (..., V), finite.
-
-    Returns:
-        float (...).
-
-    >>> uniform = torch.tensor([0.5, 0.5]).log()
-    >>> negative_divergence(uniform, torch.tensor([0.25, 0.75]).log())  # (log 2 + log 2/3) / 2
-    tensor(-0.1438)
-    """
-    # rounding makes a divergence of nearly 0 negative
-    return (reference.exp() * (log_probs - reference)).sum(-1).clamp_max(0)
 
 
 @runtime_checkable

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from grip_env.vlms.answers import mean_log_likelihood
 from grip_env.vlms.base import Encoded, FrozenVLM
+from grip_env.vlms.decoder.last_layer import logits_at, trunk_of
+from grip_env.vlms.decoder.staged_forward import StagedForward, decoder_of
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.last_layer import logits_at, trunk_of
-from grip_env.vlms.staged import StagedForward, decoder_of
+from grip_env.vlms.likelihood import mean_log_likelihood
 
 __all__ = ["check_gates", "gated_log_likelihood"]
 
@@ -39,7 +39,8 @@ def gated_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, gates: torch.Ten
         float32 (B, G), in nats per answer token.
 
     Raises:
-        NotImplementedError: If the model is not one of those that :func:`~grip_env.vlms.staged.decoder_of` knows.
+        NotImplementedError: If the model is not one of those that
+        :func:`~grip_env.vlms.decoder.staged_forward.decoder_of` knows.
         ValueError: If gates have another shape, examples have no answers, or the model renumbers what is kept, for
             which there is no meaning with gates between 0 and 1.
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
-from grip_env.atomic import write_atomically
-from grip_env.vlms.families import FAMILIES
-from grip_env.vlms.folders import check_adapter, check_folder, check_size
+from grip_env.common.atomic_files import write_atomically
+from grip_env.vlms.families.known import FAMILIES
 from grip_env.vlms.hub import fetch
+from grip_env.vlms.model_folder import check_adapter, check_folder, check_size
 
 __all__ = ["DIGESTS", "Processor", "check_digests", "read_pretrained", "refusal", "write_digests"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grip_env.tasks.base import Example
-from grip_env.vlms.family import Family, Picture
+from grip_env.vlms.families.base import Family, Picture
 
 __all__ = ["prompt_ids", "prompt_texts"]
 

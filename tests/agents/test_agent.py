@@ -19,10 +19,10 @@ from agents.heuristics import random_tokens
 from agents.learning import Metrics
 from agents.pruner import Pruner
 from grip_env import evaluate, train
-from grip_env.commands import CommandError
-from grip_env.comparison import Comparison, compare
-from grip_env.envs.rewards import AnswerLogLikelihood
-from grip_env.runs import Run, group_runs
+from grip_env.common.errors import CommandError
+from grip_env.reports.comparison import Comparison, compare
+from grip_env.reports.saved_runs import Run, group_runs
+from grip_env.rewards.terms import AnswerLogLikelihood
 from grip_env.tasks.scenes import SceneTask
 from tests.fakes import FakeTask, FakeVLM
 from tests.vlms import tiny_models

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agents.pruner import PRETRAINED
+from agents.sb3.checkpoint import TrainingState
 from agents.scorer import Scorer, ScorerConfig
-from agents.training_state import TrainingState
-from grip_env.finite import NonFiniteError
+from grip_env.common.finite import NonFiniteError
 
 FILES = ("scorer.safetensors", "scorer.json")
 

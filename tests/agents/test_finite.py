@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-import agents.relaxed as relaxed
+import agents.training.relaxations as relaxed
 from agents.base import keep_best, top_k
 from agents.grpo import GRPO
-from agents.imitation import Imitation, ImitationConfig
 from agents.learning import Learner
+from agents.ordered_subset import OrderedSubset
 from agents.pool import ExamplePool
-from agents.relaxed import SoftTopK, SoftTopKConfig
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
 from agents.subset import KSubset
-from agents.succession import Succession
-from grip_env.finite import NonFiniteError
+from agents.training.imitation import Imitation, ImitationConfig
+from agents.training.relaxations import SoftTopK, SoftTopKConfig
+from grip_env.common.finite import NonFiniteError
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores
 from tests.agents.batches import encode
 from tests.agents.test_grpo import SMALL, config, random_scorer
-from tests.agents.test_relaxed import fake_likelihood
+from tests.agents.training.test_relaxations import fake_likelihood
 from tests.fakes import FakeTask, FakeVLM
 
 BAD = 5
@@ -216,7 +216,7 @@ def test_laws_over_subsets_refuse_what_is_no_number(number: float) -> None:
     scores[1, 2] = number
     mask, k, pairs = torch.ones(2, 6, dtype=torch.bool), torch.tensor([2, 3]), torch.zeros(2, 6, 6)
     with pytest.raises(ValueError, match="finite"):
-        Succession(scores, pairs, k, mask)
+        OrderedSubset(scores, pairs, k, mask)
     if number == -math.inf:  # which masks a token there
         assert not KSubset(scores, k, mask).mode[1, 2]
     else:
@@ -225,9 +225,9 @@ def test_laws_over_subsets_refuse_what_is_no_number(number: float) -> None:
     bad = pairs.clone()
     bad[0, 1, 2] = number
     with pytest.raises(ValueError, match="finite"):
-        Succession(torch.zeros(2, 6), bad, k, mask)
+        OrderedSubset(torch.zeros(2, 6), bad, k, mask)
     mask[1, 2] = False  # what is no token may have any score
-    law = Succession(scores, pairs, k, mask)
+    law = OrderedSubset(scores, pairs, k, mask)
     assert law.mode.sum(1).tolist() == [2, 3]
 
 

@@ -17,7 +17,7 @@ from agents.grpo import GRPO, GRPOConfig, Metrics, advantages, surrogate
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
-from agents.warmup import TEACHERS, warmup_loss
+from agents.training.teachers import TEACHERS, warmup_loss
 from grip_env.vlms.base import Encoded, Scores
 from tests.agents.batches import encode
 from tests.fakes import WIDTH, FakeTask, FakeVLM

@@ -22,7 +22,7 @@ from agents.learning import Learner
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.subset import KSubset
-from agents.value import ValueBaseline
+from agents.training.value_baseline import ValueBaseline
 from grip_env.vlms.base import Encoded, Scores
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 

@@ -12,16 +12,16 @@ import torch
 
 import grip_env
 from agents.agent import ALGORITHMS
-from agents.contenders import Outcome, run_contender
 from agents.heuristics import BASELINES
-from agents.inside import InsidePruner
-from agents.methods import METHODS, find_method, methods_table
-from grip_env import evaluate, train
+from agents.heuristics.inside_llm import InsidePruner
+from agents.methods import METHODS, MethodResult, find_method, methods_table, run_method
+from grip_env import evaluate
+from grip_env.run_folder.config import Config as TrainConfig
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.fakes import FakeTask, FakeVLM
-from tests.vlms.test_families import examples, make
+from tests.vlms.families.test_known import examples, make
 
 DEEP = {"fastv", "fastv-kept", "sparsevlm-score"}
 """Those that need three layers."""
@@ -53,9 +53,9 @@ def test_methods_return_what_they_say(name: str, random_vlm: HuggingFaceVLM) -> 
     encoded = random_vlm.encode([SceneTask().example("validation", 0)])
     assert METHODS[name].refusal(random_vlm, encoded) is None
     kept = torch.tensor([100])  # FastV cannot do with fewer on average
-    result = run_contender(METHODS[name].run, random_vlm, encoded, kept, torch.Generator().manual_seed(0))
-    assert isinstance(result, Outcome) == (METHODS[name].replaces or isinstance(METHODS[name].run, InsidePruner))
-    if isinstance(result, Outcome):
+    result = run_method(METHODS[name].run, random_vlm, encoded, kept, torch.Generator().manual_seed(0))
+    assert isinstance(result, MethodResult) == (METHODS[name].replaces or isinstance(METHODS[name].run, InsidePruner))
+    if isinstance(result, MethodResult):
         assert result.spent["tokens"].item() <= 100
         assert result.log_likelihood.isfinite().all()
     else:
@@ -106,5 +106,5 @@ def test_the_command_and_the_readme_name_every_method_and_algorithm() -> None:
         assert re.search(rf"\b{name}\b", said), f"--policies does not tell of {name}"
         assert f"`{name}`" in readme
     for name in ALGORITHMS:
-        assert re.search(rf"\b{name}\b", inspect.getsource(train)), f"--algo does not tell of {name}"
+        assert re.search(rf"\b{name}\b", inspect.getsource(TrainConfig)), f"--algo does not tell of {name}"
         assert f"`{name}`" in readme

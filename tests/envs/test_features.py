@@ -12,9 +12,9 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 
 import grip_env
-from grip_env.envs.features import Features
+from grip_env.envs.core.features import Features
 from tests.fakes import FakeTask, FakeVLM
-from tests.vlms.test_staged import build
+from tests.vlms.decoder.test_staged_forward import build
 
 MODELS: dict[str, Any] = {
     "GRIP/TokenSelection-v0": FakeVLM(),

@@ -18,18 +18,17 @@ from hypothesis.extra.numpy import arrays
 
 import grip_env
 from agents.base import top_k
-from grip_env.envs.selection import TokenSelectionEnv
-from grip_env.envs.vector import TokenSelectionVectorEnv
+from grip_env.envs.selection import TokenSelectionEnv, TokenSelectionVectorEnv
 from grip_env.tasks.base import Example
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.base import Encoded
-from grip_env.vlms.cache import PictureCache
+from grip_env.vlms.cache.images import PictureCache
 from grip_env.vlms.huggingface import HuggingFaceVLM
 from tests.agents.test_grpo import random_scorer
 from tests.fakes import FakeTask, FakeVLM, indices
 from tests.vlms import tiny_models
-from tests.vlms.test_families import examples
-from tests.vlms.test_staged import build
+from tests.vlms.decoder.test_staged_forward import build
+from tests.vlms.families.test_known import examples
 
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 quick = settings(max_examples=50, deadline=None)

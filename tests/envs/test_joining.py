@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grip_env.envs.joining import joined_infos, joined_observations
+from grip_env.envs.core.vector_env import joined_infos, joined_observations
 
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "k": st.integers(-5, 5),

@@ -18,19 +18,18 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import grip_env
 from agents.base import keep_best
-from grip_env.envs.progressive import ProgressivePruningEnv
-from grip_env.envs.progressive_vector import ProgressivePruningVectorEnv
-from grip_env.envs.sampling import tokens_in_budget
-from grip_env.envs.schedule import PruningSchedule
+from grip_env.envs.core.sampling import tokens_in_budget
+from grip_env.envs.progressive import ProgressivePruningEnv, ProgressivePruningVectorEnv
+from grip_env.envs.pruning_schedule import PruningSchedule
 from grip_env.envs.selection import TokenSelectionEnv
 from grip_env.tasks.base import Example
+from grip_env.vlms.decoder.staged_forward import StagedForward
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.staged import StagedForward
 from tests.envs.test_specs import assert_alike
 from tests.fakes import INFO_KEYS, FakeTask, FakeVLM, indices
 from tests.vlms import tiny_models
-from tests.vlms.test_families import examples
-from tests.vlms.test_staged import build
+from tests.vlms.decoder.test_staged_forward import build
+from tests.vlms.families.test_known import examples
 
 LAYERS, TOKENS = 5, 36  # of the model below, which has random weights and answers as badly as it likes
 VLM = build("llava", LAYERS)

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from grip_env.envs.rendering import Panel, captioned, draw_selection, gallery
+from grip_env.envs.core.rendering import Panel, captioned, draw_selection, gallery
 from grip_env.envs.selection import TokenSelectionEnv
 from tests.fakes import FakeTask, FakeVLM, indices
 

@@ -20,9 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, Ve
 
 import grip_env
 from grip_env.envs.sb3 import as_sb3_vec_env
-from grip_env.envs.selection import TokenSelectionEnv
+from grip_env.envs.selection import TokenSelectionEnv, TokenSelectionVectorEnv
 from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
-from grip_env.envs.vector import TokenSelectionVectorEnv
 from tests.fakes import FakeTask, FakeVLM, indices
 
 DEFAULTS: dict[str, Any] = {"task": FakeTask(), "budget": (0.1, 0.6), "max_tokens": 16}

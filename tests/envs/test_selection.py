@@ -13,9 +13,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 import grip_env
-from grip_env.envs.sampling import EpisodeStream, shuffled_indices, tokens_in_budget
-from grip_env.envs.selection import TokenSelectionEnv
-from grip_env.envs.vector import TokenSelectionVectorEnv
+from grip_env.envs.core.sampling import EpisodeStream, shuffled_indices, tokens_in_budget
+from grip_env.envs.selection import TokenSelectionEnv, TokenSelectionVectorEnv
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.base import Scores
 from tests.fakes import INFO_KEYS, WIDTH, FakeTask, FakeVLM, expected_log_likelihood, indices

@@ -19,11 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grip_env
-from grip_env.envs.episodes import Episode
-from grip_env.envs.instances import Instance
-from grip_env.envs.selection import TokenSelectionEnv
+from grip_env.envs.core.instances import Instance
+from grip_env.envs.core.rules import Episode
+from grip_env.envs.selection import TokenSelectionEnv, TokenSelectionVectorEnv
 from grip_env.envs.sequential import SequentialSelectionEnv, SequentialSelectionVectorEnv
-from grip_env.envs.vector import TokenSelectionVectorEnv
 from grip_env.vlms.base import Encoded
 from tests.fakes import INFO_KEYS, WIDTH, FakeTask, FakeVLM, expected_log_likelihood, indices
 

@@ -35,7 +35,7 @@ from gymnasium.wrappers import vector as many
 
 import grip_env  # noqa: F401  (registers the environments)
 from tests.fakes import FakeTask, FakeVLM
-from tests.vlms.test_staged import build
+from tests.vlms.decoder.test_staged_forward import build
 
 REGISTERED = sorted(spec.id for spec in gymnasium.registry.values() if spec.namespace == "GRIP")
 

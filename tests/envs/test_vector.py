@@ -8,8 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from grip_env.envs.selection import TokenSelectionEnv
-from grip_env.envs.vector import TokenSelectionVectorEnv
+from grip_env.envs.selection import TokenSelectionEnv, TokenSelectionVectorEnv
 from grip_env.vlms.base import Encoded
 from tests.fakes import FakeTask, FakeVLM, expected_log_likelihood, indices
 

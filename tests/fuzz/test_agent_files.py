@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.agent import find_algorithm
+from agents.sb3.checkpoint import SEAL as STATE_SEAL
+from agents.sb3.checkpoint import TrainingState
+from agents.sb3.set_policy import SetNetwork
 from agents.scorer import SEAL, Scorer, ScorerConfig
-from agents.setwise import SetNetwork
-from agents.training_state import SEAL as STATE_SEAL
-from agents.training_state import TrainingState
-from grip_env.vlms.sealed import seal
+from grip_env.common.sealed_files import seal
 from tests.fakes import WIDTH, FakeVLM
 from tests.fuzz import fuzzed
 

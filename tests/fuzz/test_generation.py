@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 
 from agents.pruner import Pruner
 from tests.fuzz import fuzzed
-from tests.vlms.test_families import examples
-from tests.vlms.test_generation import pruner_of
-from tests.vlms.test_inputs import process
+from tests.vlms.families.test_known import examples
+from tests.vlms.generation.test_decoding import pruner_of
+from tests.vlms.test_processor_inputs import process
 
 NAMES = sorted(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 ARGUMENTS = ["logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "generation_config"]

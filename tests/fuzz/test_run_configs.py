@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from agents.pruner import load_agent
 from agents.scorer import Scorer, ScorerConfig
-from grip_env import evaluate, runs, train
-from grip_env.commands import CommandError, ModelConfig
-from grip_env.run_config import read_run_config
+from grip_env import evaluate, train
+from grip_env.common.errors import CommandError
+from grip_env.reports import saved_runs
+from grip_env.run_folder.config import ModelConfig, read_run_config
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 from tests.fuzz import fuzzed
 
@@ -75,14 +76,14 @@ def use(folder: Path, patch: pytest.MonkeyPatch) -> bool:
     modules = set(sys.modules)
     read = False
     try:
-        run = runs.load_run(folder)
+        run = saved_runs.load_run(folder)
         read = True
-        other = runs.load_run(folder)
-        assert len(runs.group_runs([run, other])) == 2  # one seed twice
+        other = saved_runs.load_run(folder)
+        assert len(saved_runs.group_runs([run, other])) == 2  # one seed twice
         run.training_cost()
         evaluate._model_and_task(evaluate.Config((folder,)), run)
         evaluate._check_algo("", [run])
-        runs.load_agent(run, Model())
+        saved_runs.load_agent(run, Model())
     except CommandError:
         pass
     said = ""

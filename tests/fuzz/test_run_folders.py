@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grip_env.run_status import FILE, STATES, RunStatus, read_status, unfinished
-from grip_env.runs import Run, read_log
+from grip_env.reports.saved_runs import Run, read_log
+from grip_env.run_folder.status import FILE, STATES, RunStatus, read_status, unfinished
 from tests.fuzz import fuzzed
 
 plain = st.recursive(

@@ -25,7 +25,7 @@ import grip_env
 from grip_env.tasks import load_task
 from grip_env.tasks.base import Task
 from grip_env.tasks.files import DataError, FileTask
-from grip_env.tasks.jsonfiles import read_lines, read_list
+from grip_env.tasks.json_rows import read_lines, read_list
 from grip_env.tasks.pictures import PictureError, read_picture
 from grip_env.tasks.rows import SPLITS, to_row
 from tests.fakes import FakeVLM

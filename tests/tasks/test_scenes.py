@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from grip_env.tasks import drawing
+from grip_env.tasks import sprites
 from grip_env.tasks.base import Task
 from grip_env.tasks.scenes import CHOICES, FAMILIES, GRID, SIDE, Question, Scene, SceneTask, Thing, plural
 
@@ -40,13 +40,13 @@ def work_out(scene: Scene, text: str) -> tuple[str, str, list[Thing]]:
         there = matching(scene, kind=kind, colour=colour)
         # both words occur in the scene, so that neither alone gives "no" away
         assert matching(scene, kind=kind)
-        assert [thing for thing in matching(scene, colour=colour) if thing.kind in drawing.SHAPES]
+        assert [thing for thing in matching(scene, colour=colour) if thing.kind in sprites.SHAPES]
         return "existence", "yes" if there else "no", there or matching(scene, kind=kind)
     if found := re.fullmatch(r"what color is the (\w+)\?", text):
         thing = the(matching(scene, kind=found[1]))
         return "color", thing.colour, [thing]
     if found := re.fullmatch(r"how many (\w+) are there\?", text):
-        kind = next(kind for kind in drawing.SHAPES if plural(kind) == found[1])
+        kind = next(kind for kind in sprites.SHAPES if plural(kind) == found[1])
         return "counting", str(len(matching(scene, kind=kind))), matching(scene, kind=kind)
     if found := re.fullmatch(r"what digit is on the (\w+) card\?", text):
         card = the(matching(scene, kind="card", colour=found[1]))
@@ -65,7 +65,7 @@ def work_out(scene: Scene, text: str) -> tuple[str, str, list[Thing]]:
 def painted(thing: Thing) -> np.ndarray:
     """The share of each cell that ``thing`` covers, by painting it and counting: float (GRID, GRID)."""
     canvas = np.zeros((3, SIDE, SIDE), dtype=np.float32)
-    drawing.composite(canvas, thing.mask, np.ones((3, 1, 1), dtype=np.float32), thing.top, thing.left)
+    sprites.composite(canvas, thing.mask, np.ones((3, 1, 1), dtype=np.float32), thing.top, thing.left)
     cells = [
         [canvas[:, CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)].mean() for column in range(GRID)]
         for row in range(GRID)
@@ -148,7 +148,7 @@ def test_scenes_hold_five_to_seven_shapes_two_cards_and_decorations(asked: list[
     for scene, _ in asked:
         shapes = [thing for thing in scene.things if thing.is_shape]
         cards = [thing for thing in scene.things if thing.kind == "card"]
-        decorations = [thing for thing in scene.things if thing.kind in drawing.DECORATIONS]
+        decorations = [thing for thing in scene.things if thing.kind in sprites.DECORATIONS]
         assert len(cards) == 2
         assert cards[0].colour != cards[1].colour
         assert len(shapes) + 2 + len(decorations) == len(scene.things)
@@ -240,7 +240,7 @@ def test_drawing_shows_each_thing_at_its_place() -> None:
         if thing.kind in ("circle", "square", "star", "cross"):
             row, column = (int(place) for place in thing.centre)
             seen = scene.draw()[row, column].astype(int)
-            assert np.abs(seen - drawing.PALETTE[thing.colour]).max() <= 13
+            assert np.abs(seen - sprites.PALETTE[thing.colour]).max() <= 13
 
 
 # -- splits ----------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def contents(scene: Scene) -> tuple[tuple[str, str, int], ...]:
         sorted(
             (thing.kind, thing.colour, -1 if thing.digit is None else thing.digit)
             for thing in scene.things
-            if thing.kind not in drawing.DECORATIONS
+            if thing.kind not in sprites.DECORATIONS
         )
     )
 
@@ -278,15 +278,15 @@ def test_a_split_depends_on_objects_alone() -> None:
             by_contents[contents(task.scene_and_question(split, index)[0])].add(split)
     assert all(len(splits) == 1 for splits in by_contents.values())
 
-    from grip_env.tasks import layout, scenes
+    from grip_env.tasks import scene_layout, scenes
 
     things = task.scene_and_question("test", 0)[0].things
-    named = [(thing.kind, thing.colour, thing.digit) for thing in things if thing.kind not in drawing.DECORATIONS]
-    assert layout.bucket(named[::-1]) == layout.bucket(named)
-    assert layout.bucket(named) in scenes._BUCKETS["test"]
+    named = [(thing.kind, thing.colour, thing.digit) for thing in things if thing.kind not in sprites.DECORATIONS]
+    assert scene_layout.bucket(named[::-1]) == scene_layout.bucket(named)
+    assert scene_layout.bucket(named) in scenes._BUCKETS["test"]
     # with eight colours for one shape, some other bucket must come up: the digest does read colours
-    recoloured = [[(named[0][0], colour, named[0][2]), *named[1:]] for colour in drawing.PALETTE]
-    assert len({layout.bucket(row) for row in recoloured}) > 1
+    recoloured = [[(named[0][0], colour, named[0][2]), *named[1:]] for colour in sprites.PALETTE]
+    assert len({scene_layout.bucket(row) for row in recoloured}) > 1
 
 
 # -- errors ----------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_wrong_arguments_are_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="choose from existence"):
         SceneTask(())
     with pytest.raises(ValueError, match="unknown sprite 'heart'"):
-        drawing.sprite("heart", 14, 0)
+        sprites.sprite("heart", 14, 0)
 
 
 def test_chosen_families_take_turns() -> None:

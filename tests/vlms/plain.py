@@ -8,7 +8,7 @@ import torch
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from tests.vlms.test_families import process
+from tests.vlms.families.test_known import process
 
 
 @dataclass

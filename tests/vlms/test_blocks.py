@@ -12,7 +12,7 @@ from agents.grpo import GRPO, GRPOConfig
 from agents.heuristics import BASELINES
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
-from grip_env.comparison import compare
+from grip_env.reports.comparison import compare
 from grip_env.tasks.base import Example
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.base import Encoded

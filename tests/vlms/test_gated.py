@@ -7,12 +7,12 @@ import torch
 
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded
-from grip_env.vlms.families import FAMILIES
+from grip_env.vlms.decoder.supported import STAGED_FAMILIES
+from grip_env.vlms.families.known import FAMILIES
 from grip_env.vlms.gated import check_gates, gated_log_likelihood
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from grip_env.vlms.last_layer import STAGED_FAMILIES
 from tests.fakes import FakeVLM
-from tests.vlms.test_families import examples, make, subsets
+from tests.vlms.families.test_known import examples, make, subsets
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
+from grip_env.pretraining.tiny_model import build_model, build_processor
 from grip_env.tasks.base import Example
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms import load_vlm
 from grip_env.vlms.base import Encoded
-from grip_env.vlms.building import build_model, build_processor
 from grip_env.vlms.huggingface import HuggingFaceVLM
 
 SIZES = (0, 1, 5, 14, 60, 143)

@@ -12,7 +12,7 @@ import torch
 
 from grip_env.vlms import load_vlm
 from grip_env.vlms.huggingface import HuggingFaceVLM
-from tests.vlms.test_families import FAMILIES, examples, make, subsets
+from tests.vlms.families.test_known import FAMILIES, examples, make, subsets
 
 
 @pytest.fixture(scope="module", params=[*sorted(FAMILIES), "tiny"])

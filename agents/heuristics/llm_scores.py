@@ -1,0 +1,205 @@
+"""Published scores that look inside the language model, used to choose tokens *before* it.
+
+FastV, SparseVLM and DART drop tokens between the layers of the language model. Here only their scores are taken: the
+first layers run over all tokens, the tokens are chosen by what is seen there, and the model then answers from the start
+with the chosen ones alone. So these are selectors as any other ("index-only"): comparable at equal k, and an
+approximation of the published methods. :mod:`agents.heuristics.inside_llm` has FastV and PyramidDrop as published.
+
+They are not free: the layers looked at run once over all tokens besides the run that answers. The answer is not in the
+sequence they run on. Of equal scores the lower index is kept: the published codes leave that open.
+
+B examples, N visual tokens, D width; W words: the tokens of the prompt after its last visual token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from agents.base import top_k
+from grip_env.vlms.base import Encoded, FrozenVLM
+
+if TYPE_CHECKING:
+    from grip_env.vlms.decoder.staged_forward import StagedForward
+
+__all__ = ["DARTScore", "FastVScore", "SparseVLMScore", "text_raters"]
+
+
+@dataclass(frozen=True)
+class FastVScore:
+    """Keeps what the last token of the prompt attends to most in layer K - 1, counted from 0; mean over heads.
+
+    Source: Chen et al., "An image is worth 1/2 tokens after layer 2: plug-and-play inference acceleration for large
+    vision-language models" (FastV), ECCV 2024, arXiv 2403.06764, where the tokens leave before layer K.
+
+    Raises:
+        NotImplementedError: When called with a model whose layers cannot be run one by one.
+        ValueError: When called with a model of fewer than K layers.
+    """
+
+    layer: int = 2
+    """K, at least 1: before which layer FastV would drop; K - 1 layers and one attention are looked at."""
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose tokens; see :class:`agents.base.Selector`."""
+        run = _look("FastV score", vlm, encoded, self.layer - 1)
+        return top_k(run.attention(), kept, encoded.token_mask)
+
+
+@dataclass(frozen=True)
+class SparseVLMScore:
+    """Keeps what those words attend to most that the picture speaks of: mean over these raters and over heads.
+
+    See :func:`text_raters` for which words they are. The published method drops by rank-adaptive shares at several
+    layers and merges some of the dropped tokens again; neither is done here. Words are chosen as in version 1 of the
+    published code.
+
+    Source: Zhang et al., "SparseVLM: visual token sparsification for efficient vision-language model inference", ICML
+    2025, arXiv 2410.04417.
+
+    Raises:
+        NotImplementedError: When called with a model whose layers cannot be run one by one.
+        ValueError: When called with examples without a question, or a model without the layer.
+    """
+
+    layer: int = 2
+    """In which layer, counted from 0, the words attend."""
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose tokens; see :class:`agents.base.Selector`."""
+        _check_questions("SparseVLM score", encoded)
+        run = _look("SparseVLM score", vlm, encoded, 0)
+        raters = text_raters(run.hidden(), run.hidden("words"), encoded.token_mask, run.words)
+        _advance("SparseVLM score", run, self.layer)
+        return top_k(run.attention(raters), kept, encoded.token_mask)
+
+
+def text_raters(
+    tokens: torch.Tensor, words: torch.Tensor, token_mask: torch.Tensor, word_mask: torch.Tensor
+) -> torch.Tensor:
+    """Return which words may rate visual tokens: those that the tokens are closer to than to words on average.
+
+    Each visual token spreads a weight of 1 over the words, the softmax of its products with them. A word's relevance is
+    the mean of its weights over the tokens; raters are the words whose relevance is above the mean over the words. All
+    words are, where none is, as when all are the same.
+
+    Args:
+        tokens: Embeddings of the visual tokens, float (B, N, D).
+        words: Of the words, float (B, W, D).
+        token_mask: Which tokens are real, bool (B, N).
+        word_mask: Which words are real, bool (B, W).
+
+    Returns:
+        bool (B, W).
+
+    >>> one = torch.ones(1, 1, dtype=torch.bool)
+    >>> text_raters(torch.ones(1, 1, 1), torch.tensor([[[2.0], [-1.0], [0.5]]]), one, one.expand(1, 3))
+    tensor([[ True, False, False]])
+    """
+    products = tokens.float() @ words.float().transpose(1, 2)  # (B, N, W)
+    share = products.masked_fill(~word_mask[:, None], -torch.inf).softmax(-1)
+    relevance = (share * token_mask[..., None]).sum(1) / token_mask.sum(1, keepdim=True)  # (B, W)
+    raters = (relevance > relevance.sum(1, keepdim=True) / word_mask.sum(1, keepdim=True)) & word_mask
+    return torch.where(raters.any(1, keepdim=True), raters, word_mask)
+
+
+@dataclass(frozen=True)
+class DARTScore:
+    """Keeps a few pivots and, for each of them in turn, the tokens that repeat it least.
+
+    Pivots are the visual tokens, and the words, whose keys in layer K - 1 have the largest L1 norm, largest first. The
+    visual ones are kept. Then each pivot, visual ones first, takes its share of the other tokens: those of lowest
+    cosine similarity to it, of what enters layer K through the model's final norm. Shares are equal; what is left over
+    goes to the first pivots, so that exactly k are kept (the published code rounds down, leaves the order open, and
+    keeps up to 4 tokens more than k).
+
+    Source: Wen et al., "Stop looking for important tokens in multimodal language models: duplication matters more"
+    (DART), EMNLP 2025, arXiv 2502.11494, where the tokens leave before layer K.
+
+    Raises:
+        NotImplementedError: When called with a model whose layers cannot be run one by one.
+        ValueError: When called with examples without a question, or a model of fewer than K layers.
+    """
+
+    layer: int = 2
+    """K, at least 1: before which layer DART would drop; K layers are looked at."""
+    token_pivots: int = 4
+    """Most visual pivots; no more than k."""
+    word_pivots: int = 4
+    """Most words that are pivots."""
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose tokens; see :class:`agents.base.Selector`."""
+        _check_questions("DART score", encoded)
+        run = _look("DART score", vlm, encoded, self.layer - 1)
+        sizes = [run.keys(part).float().abs().sum(-1) for part in ("tokens", "words")]  # (B, N), (B, W)
+        run.advance(self.layer)
+        tokens, words = (F.normalize(run.hidden(part, normed=True).float(), dim=-1) for part in ("tokens", "words"))
+        mask = encoded.token_mask
+        chosen = top_k(sizes[0], kept.clamp_max(self.token_pivots), mask)
+        chosen_words = top_k(sizes[1], torch.full_like(kept, self.word_pivots), run.words)
+        pivots = torch.cat(
+            [
+                _first(tokens, sizes[0], chosen, self.token_pivots),
+                _first(words, sizes[1], chosen_words, self.word_pivots),
+            ],
+            1,
+        )  # (B, P, D)
+        there = torch.cat(
+            [
+                torch.arange(self.token_pivots, device=mask.device) < chosen.sum(1, keepdim=True),
+                torch.arange(self.word_pivots, device=mask.device) < chosen_words.sum(1, keepdim=True),
+            ],
+            1,
+        )  # (B, P)
+        similarity = pivots @ tokens.transpose(1, 2)  # (B, P, N)
+        rest, count = kept - chosen.sum(1), there.sum(1).clamp_min(1)
+        turn = there.cumsum(1) - 1  # the how manieth pivot of its row
+        share = (rest // count)[:, None] + (turn < (rest % count)[:, None])
+        for pivot in range(there.shape[1]):
+            quota = torch.where(there[:, pivot], share[:, pivot], 0)
+            chosen = chosen | top_k(-similarity[:, pivot], quota, mask & ~chosen)
+        return chosen
+
+
+def _first(values: torch.Tensor, sizes: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the chosen rows of ``values`` (B, N, D), largest first, and anything after them: (B, count, D)."""
+    order = sizes.masked_fill(~chosen, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+    found = values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
+    return F.pad(found, (0, 0, 0, count - found.shape[1]))
+
+
+def _look(name: str, vlm: FrozenVLM, encoded: Encoded, layer: int) -> StagedForward:
+    """Begin a pass over the prompts and run it up to ``layer``; errors name who asked."""
+    from grip_env.vlms.decoder.staged_forward import StagedForward  # loads transformers
+
+    try:
+        run = StagedForward(vlm, encoded, with_answers=False)  # type: ignore[arg-type] # others are refused there
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name}: {error}") from None
+    _advance(name, run, layer)
+    return run
+
+
+def _advance(name: str, run: StagedForward, layer: int) -> None:
+    if not 0 <= layer < run.layers:
+        raise ValueError(
+            f"{name} would look into layer {layer}, and the language model has the layers 0 to {run.layers - 1}: give "
+            "another 'layer'"
+        )
+    run.advance(layer)
+
+
+def _check_questions(name: str, encoded: Encoded) -> None:
+    silent = (~encoded.question_mask.any(1)).nonzero().flatten().tolist()
+    if silent:
+        raise ValueError(f"{name} needs a question about each image, and the examples {silent} have none")

@@ -1,0 +1,359 @@
+"""PPO, A2C and MaskablePPO of Stable-Baselines3 on this project's environments: the general-purpose rivals of GRPO.
+
+They have the scorer network, the warm-up and the reward of GRPO, and log-uniform budgets, but learn through the
+environment: one action for each observation, and a learned value in place of a group. The environments step together,
+with one call of the language model per step (:func:`grip_env.as_sb3_vec_env`).
+
+Raffin et al., "Stable-Baselines3: Reliable Reinforcement Learning Implementations", JMLR 22, 2021.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecMonitor
+
+from agents.agent import Setting, device_of, register
+from agents.learning import Metrics
+from agents.pool import ForwardCounter
+from agents.sb3.callbacks import Anneal, Episodes, Randomness
+from agents.sb3.checkpoint import TrainingState
+from agents.sb3.options import A2COptions, MaskablePPOOptions, PPOOptions
+from agents.sb3.set_policy import SequentialSelector, SetNetwork, SetPolicy
+from agents.scorer import Scorer, ScorerConfig
+from agents.selectors import ScorerSelector
+from agents.training.imitation import Imitation, as_warm_up
+from grip_env import as_sb3_vec_env
+from grip_env.common.finite import check_finite, named_step
+from grip_env.envs.core.sampling import shuffled_indices, tokens_in_budget
+from grip_env.rewards.terms import needs_agreement
+from grip_env.tasks.base import Example, Task
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+
+__all__ = ["A2CAgent", "A2COptions", "MaskablePPOAgent", "MaskablePPOOptions", "PPOAgent", "PPOOptions"]
+
+STATE = "training.safetensors"
+NETWORK = "features_extractor.network."
+
+
+class _Counting:
+    """A frozen model that notes what it is asked for.
+
+    Args:
+        vlm: The model.
+        compute: Told of every selection scored.
+    """
+
+    def __init__(self, vlm: FrozenVLM, compute: ForwardCounter) -> None:
+        self._vlm, self._compute = vlm, compute
+
+    def score(self, encoded: Encoded, selection: torch.Tensor, *arguments: Any, **named: Any) -> Scores:
+        self._compute.add(selection.shape[0] * selection.shape[1])
+        return self._vlm.score(encoded, selection, *arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vlm, name)
+
+
+class _Part:
+    """Some examples of a split of a task, drawn at random.
+
+    Args:
+        task: The task.
+        count: How many; all if there are fewer.
+        seed: Which.
+    """
+
+    def __init__(self, task: Task, split: str, count: int, seed: int) -> None:
+        self._task, self.name, self.splits = task, task.name, (split,)
+        size = task.size(split)
+        self._indices = shuffled_indices(seed, 0, min(count, size), size)
+
+    def size(self, split: str) -> int:
+        return len(self._indices)
+
+    def example(self, split: str, index: int) -> Example:
+        return self._task.example(split, int(self._indices[index]))
+
+
+class _LibraryAgent(ABC):
+    """An algorithm of Stable-Baselines3 as one of this project's.
+
+    ``model`` is the library's own: ``model.predict`` takes observations of the environments.
+    """
+
+    Options: ClassVar[type]
+    phase: ClassVar[str]
+    environment: ClassVar[str] = "GRIP/TokenSelection-v0"
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        options.check()
+        self.options, self._setting = options, setting
+        device = device_of(setting.vlm)
+        algorithm, policy = self._algorithm()
+        self._pool = setting.pool(options.pool, options.reuse)
+        self.compute = self._pool.compute
+        """What the language model was run for, warm-up included."""
+        self._seed = setting.seed % 2**32  # NumPy takes no more
+        self._randomness = Randomness(device)
+        self._anneal = Anneal(options.learning_rate, options.steps if options.anneal else 0)
+        self.phases = {"warmup": options.warmup_steps, self.phase: options.steps}
+        """How many steps each phase has."""
+        counting: Any = _Counting(setting.vlm, self.compute)
+        task: Any = setting.task
+        if options.examples:
+            task = _Part(task, setting.split, options.examples, self._seed)
+        around = dataclasses.replace(setting, vlm=counting, task=task)
+        envs = around.make_vec(
+            self.environment,
+            options.num_envs,
+            budget=(options.min_budget, options.max_budget),
+            obs_dtype=options.obs_dtype,
+            max_tokens=options.max_tokens,
+            max_question_tokens=options.max_question_tokens,
+            cache_size=options.examples or 2 * options.num_envs,
+            **self._environment_options(),
+        )
+        longest = self._longest_episode(envs.single_observation_space["token_mask"].n)
+        if 0 < options.steps * options.n_steps < longest:  # there would be nothing to tell
+            raise ValueError(
+                f"an episode may take {longest} steps, and training ends after steps * n_steps = {options.steps} * "
+                f"{options.n_steps} = {options.steps * options.n_steps}: give it more, or a smaller max_budget"
+            )
+        with self._randomness.lent():
+            self.model: Any = algorithm(
+                policy,
+                VecMonitor(as_sb3_vec_env(envs)),
+                learning_rate=self._anneal,
+                n_steps=options.n_steps,
+                gamma=options.gamma,
+                gae_lambda=options.gae_lambda,
+                ent_coef=options.ent_coef,
+                vf_coef=options.vf_coef,
+                max_grad_norm=options.max_gradient_norm,
+                seed=self._seed,
+                device=device,
+                **self._library_options(),
+            )
+        self.model.set_logger(Logger(None, []))
+        warm_up = as_warm_up(options)
+        self._warm_up = Imitation(setting.vlm, self._pool, self.scorer, warm_up, setting.reward, setting.seed)
+        self._warm, self.updates = False, 0
+        self._episodes = Episodes()
+
+    @classmethod
+    @abstractmethod
+    def _algorithm(cls) -> tuple[Any, Any]:
+        """Return the library's classes of algorithm and policy."""
+
+    def _environment_options(self) -> dict[str, Any]:
+        return {"action_mode": self.options.action_mode, "over_budget_penalty": self.options.over_budget_penalty}
+
+    def _library_options(self) -> dict[str, Any]:
+        return {"policy_kwargs": {"log_std_init": self.options.log_std_init}}
+
+    def _clipping(self) -> dict[str, Any]:
+        return {name: getattr(self.options, name) for name in ("batch_size", "n_epochs", "clip_range", "target_kl")}
+
+    def _longest_episode(self, tokens: int) -> int:
+        return 1
+
+    @property
+    def network(self) -> SetNetwork:
+        """What is trained, but for the heads."""
+        return cast(SetNetwork, self.model.policy.features_extractor.network)
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer in it."""
+        return self.network.scorer
+
+    def learn(self) -> Iterator[Metrics]:
+        """Train from where it stands, yielding after each step; see :class:`~agents.agent.Agent`.
+
+        Logged at each update, over the episodes that ended in it (if none did, in the last update before): ``reward``,
+        ``log_likelihood`` and ``accuracy``, and ``budget_used``, the share of the tokens allowed that were kept;
+        the library's ``value_loss``, ``entropy`` (nats per action) and, of PPO, ``approx_kl`` and ``clip_fraction``;
+        ``forwards`` and ``seconds`` as by every algorithm. Updates before the first episode's end yield nothing; their
+        seconds are in the first that does.
+        """
+        options = self.options
+        if not self._warm:
+            yield from self._warm_up.imitate("warmup", needs_agreement(self._setting.reward))
+            self._warm = True
+        started = time.perf_counter()
+        while self.updates < options.steps:
+            self._anneal.update = self.updates
+            with named_step(self.phase, self.updates):
+                try:
+                    with self._randomness.lent():
+                        # not reset: the rollout goes on where the last one ended, as within one long call
+                        self.model.learn(options.num_envs * options.n_steps, self._episodes, reset_num_timesteps=False)
+                finally:  # the library's own error, if it has one, tells of distributions
+                    check_finite(dict(self.model.policy.named_parameters()), "the agent")
+            self.updates += 1
+            if self._episodes.means:
+                logged = {key.removeprefix("train/"): value for key, value in self.model.logger.name_to_value.items()}
+                named = ("value_loss", "approx_kl", "clip_fraction")
+                values = self._episodes.means | {key: float(logged[key]) for key in named if key in logged}
+                values |= {
+                    "entropy": -float(logged["entropy_loss"]),
+                    "learning_rate": self._anneal(0),
+                    "seconds": time.perf_counter() - started,
+                    "forwards": self.compute.forwards,
+                }
+                yield Metrics(self.phase, self.updates - 1, values)
+                started = time.perf_counter()
+
+    def save(self, folder: Path) -> None:
+        """Write the scorer, as by other algorithms, and what :meth:`resume` needs; nothing of it is pickled."""
+        self.scorer.save(folder)
+        about = {
+            "algorithm": self.phase,
+            "warm": self._warm,
+            "updates": self.updates,
+            "forwards": self.compute.forwards,
+            "scorer": dataclasses.asdict(self.scorer.config),
+        }
+        TrainingState.of(self.model.policy, self.model.policy.optimizer, about).write(folder / STATE)
+
+    def resume(self, folder: Path) -> None:
+        """Go on with a training that :meth:`save` wrote, on a new agent of the same options: call :meth:`learn` then.
+
+        Weights, optimiser, the number of updates (and so the learning rate) and forward passes are as they were. Random
+        numbers and episodes are not: they begin anew, from a seed made of the setting's and the number of updates, and
+        episodes that were not over are dropped. A warm-up that was not finished begins anew, from the weights saved.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            ValueError: If it is damaged or of another algorithm, action mode or model, or if this agent has begun to
+                learn; the agent is then as it was.
+        """
+        if self._warm or self.updates or self.model.num_timesteps:
+            raise ValueError("this agent has begun to learn: make a new one to resume with")
+        state = TrainingState.read(folder / STATE)
+        if state.about.get("algorithm") != self.phase:
+            raise ValueError(
+                f"{folder / STATE} was written by {state.about.get('algorithm')}, and this is {self.phase}: resume "
+                "with the algorithm it was trained by"
+            )
+        about = {"warm": bool, "updates": int, "forwards": int}
+        if any(type(state.about.get(name)) is not kind for name, kind in about.items()):
+            raise ValueError(f"{folder / STATE} does not say how far it came: train again")
+        state.restore(self.model.policy, self.model.policy.optimizer, str(folder / STATE))
+        self._warm, self.updates = state.about["warm"], state.about["updates"]
+        self.compute.add(state.about["forwards"])
+        self.model.num_timesteps = self.updates * self.options.num_envs * self.options.n_steps
+        seed = int(np.random.SeedSequence([self._seed, self.updates]).generate_state(1)[0])
+        with self._randomness.lent():
+            self.model.set_random_seed(seed)
+
+    @classmethod
+    def load(cls, folder: Path, vlm: FrozenVLM) -> Any:
+        """Read what :meth:`save` wrote as a selector; see :class:`~agents.agent.Agent`."""
+        scorer = Scorer.load(folder)
+        scorer.check_width(vlm.width, folder, vlm.name)
+        return ScorerSelector(scorer.to(device_of(vlm)))
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Choose the most likely tokens; see :class:`agents.base.Selector`."""
+        return ScorerSelector(self.scorer)(vlm, encoded, kept, generator)
+
+
+@register("a2c")
+class A2CAgent(_LibraryAgent):
+    """A set-wise policy trained by A2C on the one-shot environment.
+
+    The library's A2C takes RMSProp by default, whose first steps are ten times its learning rate and undo a warm-up;
+    this one takes Adam.
+    """
+
+    Options, phase = A2COptions, "a2c"
+
+    @classmethod
+    def _algorithm(cls) -> tuple[Any, Any]:
+        return A2C, SetPolicy
+
+    def _library_options(self) -> dict[str, Any]:
+        normalize = self.options.normalize_advantage
+        return super()._library_options() | {"use_rms_prop": False, "normalize_advantage": normalize}
+
+
+@register("ppo")
+class PPOAgent(_LibraryAgent):
+    """A set-wise policy trained by PPO on the one-shot environment."""
+
+    Options, phase = PPOOptions, "ppo"
+
+    @classmethod
+    def _algorithm(cls) -> tuple[Any, Any]:
+        return PPO, SetPolicy
+
+    def _library_options(self) -> dict[str, Any]:
+        return super()._library_options() | self._clipping()
+
+
+@register("maskable-ppo")
+class MaskablePPOAgent(_LibraryAgent):
+    """A set-wise policy trained by MaskablePPO of sb3-contrib on the token-by-token environment.
+
+    Needs the extra "contrib" to train, and not to choose.
+    """
+
+    Options, phase = MaskablePPOOptions, "maskable-ppo"
+    environment = "GRIP/SequentialSelection-v0"
+
+    @classmethod
+    def _algorithm(cls) -> tuple[Any, Any]:
+        try:
+            contrib: Any = importlib.import_module("sb3_contrib")
+        except ImportError as error:
+            raise ValueError(f"maskable-ppo needs sb3-contrib ({error}): pip install 'grip-env[contrib]'") from None
+        from agents.sb3.masked_policy import MaskableSetPolicy
+
+        return contrib.MaskablePPO, MaskableSetPolicy
+
+    def _environment_options(self) -> dict[str, Any]:
+        return {"dense": self.options.dense}
+
+    def _library_options(self) -> dict[str, Any]:
+        return self._clipping()
+
+    def _longest_episode(self, tokens: int) -> int:
+        return tokens_in_budget(self.options.max_budget, tokens)
+
+    @classmethod
+    def load(cls, folder: Path, vlm: FrozenVLM) -> SequentialSelector:
+        """Read what :meth:`save` wrote as a selector; see :class:`~agents.agent.Agent`."""
+        state = TrainingState.read(folder / STATE)
+        try:
+            if state.about["algorithm"] != cls.phase:
+                raise KeyError(state.about["algorithm"])
+            weights = {
+                key.removeprefix(NETWORK): value for key, value in state.weights.items() if key.startswith(NETWORK)
+            }
+            network = SetNetwork(ScorerConfig.read(state.about["scorer"], weights, "scorer."))
+            # strict: neither heads nor critic are needed to choose, and all the rest is
+            network.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"{folder / STATE} was not written by maskable-ppo: train again") from error
+        network.scorer.check_width(vlm.width, folder, vlm.name)
+        return SequentialSelector(network.to(device_of(vlm)).eval())
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Add the most likely token until the budget is used; see :class:`agents.base.Selector`."""
+        return SequentialSelector(self.network)(vlm, encoded, kept, generator)

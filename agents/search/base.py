@@ -1,0 +1,226 @@
+"""What a search is, and how it tries selections: scored on the frozen model, against a budget of calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from grip_env.rewards.judging import judge
+from grip_env.rewards.parsing import resolve_reward
+from grip_env.rewards.terms import Reward, needs_agreement
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+
+__all__ = ["ScoredCandidates", "Search", "SearchResult", "check_batch", "leading"]
+
+
+def check_batch(encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens a search is to keep of each example, long (B,): ``kept``, or all where there are fewer.
+
+    Raises:
+        ValueError: If an example has no answer, or ``kept`` is not B integers of at least 1.
+    """
+    unanswered = (encoded.answer_lengths == 0).nonzero().flatten().tolist()
+    if unanswered:
+        raise ValueError(
+            f"a search uses the answer, and example {unanswered[0]} of the batch has none: encode the examples with "
+            "their answers, or choose a selector that does not need them"
+        )
+    if kept.shape != (len(encoded),) or kept.is_floating_point() or kept.is_complex() or kept.dtype == torch.bool:
+        raise ValueError(
+            f"kept must be integers of shape ({len(encoded)},), one for each example; got {kept.dtype} of shape "
+            f"{tuple(kept.shape)}"
+        )
+    if int(kept.min()) < 1:
+        raise ValueError(f"a search keeps at least 1 token of each example; got {int(kept.min())}")
+    return kept.long().to(encoded.token_mask.device).minimum(encoded.token_mask.sum(1))
+
+
+def leading(counts: torch.Tensor) -> torch.Tensor:
+    """Return a mask of the first ``counts`` (B,) places of each row, bool (B, max)."""
+    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+
+
+class ScoredCandidates:
+    """What has been tried of B examples: the calls it took, and the best selection of exactly k tokens so far.
+
+    A *call* is one selection of one example that the frozen model scores. Where examples have different numbers of
+    candidates in a round, the rows of the shorter ones are filled with empty selections: the shortest sequences there
+    are, whose scores are dropped and which are not counted.
+
+    Args:
+        vlm: The frozen model.
+        encoded: B examples.
+        kept: How many tokens to keep of each, as :func:`check_batch` returns it.
+        reward: What is to be maximised; ``None`` for the mean log-likelihood of the answer's tokens, in nats. A reward
+            is told of the full image as well, which takes a call of each example.
+        calls: Most calls for each example.
+
+    Of an example with as many tokens as are to be kept there is nothing to search: its only selection is scored here.
+    """
+
+    def __init__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, reward: Reward | str | None, calls: int
+    ) -> None:
+        self.vlm, self.encoded, self.kept = vlm, encoded, kept
+        self.mask = encoded.token_mask  # (B, N)
+        self.used = torch.zeros_like(kept)  # (B,)
+        self.best = torch.zeros_like(self.mask)  # (B, N)
+        self.value = torch.full(kept.shape, -torch.inf, device=kept.device)  # (B,)
+        self._reward = None if reward is None else resolve_reward(reward)
+        self._full: Scores | None = None
+        self._calls = calls
+        if self._reward is not None:
+            first_token = needs_agreement(self._reward)
+            self._full = vlm.score(encoded, encoded.full_selection(), first_token=first_token).cpu()
+            self.used += 1
+        self.forced = kept == self.mask.sum(1)  # (B,)
+        if self.forced.any():
+            self.score(encoded.full_selection(), self.forced[:, None])
+
+    @property
+    def left(self) -> torch.Tensor:
+        """Calls that may still be made for each example, long (B,); none where there is nothing to search."""
+        return (self._calls - self.used).masked_fill(self.forced, 0)
+
+    def reference(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Return what :meth:`~grip_env.vlms.base.FrozenVLM.score` needs for the reward of examples, long (R,)."""
+        first = None if self._full is None else self._full.first_token
+        return None if first is None else first[rows.cpu()]
+
+    def judge(self, scores: Scores, rows: torch.Tensor) -> torch.Tensor:
+        """Return what scores of some examples, long (R,), are worth, float32 (R, G), in main memory.
+
+        Raises:
+            ValueError: If the reward returns another shape.
+        """
+        scores = scores.cpu()
+        if self._reward is None or self._full is None:
+            return scores.log_likelihood
+        return judge(self._reward, scores, self._full[rows.cpu()]).float()
+
+    def score(self, candidates: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Score candidates of all examples in one call of the model.
+
+        Args:
+            candidates: Selections of real tokens, none of them empty, bool (B, G, N).
+            valid: Which of them are meant, bool (B, G); the others cost nothing.
+
+        Returns:
+            What they are worth, float32 (B, G); -inf for those that are not meant.
+
+        Raises:
+            ValueError: If there are more than the budget has calls left for, or one is not worth a finite number.
+        """
+        asked = valid.sum(1)
+        if bool((self.used + asked > self._calls).any()):
+            over = int((self.used + asked).max())
+            raise ValueError(f"this would take {over} calls of an example, and the budget is {self._calls}")
+        values = torch.full(valid.shape, -torch.inf, device=valid.device)
+        rows = asked.nonzero().flatten()  # examples that are done take no part
+        if not len(rows):
+            return values
+        part = self.encoded if len(rows) == len(self.encoded) else self.encoded[rows]
+        chosen = candidates[rows] & valid[rows, :, None]
+        worth = self.judge(self.vlm.score(part, chosen, reference=self.reference(rows)), rows)
+        values[rows] = worth.to(values.device).masked_fill(~valid[rows], -torch.inf)
+        if not bool(values[valid].isfinite().all()):
+            raise ValueError("the reward of a selection is not finite: check the reward, or the model's precision")
+        self.used += asked
+        self._remember(candidates, values.masked_fill(candidates.sum(-1) != self.kept[:, None], -torch.inf))
+        return values
+
+    def record(self, row: int, selection: torch.Tensor, value: float, calls: int) -> None:
+        """Take over what was found of one example elsewhere: a selection, bool (N,), its value and its calls."""
+        self.used[row] += calls
+        self.best[row], self.value[row] = selection.to(self.best.device), value
+
+    def _remember(self, candidates: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the best of the candidates where it beats what is known; of equals the first."""
+        value, place = values.max(1)
+        batch = torch.arange(len(place), device=place.device)
+        better = value > self.value
+        self.best[better] = candidates[batch, place][better]
+        self.value[better] = value[better]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found of B examples, and what it took."""
+
+    selection: torch.Tensor
+    """The best selection of exactly k tokens that was scored, bool (B, N)."""
+    value: torch.Tensor
+    """What it is worth: mean answer log-likelihood in nats per token, or the reward; float32 (B,)."""
+    calls: torch.Tensor
+    """Selections scored, long (B,)."""
+    stopped: tuple[str, ...]
+    """Why the search of each example ended: "budget" (calls), "only choice" (no more tokens than are to be kept), or
+    in the words of the search that it had done all that it does, such as "local optimum"."""
+
+
+@dataclass(frozen=True)
+class Search(ABC):
+    """A selector that uses the answer; see :class:`agents.base.Selector` for the call.
+
+    Args:
+        calls: Most selections to score of each example.
+        reward: What to maximise: an object or its name, as in the environments. It is told of the full image as well,
+            which is scored first and counts as a call. ``None``: the mean log-likelihood of the answer's tokens, which
+            has the same best selections as the environments' default and needs no full image.
+
+    Raises:
+        ValueError: If ``calls`` is too small for anything to be scored; when called, if an example has no answer,
+            ``kept`` is not B integers of at least 1, or a reward is not finite.
+        TypeError: If the reward is none.
+    """
+
+    calls: int = 1000
+    reward: Reward | str | None = None
+
+    uses_answer: ClassVar[bool] = True
+    """So that who compares methods can tell these from pruners."""
+    title: ClassVar[str]
+    finish: ClassVar[str]
+    """Why it stops if not for lack of calls."""
+
+    def __post_init__(self) -> None:
+        if self.reward is not None:
+            resolve_reward(self.reward)
+        if self.calls < self._least():
+            raise ValueError(f"{self.title} needs a budget of at least {self._least()} calls; got {self.calls}")
+
+    @property
+    def label(self) -> str:
+        """Name for tables."""
+        return f"{self.title} (uses the answer)"
+
+    @torch.no_grad()
+    def search(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> SearchResult:
+        """Search, and tell what it took; the arguments are those of a :class:`~agents.base.Selector`."""
+        kept = check_batch(encoded, kept)
+        trials = ScoredCandidates(vlm, encoded, kept, self.reward, self.calls)
+        done = self._run(trials, generator).tolist()
+        reasons = [
+            "only choice" if forced else self.finish if ended else "budget"
+            for forced, ended in zip(trials.forced.tolist(), done, strict=True)
+        ]
+        return SearchResult(trials.best, trials.value, trials.used, tuple(reasons))
+
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return the selection that was found, bool (B, N), of exactly k real tokens in each row."""
+        return self.search(vlm, encoded, kept, generator).selection
+
+    def _overhead(self) -> int:
+        return int(self.reward is not None)
+
+    def _least(self) -> int:
+        return 1 + self._overhead()
+
+    @abstractmethod
+    def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
+        """Try selections; return for which examples it did all that it does, bool (B,)."""

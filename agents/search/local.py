@@ -1,0 +1,296 @@
+"""Searches that change a selection token by token: random, greedy forward and backward, swaps; and enumeration."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from agents.base import Selector, top_k
+from agents.search.base import ScoredCandidates, Search, SearchResult, check_batch, leading
+from agents.search.cross_entropy import CrossEntropy
+from grip_env.exact.reward_table import MAX_SUBSETS, RewardTable, count_subsets, score_subsets, subset_masks
+from grip_env.vlms.base import Encoded, FrozenVLM
+
+__all__ = [
+    "CrossEntropy",
+    "ExactEnumeration",
+    "GreedyBackward",
+    "GreedyForward",
+    "RandomSearch",
+    "Search",
+    "SearchResult",
+    "SwapSearch",
+    "removal_plan",
+]
+
+DRAWN_AT_ONCE = 256  # random selections of each example in a round, which bounds memory
+
+
+def _luck(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return uniform draws of the shape of ``like``, from a generator on the CPU."""
+    return torch.rand(like.shape, generator=generator).to(like.device)
+
+
+def _single(places: torch.Tensor, count: int) -> torch.Tensor:
+    """Return places, long (B, G), as selections of one token, bool (B, G, count)."""
+    none = torch.zeros(*places.shape, count, dtype=torch.bool, device=places.device)
+    return none.scatter_(2, places[..., None], True)
+
+
+@dataclass(frozen=True)
+class RandomSearch(Search):
+    """Best of ``calls`` uniformly random selections (uses the answer): what any other search has to beat."""
+
+    title: ClassVar[str] = "random search"
+    finish: ClassVar[str] = "budget"
+
+    def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
+        while trials.left.any():
+            valid = leading(trials.left.clamp_max(DRAWN_AT_ONCE))  # (B, G)
+            mask = trials.mask[:, None].expand(-1, valid.shape[1], -1)  # (B, G, N)
+            kept = trials.kept[:, None].expand_as(valid)
+            drawn = top_k(_luck(mask, generator).flatten(0, 1), kept.flatten(), mask.flatten(0, 1))
+            trials.score(drawn.view(mask.shape), valid)
+        return torch.zeros_like(trials.forced)
+
+
+@dataclass(frozen=True)
+class GreedyForward(Search):
+    """Add the best token to those chosen, until k are in (uses the answer).
+
+    Each round scores the set with each token that is still free added to it: N + (N - 1) + ... calls for k rounds.
+    What the budget does not allow is saved by sampling: a round scores as many free tokens, drawn at random, as its
+    equal share of the calls that are left, as the stochastic greedy algorithm does. With fewer than two calls for each
+    round, the first tokens are chosen at random and not scored, so that every later round has a choice of at least
+    two (or a single call is spent on a random set).
+
+    Sources: Nemhauser, Wolsey and Fisher, "An analysis of approximations for maximizing submodular set functions",
+    Mathematical Programming 1978; Mirzasoleiman et al., "Lazier than lazy greedy", AAAI 2015.
+    """
+
+    title: ClassVar[str] = "greedy forward"
+    finish: ClassVar[str] = "complete"
+
+    def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
+        mask, batch = trials.mask, torch.arange(len(trials.kept), device=trials.mask.device)
+        rounds = trials.kept.minimum((trials.left // 2).clamp_min(1)).masked_fill(trials.forced, 0)  # (B,)
+        chosen = top_k(_luck(mask, generator), trials.kept - rounds, mask)  # (B, N)
+        complete = rounds == trials.kept
+        for step in range(int(rounds.max())):
+            going = (rounds - step).clamp_min(0)  # rounds to go, this one among them, (B,)
+            free = mask & ~chosen
+            count = free.sum(1).minimum(trials.left // going.clamp_min(1)).masked_fill(going == 0, 0)
+            complete &= (count == free.sum(1)) | (going == 0)
+            sample = top_k(_luck(mask, generator), count, free)
+            valid = leading(count)  # (B, G)
+            place = (~sample).to(torch.uint8).argsort(dim=1, stable=True)[:, : valid.shape[1]]  # (B, G), ascending
+            values = trials.score(chosen[:, None] | _single(place, mask.shape[1]), valid)
+            chosen[batch, place[batch, values.argmax(1)]] |= going > 0
+        return complete
+
+
+def removal_plan(count: int, k: int, calls: int) -> tuple[int, list[int]]:
+    """Return how greedy backward elimination gets from ``count`` tokens to k with a budget of calls.
+
+    A round that starts with n tokens takes n calls and removes the same share of them, rounded up, but never so many
+    that fewer than k are left; what is left at the end takes one call more, unless the last round has scored it.
+
+    Args:
+        count: Tokens at the beginning.
+        k: Tokens at the end, 1 to ``count``.
+        calls: The budget, at least 1.
+
+    Returns:
+        With how many tokens the first round starts, and how many each round removes: the smallest share that the
+        budget allows, which with enough calls is one token a round. Where even a single round is too much, it starts
+        with as many tokens as the budget allows.
+
+    >>> removal_plan(8, 4, 26), removal_plan(8, 4, 16), removal_plan(8, 4, 7)
+    ((8, [1, 1, 1, 1]), (8, [2, 2]), (6, [2]))
+    """
+    whole = count
+
+    def rounds(share: int) -> list[int]:
+        left, removed = count, []
+        while left > k:
+            removed.append(min(left - k, max(1, -(-share * left // whole))))
+            left -= removed[-1]
+        return removed
+
+    def affordable(share: int) -> bool:
+        removed, left, cost = rounds(share), count, 0
+        for some in removed:
+            cost, left = cost + left, left - some
+        return cost + (removed[-1:] != [1]) <= calls
+
+    while count > k and not affordable(whole):
+        count -= 1
+    return count, rounds(bisect_left(range(whole + 1), True, key=affordable))
+
+
+@dataclass(frozen=True)
+class GreedyBackward(Search):
+    """Remove the tokens that are missed least, until k are left (uses the answer).
+
+    Each round scores the set without each of its tokens and removes those without which it does best. One token a
+    round would take N + (N - 1) + ... calls, 10,000 for 144 tokens, so a round removes a share of the tokens: the
+    smallest that the budget allows, see :func:`removal_plan`. How two tokens removed together interact is not looked
+    at. With fewer than N + 1 calls, tokens are removed at random until a single round can be afforded.
+
+    Calls are of long sequences here, so that each takes more time than one of the other searches.
+
+    Source: the stepwise elimination of Marill and Green, "On the effectiveness of receptors in recognition systems",
+    IEEE Transactions on Information Theory 1963.
+    """
+
+    title: ClassVar[str] = "greedy backward"
+    finish: ClassVar[str] = "complete"
+
+    def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
+        mask = trials.mask
+        sizes = zip(mask.sum(1).tolist(), trials.kept.tolist(), trials.left.tolist(), strict=True)
+        plans = [removal_plan(count, k, calls) if calls else (count, []) for count, k, calls in sizes]
+        start = torch.tensor([count for count, _ in plans], device=mask.device)
+        chosen = top_k(_luck(mask, generator), start, mask)  # (B, N)
+        index = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        for step in range(max(len(plan) for _, plan in plans)):
+            removed = torch.tensor([plan[step] if step < len(plan) else 0 for _, plan in plans], device=mask.device)
+            size = chosen.sum(1)
+            valid = leading(size * (removed > 0))  # (B, G)
+            # from the highest index down: of equals, the first is removed, and the lower index is kept
+            place = (chosen * index).argsort(dim=1, descending=True)[:, : valid.shape[1]]  # (B, G)
+            values = trials.score(chosen[:, None] & ~_single(place, mask.shape[1]), valid)
+            missed = torch.zeros(mask.shape, device=mask.device)
+            missed.scatter_(1, place, -values.masked_fill(~valid, 0))
+            chosen = top_k(missed, size - removed, chosen)
+        unknown = trials.value == -torch.inf
+        trials.score(chosen[:, None], unknown[:, None])
+        single = [count == int(real) for (count, _), real in zip(plans, mask.sum(1), strict=True)]
+        return torch.tensor([one and set(plan) <= {1} for one, (_, plan) in zip(single, plans, strict=True)])
+
+
+@dataclass(frozen=True)
+class SwapSearch(Search):
+    """Exchange a kept token for another one as long as that helps (uses the answer).
+
+    The swaps of a set, k * (N - k) of them, are tried in random order, ``group`` in a round. If any of a round is an
+    improvement, the best of the round is made, and the swaps of the new set are tried, in a new order. A set none of
+    whose swaps improves it is a local optimum, and the end, if the budget lasts so long: 959 calls for that alone at 7
+    of 144. ``group=1`` is first-improvement ascent, a group as large as the number of swaps best-improvement ascent.
+
+    Args:
+        start: Where it starts. What a selector keeps too few is filled up, and what it keeps too many is cut, at
+            random. If it is a search, its calls are part of the budget. ``None``: greedy forward with half of the
+            calls.
+        group: Swaps tried in a round.
+
+    Source: the interchange heuristic of Teitz and Bart, "Heuristic methods for estimating the generalized vertex
+    median of a weighted graph", Operations Research 1968.
+    """
+
+    start: Selector | None = None
+    group: int = 32
+
+    title: ClassVar[str] = "swap search"
+    finish: ClassVar[str] = "local optimum"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < 1:
+            raise ValueError(f"a round tries at least 1 swap; got group={self.group}")
+
+    def _least(self) -> int:
+        once = super()._least()  # what it starts from is scored, whatever a search has scored to find it
+        return once + (self.start.calls if isinstance(self.start, Search) else once if self.start is None else 0)
+
+    def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
+        rows = (~trials.forced).nonzero().flatten().tolist()
+        if not rows:
+            return ~trials.forced
+        self._begin(trials, rows, generator)
+        untried = {row: self._swaps(trials, row, generator) for row in rows}
+        while True:
+            counts = torch.zeros_like(trials.kept)
+            for row, left in zip(rows, trials.left[rows].tolist(), strict=True):
+                counts[row] = min(self.group, left, len(untried[row]))
+            if not counts.any():
+                return torch.tensor([row in untried and not len(untried[row]) for row in range(len(counts))])
+            valid = leading(counts)  # (B, G)
+            candidates = trials.best[:, None].repeat(1, valid.shape[1], 1)  # (B, G, N)
+            for row, count in zip(rows, counts[rows].tolist(), strict=True):
+                tried, untried[row] = untried[row][:count].sort().values, untried[row][count:]
+                kept, free = (side.nonzero().flatten() for side in (trials.best[row], self._free(trials, row)))
+                place = torch.arange(count, device=kept.device)
+                candidates[row, place, kept[tried // len(free)]] = False
+                candidates[row, place, free[tried % len(free)]] = True
+            before = trials.value.clone()
+            trials.score(candidates, valid)
+            for row in (trials.value > before).nonzero().flatten().tolist():
+                untried[row] = self._swaps(trials, row, generator)
+
+    def _begin(self, trials: ScoredCandidates, rows: list[int], generator: torch.Generator) -> None:
+        """Score what the search of some examples starts from."""
+        part, kept = trials.encoded[rows], trials.kept[rows]
+        start = GreedyForward(self.calls // 2, self.reward) if self.start is None else self.start
+        if isinstance(start, Search):
+            found = start.search(trials.vlm, part, kept, generator)
+            trials.used[rows] += found.calls
+            given = found.selection
+        else:
+            given = start(trials.vlm, part, kept, generator)
+        begin = torch.zeros_like(trials.mask)
+        begin[rows] = top_k(_luck(given, generator) + given, kept, part.token_mask)
+        trials.score(begin[:, None], ~trials.forced[:, None])
+
+    @staticmethod
+    def _free(trials: ScoredCandidates, row: int) -> torch.Tensor:
+        return trials.mask[row] & ~trials.best[row]
+
+    def _swaps(self, trials: ScoredCandidates, row: int, generator: torch.Generator) -> torch.Tensor:
+        """Return all swaps of the best set of an example in random order, as place of the kept * free + of the free."""
+        count = int(trials.kept[row]) * int(self._free(trials, row).sum())
+        return torch.randperm(count, generator=generator).to(trials.mask.device)
+
+
+@dataclass(frozen=True)
+class ExactEnumeration(Search):
+    """Score every selection of k tokens (uses the answer): the optimum itself, for small N.
+
+    Examples are scored one after the other, as :class:`~grip_env.exact.reward_table.RewardTable` does: use a
+    :class:`~grip_env.vlms.blocks.BlockVLM`. The default budget is the most that a table may have.
+
+    Raises:
+        ValueError: As any search, and, before anything is scored, if an example has more selections than the budget
+            has calls, or more than 64 tokens.
+    """
+
+    calls: int = MAX_SUBSETS
+
+    title: ClassVar[str] = "exact enumeration"
+    finish: ClassVar[str] = "optimum"
+
+    def search(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> SearchResult:
+        """Search, and tell what it took; the arguments are those of a :class:`~agents.base.Selector`."""
+        counts = encoded.token_mask.sum(1).tolist()
+        for row, (count, k) in enumerate(zip(counts, check_batch(encoded, kept).tolist(), strict=True)):
+            subsets = count_subsets(count, k)
+            if subsets + self._overhead() > self.calls:
+                full = " and the full image" * self._overhead()
+                raise ValueError(
+                    f"example {row} of the batch has C({count}, {k}) = {subsets:,} selections{full} to score, more "
+                    f"than the budget of {self.calls:,} calls: raise calls (to at most {MAX_SUBSETS:,}), or lower k"
+                )
+        return super().search(vlm, encoded, kept, generator)
+
+    def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
+        for row in (~trials.forced).nonzero().flatten().tolist():
+            index, k = torch.tensor([row]), int(trials.kept[row])
+            alone = trials.encoded[index]
+            scores = score_subsets(trials.vlm, alone, k, reference=trials.reference(index))
+            masks = subset_masks(alone.token_mask[0].nonzero().flatten().tolist(), k)
+            table = RewardTable(masks, trials.judge(scores, index)[0].numpy(), alone.token_mask.shape[1])
+            trials.record(row, torch.from_numpy(table.optimal), table.optimal_reward, len(table))
+        return torch.ones_like(trials.forced)

@@ -1,0 +1,185 @@
+"""Supervised imitation: the scorer learns the choices of a teacher, and no reward is ever asked for.
+
+GRPO's warm-up is a short one; trained for as long as GRPO, it is a rival that says what the rewards are worth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from agents.learning import (
+    Learner,
+    Metrics,
+    OnNaN,
+    check_batch,
+    check_budgets,
+    check_numbers,
+    check_on_nan,
+    draw_counts,
+    finite_rows,
+)
+from agents.pool import ExamplePool
+from agents.scorer import Scorer
+from agents.training.teachers import make_teacher, warmup_loss
+from grip_env.common.finite import named_step
+from grip_env.rewards.parsing import resolve_reward
+from grip_env.rewards.terms import Reward
+from grip_env.vlms.base import FrozenVLM
+
+__all__ = ["Imitation", "ImitationConfig", "WarmUpOptions", "as_warm_up"]
+
+
+@dataclass
+class ImitationConfig:
+    """Supervised imitation of a teacher's choices (behaviour cloning; Pomerleau, "ALVINN", NeurIPS 1988)."""
+
+    steps: int = 520
+    """Supervised steps; the default is as many as GRPO takes with its warm-up."""
+    instances: int = 32
+    """Examples per step (B)."""
+    min_budget: float = 0.03
+    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
+    max_budget: float = 0.5
+    """Largest share of tokens kept in training."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Whether the learning rate decays to 2% of its peak along a cosine (Loshchilov & Hutter, ICLR 2017)."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
+    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
+    """Whose choices are imitated: gradient x token (Shrikumar et al. 2016; 3 forwards per example), the vision tower's
+    CLS attention (no forwards), the ground truth where there is one, or the drop in log-likelihood when a token is
+    taken out (Zeiler & Fergus 2014; a forward for each cell of the image)."""
+    teacher_cells: int = 6
+    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
+    pool: int = 768
+    """Encoded training examples held in memory."""
+    reuse: int = 4
+    """About how often each is used before a new one takes its place."""
+    on_nan: OnNaN = "stop"
+    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
+    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
+
+
+class WarmUpOptions(Protocol):
+    """Options of an algorithm that begins with a warm-up; what they mean, :class:`ImitationConfig` says."""
+
+    warmup_steps: int
+    warmup_learning_rate: float
+    instances: int
+    min_budget: float
+    max_budget: float
+    max_gradient_norm: float
+    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"]
+    teacher_cells: int
+    pool: int
+    reuse: int
+
+
+def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
+    """Return the warm-up of an algorithm as what it is: a short imitation at a constant learning rate."""
+    return ImitationConfig(
+        steps=options.warmup_steps,
+        instances=options.instances,
+        min_budget=options.min_budget,
+        max_budget=options.max_budget,
+        learning_rate=options.warmup_learning_rate,
+        schedule="constant",
+        max_gradient_norm=options.max_gradient_norm,
+        teacher=options.teacher,
+        teacher_cells=options.teacher_cells,
+        pool=options.pool,
+        reuse=options.reuse,
+        on_nan=getattr(options, "on_nan", "stop"),
+    )
+
+
+class Imitation:
+    """Trains a scorer to choose what a teacher would.
+
+    Args:
+        vlm: The frozen model.
+        pool: Training examples.
+        scorer: What is trained, in place.
+        config: Hyperparameters.
+        reward: Takes no part in it; a text that stands for none is refused all the same, as by other algorithms.
+        seed: Decides budgets.
+
+    Raises:
+        ValueError: If a setting is impossible.
+    """
+
+    phase = "imitation"
+    """What its steps are called in :class:`~agents.learning.Metrics`."""
+
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        pool: ExamplePool,
+        scorer: Scorer,
+        config: ImitationConfig,
+        reward: str | Reward = "log_likelihood",
+        seed: int = 0,
+    ) -> None:
+        check_budgets(config.min_budget, config.max_budget)
+        check_numbers(config, {"instances": 1, "steps": 0}, ("learning_rate", "max_gradient_norm"))
+        check_batch(config.instances, pool.size)
+        check_on_nan(config.on_nan)
+        if config.schedule not in ("cosine", "constant"):
+            raise ValueError(f"unknown schedule {config.schedule!r}: choose cosine or constant")
+        resolve_reward(reward)
+        self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
+        self.teacher = make_teacher(config.teacher, config.teacher_cells, pool.size)
+        self.generator = torch.Generator().manual_seed(seed)
+        """Where budgets come from; whatever trains the scorer further goes on with it."""
+
+    def train(self) -> Iterator[Metrics]:
+        """Imitate, yielding after every step; the scorer is usable at any point."""
+        return self.imitate(self.phase)
+
+    def imitate(self, phase: str, first_token: bool = False) -> Iterator[Metrics]:
+        """Do so under the name of ``phase``, with a pool that will be asked for first tokens or not."""
+        config = self.config
+        decay_over = config.steps if config.schedule == "cosine" else 0
+        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, decay_over)
+        self.scorer.train()
+        for step in range(config.steps):
+            started = time.perf_counter()
+            learner.begin(step)
+            with named_step(phase, step):
+                loss, norm, skipped = self._imitate_once(learner, first_token)
+            yield Metrics(
+                phase,
+                step,
+                {
+                    "loss": loss,
+                    "gradient_norm": norm,
+                    **({"skipped": skipped} if config.on_nan == "skip" else {}),
+                    "learning_rate": learner.learning_rate,
+                    "seconds": time.perf_counter() - started,
+                    "forwards": self.pool.compute.forwards,
+                },
+            )
+
+    def _imitate_once(self, learner: Learner, first_token: bool) -> tuple[float, float, int]:
+        """Take a step; returns the loss, the gradient's norm and how many examples were left out."""
+        config = self.config
+        encoded, _ = self.pool.batch(config.instances, first_token)
+        teacher = self.teacher(self.vlm, encoded, self.pool.compute)
+        kept = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
+        good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "what the teacher says", encoded, config.on_nan)
+        skipped = len(encoded) - int(good.sum())
+        if skipped == len(encoded):
+            return 0.0, 0.0, skipped
+        if skipped:
+            rows = good.nonzero()[:, 0]
+            encoded, teacher, kept = encoded[rows], teacher[rows], kept[rows]
+        loss = warmup_loss(self.scorer, encoded, teacher, kept)
+        norm = learner.minimise(loss)
+        return float(loss.detach()), norm, skipped

@@ -1,0 +1,359 @@
+"""Continuous relaxations: the scorer learns by back-propagation through the frozen model, and not from rewards.
+
+Which tokens to keep is a discrete choice, and no gradient passes through one. A relaxation lets it pass through gates
+between 0 and 1, in one of three ways here: :class:`GumbelTopK`, :class:`SigmoidGates` and :class:`SoftTopK`. All act
+on the model's attention, train the same scorer as GRPO does, after as long a warm-up, on examples and budgets drawn
+alike, and keep its k best tokens when they are done. They are rivals to GRPO: where they win, rewards are not worth
+their price.
+
+Gates of 0 and 1 in the forward pass with the gradient of numbers in between ("straight-through"; Bengio, Léonard &
+Courville, "Estimating or propagating gradients through stochastic neurons", 2013, arXiv 1308.3432) are what is scored
+in the end. What helps as much is not in those papers: the likelihood saturates in a token's gate, so that its slope at
+0 can be a thousand times what the whole token is worth. Where a gate never closes fully (``leak``), it tells more.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from agents.base import top_k
+from agents.learning import (
+    Learner,
+    Metrics,
+    OnNaN,
+    check_batch,
+    check_budgets,
+    check_numbers,
+    check_on_nan,
+    draw_counts,
+    finite_rows,
+    lowest_eighth,
+)
+from agents.pool import ExamplePool
+from agents.scorer import Scorer
+from agents.subset import KSubset
+from agents.training.imitation import Imitation, as_warm_up
+from agents.training.soft_gates import (
+    CLOSED_BELOW,
+    binary_gates,
+    budget_offset,
+    budget_penalty,
+    gumbel_noise,
+    relaxed_top_k,
+    straight_through,
+)
+from grip_env.common.finite import named_step
+from grip_env.rewards.parsing import resolve_reward
+from grip_env.rewards.terms import AnswerLogLikelihood, Reward
+from grip_env.vlms.base import FrozenVLM
+from grip_env.vlms.gated import check_gates, gated_log_likelihood
+
+__all__ = [
+    "GumbelTopK",
+    "GumbelTopKConfig",
+    "RelaxedConfig",
+    "SigmoidGates",
+    "SigmoidGatesConfig",
+    "SoftTopK",
+    "SoftTopKConfig",
+]
+
+
+@dataclass
+class RelaxedConfig:
+    """What all relaxations have in common."""
+
+    steps: int = 740
+    """Updates by back-propagation; the default takes about as long as GRPO's, with the embedded model on a CPU. As many
+    forward-equivalents as GRPO's would be 2,600."""
+    instances: int = 32
+    """Examples per step (B)."""
+    samples: int = 1
+    """Sets of gates drawn for each example; their gradients are averaged."""
+    min_budget: float = 0.03
+    """Smallest share of tokens kept in training; budgets differ within a batch."""
+    max_budget: float = 0.5
+    """Largest share of tokens kept in training."""
+    budget_tilt: float = 2.0
+    """Above 1 draws small budgets more often; see GRPOConfig."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; decays to 2% of it along a cosine."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    temperature: float = 1.0
+    """How soft the relaxation is at first (Jang et al. 2017; Maddison et al. 2017)."""
+    final_temperature: float = 1.0
+    """How soft it is in the end; in between, the logarithm falls evenly (annealing: Jang et al. 2017)."""
+    noisy: bool = True
+    """Draw gates at random; otherwise they follow from the scores."""
+    hard: bool = True
+    """Use gates of 0 and 1 in the forward pass, and soft ones for the gradient only (straight-through: Bengio et al.
+    2013)."""
+    leak: float = 0.03
+    """What a closed gate lets through at first. At 0 the forward pass is that of the pruned model, but slopes are
+    extreme."""
+    final_leak: float = 0.0
+    """What it lets through in the end; in between, evenly less."""
+    in_turn: bool = False
+    """Choose tokens one after another once trained, as GRPO's agent does (see agents.ordered_subset). No gradient
+    reaches what a choice takes from the scores of others: it stays as it was at first."""
+    warmup_steps: int = 120
+    """Supervised steps before the first gate, as many as GRPO's; 0 starts from equal scores."""
+    warmup_learning_rate: float = 1e-3
+    """Learning rate of the warm-up."""
+    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
+    """Whose choices the warm-up imitates; see ImitationConfig."""
+    teacher_cells: int = 6
+    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
+    pool: int = 768
+    """Encoded training examples held in memory."""
+    reuse: int = 4
+    """About how often each is used before a new one takes its place."""
+    on_nan: OnNaN = "stop"
+    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
+    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
+
+
+@dataclass
+class GumbelTopKConfig(RelaxedConfig):
+    """Straight-through Gumbel top-k (Jang et al. 2017; Maddison et al. 2017; Kool et al. 2019; Xie & Ermon 2019)."""
+
+
+@dataclass
+class SigmoidGatesConfig(RelaxedConfig):
+    """Sigmoid gates with a budget penalty (hard concrete; Louizos et al. 2018)."""
+
+    penalty: float = 1.0
+    """Weight of the penalty for opening more or fewer gates than the budget has room for."""
+
+
+@dataclass
+class SoftTopKConfig(RelaxedConfig):
+    """Soft top-k through the marginals of the k-subset distribution (SIMPLE; Ahmed et al. 2023)."""
+
+
+class Relaxation(ABC):
+    """Trains a scorer by back-propagation through a frozen vision-language model.
+
+    Args:
+        vlm: The frozen model, of a family that :func:`~grip_env.vlms.gated.gated_log_likelihood` can gate.
+        pool: Training examples.
+        scorer: What is trained, in place.
+        config: Hyperparameters.
+        reward: Must be the answer's log-likelihood: a gradient has to pass through it.
+        seed: Decides budgets and noise.
+
+    Raises:
+        NotImplementedError: If the model cannot be gated.
+        ValueError: If the reward is another, or a setting is impossible.
+    """
+
+    phase: str
+    """Its name in metrics and logs."""
+
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        pool: ExamplePool,
+        scorer: Scorer,
+        config: RelaxedConfig,
+        reward: str | Reward = "log_likelihood",
+        seed: int = 0,
+    ) -> None:
+        if resolve_reward(reward) != AnswerLogLikelihood():
+            raise ValueError(
+                f"{type(self).__name__} learns by gradients through the model, which reach log_likelihood only; got "
+                f"the reward {reward!r}: choose log_likelihood, or GRPO for any other"
+            )
+        if config.samples < 1:
+            raise ValueError(f"samples must be at least 1; got {config.samples}")
+        for name in ("temperature", "final_temperature"):
+            if not 0 < getattr(config, name) < math.inf:
+                raise ValueError(f"{name} must be above 0; got {getattr(config, name)}")
+        for name in ("leak", "final_leak"):
+            if not 0 <= getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(config, name)}")
+        if config.in_turn:
+            scorer.check_in_turn(True)
+        self._gated = check_gates(vlm)
+        check_budgets(config.min_budget, config.max_budget, config.budget_tilt)
+        check_on_nan(config.on_nan)
+        check_numbers(config, {"steps": 0, "warmup_steps": 0}, ("learning_rate", "max_gradient_norm"))
+        check_batch(config.instances, pool.size)
+        self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
+        self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), reward, seed)
+        self._generator = self._warm_up.generator
+
+    @abstractmethod
+    def gates(
+        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw gates.
+
+        Args:
+            scores: The scorer's, float (B, N).
+            kept: How many tokens the budget has room for, long (B,).
+            mask: Which tokens are real, bool (B, N).
+            temperature: How soft the relaxation is.
+
+        Returns:
+            Gates in [0, 1], float (S, B, N), and what they cost beyond the likelihood they lose, float (B,).
+        """
+
+    def train(self) -> Iterator[Metrics]:
+        """Run warm-up and back-propagation, yielding after every step; the scorer is usable at any point.
+
+        ``seconds`` are those of the step, ``forwards`` what the language model was run for from the beginning on: see
+        :class:`~agents.pool.ForwardCounter`.
+        """
+        yield from self._warm_up.imitate("warmup")
+        yield from self._optimise()
+
+    def _optimise(self) -> Iterator[Metrics]:
+        config = self.config
+        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
+        self.scorer.train()
+        for step in range(config.steps):
+            started = time.perf_counter()
+            learner.begin(step)
+            annealed = step / max(1, config.steps - 1)
+            temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
+            leak = config.leak * (1 - annealed) + config.final_leak * annealed
+            encoded, full = self.pool.batch(config.instances)
+            kept = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
+            gates, cost = self.gates(self.scorer.score(encoded, kept), kept, encoded.token_mask, temperature)
+            gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
+            likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
+            self.pool.compute.add(likelihood.numel(), backward=True)
+            norm = 0.0
+            with named_step(self.phase, step):
+                both = torch.cat([likelihood, full.log_likelihood], 1)
+                good = finite_rows(both, "the answer's log-likelihood", encoded, config.on_nan).nonzero()[:, 0]
+                skipped = len(encoded) - len(good)
+                if skipped:
+                    encoded, kept, full, gates = encoded[good], kept[good], full[good], gates[good]
+                    cost, likelihood = cost[good], likelihood[good]
+                if len(good):
+                    norm = learner.minimise((cost - likelihood.mean(1)).mean())
+            if not len(good):
+                continue
+            gain = (likelihood.detach() - full.log_likelihood).mean(1)
+            small = lowest_eighth(kept)
+            opened = ((gates.detach() > 0.5) & encoded.token_mask[:, None]).sum(-1) / kept[:, None]
+            values = {
+                "reward": float(gain.mean()),
+                "reward_smallest_budgets": float(gain[small].mean()),
+                "log_likelihood": float(likelihood.detach().mean()),
+                "log_likelihood_smallest_budgets": float(likelihood.detach()[small].mean()),
+                "open_gates": float(opened.mean()),
+                "cost": float(cost.detach().mean()),
+                "temperature": temperature,
+                "leak": leak,
+                "gradient_norm": norm,
+                **({"skipped": skipped} if config.on_nan == "skip" else {}),
+                "learning_rate": learner.learning_rate,
+                "seconds": time.perf_counter() - started,
+                "forwards": self.pool.compute.forwards,
+            }
+            yield Metrics(self.phase, step, values)
+
+
+class GumbelTopK(Relaxation):
+    """Keeps the k best of scores with Gumbel noise; gradients are those of k softmaxes in turn.
+
+    Sources: Jang, Gu & Poole, "Categorical reparameterization with Gumbel-softmax", ICLR 2017; Maddison, Mnih & Teh,
+    ICLR 2017; Kool et al., ICML 2019 (top-k); Xie & Ermon, IJCAI 2019 (its relaxation).
+    """
+
+    phase = "gumbel"
+
+    def gates(
+        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw gates; see :meth:`Relaxation.gates`."""
+        samples = self.config.samples
+        noise = gumbel_noise(scores, samples, self._generator) if self.config.noisy else scores.new_zeros(1, 1, 1)
+        noisy = scores + noise  # (S, B, N)
+        soft = relaxed_top_k(noisy, kept, mask, temperature)
+        if self.config.hard:
+            gates = straight_through(torch.stack([top_k(part, kept, mask) for part in noisy.detach()]), soft)
+        else:
+            gates = soft.clamp_max(1)
+        return gates, scores.new_zeros(len(scores))
+
+
+class SigmoidGates(Relaxation):
+    """Opens each gate by itself, and pays for opening more or fewer of them than the budget has room for.
+
+    With ``hard`` gates these are straight-through Bernoulli draws, otherwise hard-concrete ones. Scores are shifted by
+    the log-odds of the budget and by a constant, found on the first batch, that opens as many gates as the budgets ask
+    for.
+
+    Sources: Louizos et al., ICLR 2018; Maddison et al., ICLR 2017; the penalty on the kept share after DynamicViT (Rao
+    et al., NeurIPS 2021), here in the logarithm, so that small budgets count as much as large ones.
+    """
+
+    phase = "sigmoid"
+    config: SigmoidGatesConfig
+
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        pool: ExamplePool,
+        scorer: Scorer,
+        config: SigmoidGatesConfig,
+        reward: str | Reward = "log_likelihood",
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= config.penalty < math.inf:
+            raise ValueError(f"penalty must not be negative; got {config.penalty}")
+        super().__init__(vlm, pool, scorer, config, reward, seed)
+        self._offset: float | None = None
+
+    def gates(
+        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw gates; see :meth:`Relaxation.gates`."""
+        config = self.config
+        share = (kept / mask.sum(1)).clamp_max(1 - 1e-4)
+        logits = scores + share.logit()[:, None]
+        if self._offset is None:
+            self._offset = budget_offset(logits.detach(), kept, mask)
+        logits = logits + self._offset  # of a gate being open
+        # a hard gate is open above 1/2, a stretched one above 0
+        shift = 0.0 if config.hard else temperature * CLOSED_BELOW
+        shape = (config.samples, *scores.shape) if config.noisy else (1, *scores.shape)
+        uniform = torch.rand(shape, generator=self._generator) if config.noisy else torch.full(shape, 0.5)
+        soft = binary_gates(logits + shift, uniform.to(scores.device), temperature, not config.hard)
+        gates = straight_through(soft > 0.5, soft) if config.hard else soft
+        return gates * mask, config.penalty * budget_penalty(logits, kept, mask)
+
+
+class SoftTopK(Relaxation):
+    """Draws k-subsets exactly; gradients are those of the probabilities with which tokens are in them.
+
+    Without ``hard``, these probabilities are the gates themselves; without ``noisy``, the likeliest subset is taken.
+
+    Source: Ahmed, Zeng, Niepert & Van den Broeck, "SIMPLE: a gradient estimator for k-subset sampling", ICLR 2023.
+    """
+
+    phase = "soft_top_k"
+
+    def gates(
+        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw gates; see :meth:`Relaxation.gates`."""
+        policy = KSubset(scores / temperature, kept, mask, validate_args=False)
+        gates = policy.marginals[None]  # (1, B, N)
+        if self.config.hard:
+            draws = torch.Size((self.config.samples,))
+            hard = policy.sample(draws, generator=self._generator) if self.config.noisy else policy.mode[None]
+            gates = straight_through(hard, gates)
+        return gates, scores.new_zeros(len(scores))

@@ -1,0 +1,380 @@
+"""What the environments cost beside the model they call: ``python -m grip_env.benchmark speed``.
+
+Everything is a ratio of two kinds of work done in turn in one run, as absolute times depend on the machine. Each round
+has its own order, as what ran before makes a call slower or faster by some percent.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tyro
+
+from grip_env.bench.memory import peak_bytes
+from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, print_verdicts, writing
+from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.errors import CommandError
+from grip_env.run_folder.folder import versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from grip_env.tasks.base import Example, Task
+    from grip_env.vlms.base import Encoded
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+__all__ = ["Config", "FewExamples", "Measured", "main", "masked_log_likelihood", "measure", "scaling"]
+
+BUDGETS = (0.03, 0.1, 0.25, 0.5, 1.0)
+SIDES = (48, 96, 144, 192)
+"""Pixels along the images of the untrained models of growing N: 36, 144, 324 and 576 visual tokens."""
+SUBSETS = (144, 576, 2304)
+REPEATS = 3
+"""How often a round does what is quick and has the closest bar: a step of the vector environment and the bare model's
+call. Their time is the mean."""
+IMAGES = 8
+"""Distinct images where nothing else is said: environments have all of them encoded before the clock starts."""
+
+
+@dataclass
+class Config:
+    """Compare the vector environment with the bare model, with single environments, and what scoring costs."""
+
+    num_envs: int = 64
+    """Instances side by side (B)."""
+    budget: float = 0.1
+    """Share of the visual tokens kept."""
+    rounds: int = 24
+    """Rounds, each with every kind of work in an order of its own; the first is not counted. Ratios are medians."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch."""
+    scaling: bool = True
+    """Also measure how a step's time grows with N, k and B."""
+    out: Path | None = None
+    """JSON file to write all numbers to; the plot goes beside it, with the ending .png."""
+
+
+class FewExamples:
+    """The first examples of a task, and no more: after one pass all of them are encoded.
+
+    Args:
+        task: Where they come from.
+        count: How many of each split.
+    """
+
+    def __init__(self, task: Task, count: int) -> None:
+        self.task, self.count = task, count
+        self.name, self.splits = task.name, task.splits
+
+    def size(self, split: str) -> int:
+        """Return how many examples ``split`` has."""
+        return min(self.count, self.task.size(split))
+
+    def example(self, split: str, index: int) -> Example:
+        """Return an example."""
+        return self.task.example(split, index)
+
+
+def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torch.Tensor) -> torch.Tensor:
+    """Score selections without dropping anything: the whole sequence, dropped tokens hidden from attention.
+
+    What :meth:`~grip_env.vlms.base.FrozenVLM.log_likelihood` saves is the difference to this.
+
+    Args:
+        vlm: A model whose tokens have one position each, such as the embedded one.
+        encoded: B examples of equally long answers.
+        selection: bool (B, N).
+
+    Returns:
+        float (B,).
+    """
+    import torch
+
+    ids, lengths = encoded.input_ids, encoded.lengths
+    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    visual = (ids == vlm.family.image_token_id) & inside
+    mask = inside.clone()
+    mask[visual] = selection.flatten()
+    column = torch.arange(1, ids.shape[1], device=ids.device)
+    answer = (column >= (lengths - encoded.answer_lengths)[:, None]) & (column < lengths[:, None])
+    first = int(answer.int().argmax(1).min())  # what comes before predicts no answer
+    values = []
+    # as many tokens in a call as the model takes when it scores, and logits only where they are read
+    for rows in torch.arange(len(ids)).split(max(1, vlm.token_budget // ids.shape[1])):
+        assert encoded.places is not None
+        with torch.no_grad():
+            output = vlm.model(
+                input_ids=ids[rows],
+                attention_mask=mask[rows].long(),
+                position_ids=encoded.places[rows],
+                use_cache=False,
+                logits_to_keep=ids.shape[1] - first,
+                mm_encoder_outputs={"image": vlm.family.outputs(encoded.tokens[rows].flatten(0, 1), None)},
+            )
+        targets = ids[rows, first + 1 :, None]
+        chosen = output.logits[:, :-1].float().log_softmax(-1).gather(2, targets)[..., 0]
+        wanted = answer[rows, first:]
+        values.append((chosen * wanted).sum(1) / wanted.sum(1))
+    return torch.cat(values)
+
+
+@dataclass
+class Measured:
+    """Milliseconds of each kind of work, by name, one number a round; and what they are held against."""
+
+    times: dict[str, list[float]]
+    counts: dict[str, float]
+    """What is no time: bytes, largest differences."""
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """Return how many times as long ``slow`` takes, the median over rounds."""
+        return statistics.median(a / b for a, b in zip(self.times[slow], self.times[fast], strict=True))
+
+    def bars(self) -> list[tuple[str, bool]]:
+        """Hold the numbers against what is promised; returns (statement with numbers, holds or not)."""
+        native, single = self.ratio("raw", "vector"), self.ratio("SyncVectorEnv", "vector")
+        bare = self.ratio("raw, one by one", "raw")
+        masked, subset = self.ratio("masked", "kept only"), self.ratio(f"k-subset N={SUBSETS[0]}", "GRPO step")
+        return [
+            (f"the vector environment has {native:.2f} of the bare model's throughput (>= 0.85)", native >= 0.85),
+            (f"it is {single:.1f}x as fast as SyncVectorEnv (>= 8; the bare model gains {bare:.1f}x)", single >= 8),
+            (f"scoring what is kept is {masked:.1f}x as fast as masking the rest (>= 4)", masked >= 4),
+            (f"k-subset law at N={SUBSETS[0]}: {subset:.1%} of a GRPO step (< 15%)", subset < 0.15),
+        ]
+
+    def table(self) -> str:
+        """Return medians as a Markdown table."""
+        lines = ["| work | ms | spread |", "|---|--:|--:|"]
+        for name, times in self.times.items():
+            lines.append(f"| {name} | {statistics.median(times):.1f} | {min(times):.1f} to {max(times):.1f} |")
+        return "\n".join(lines)
+
+
+def clock(work: Callable[[], object]) -> float:
+    """Return the milliseconds that ``work`` takes."""
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) * 1e3
+
+
+def measure(config: Config) -> Measured:
+    """Do every kind of work in each of the rounds, in an order that the round's number decides."""
+    import gymnasium
+    import torch
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    from agents.grpo import GRPO, GRPOConfig
+    from agents.pool import ExamplePool
+    from agents.scorer import Scorer, ScorerConfig
+    from grip_env.envs.selection import TokenSelectionEnv
+    from grip_env.tasks.scenes import SceneTask
+    from grip_env.vlms import load_vlm
+
+    vlm, scenes = load_vlm("tiny"), SceneTask()
+    task = FewExamples(scenes, IMAGES)
+    options: dict[str, Any] = {"vlm": vlm, "budget": config.budget}
+    envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", config.num_envs, task=task, **options)
+    fresh: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", config.num_envs, task=scenes, **options)
+    sync = SyncVectorEnv(
+        [lambda: TokenSelectionEnv(task=task, **options)] * config.num_envs, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    encoded = vlm.encode([task.example("train", index) for index in range(IMAGES)])
+    generator = torch.Generator().manual_seed(0)
+    for each in (envs, sync):
+        for index in range(IMAGES):
+            each.reset(seed=0, options={"index": index})
+        each.reset(seed=0)
+    fresh.reset(seed=0)
+    pool = ExamplePool(vlm, scenes, size=96)
+    grpo = GRPO(vlm, pool, Scorer(ScorerConfig(vlm.width)), GRPOConfig(steps=config.rounds, warmup_steps=0, pool=96))
+    updates = grpo.train()
+    times: dict[str, list[float]] = {}
+    counts: dict[str, float] = {}
+    infos = envs.reset(seed=0)[1]
+    kept = int(infos["k"][0])
+    for turn in range(config.rounds):
+        selection = _subsets(config.num_envs, encoded.tokens.shape[1], kept, generator)
+        action = selection.numpy().astype(np.int8)
+        batch = encoded[torch.as_tensor(infos["index"])]
+        rows = [(batch[[row]], selection[[row], None]) for row in range(len(batch))]
+        stepped: list[Any] = []
+        works: dict[str, Callable[[], object]] = {
+            "raw": lambda: vlm.log_likelihood(batch, selection[:, None]),  # noqa: B023 (called in this round)
+            "raw, one by one": lambda: [vlm.log_likelihood(*row) for row in rows],  # noqa: B023
+            "vector": lambda: stepped.append(envs.step(action)),  # noqa: B023
+            "vector, images all new": lambda: fresh.step(action),  # noqa: B023
+            "SyncVectorEnv": lambda: sync.step(action),  # noqa: B023
+            "kept only": lambda: vlm.log_likelihood(batch, selection[:, None]),  # noqa: B023
+            "masked": lambda: masked_log_likelihood(vlm, batch, selection),  # noqa: B023
+            "observations": lambda: [envs.rules.observe(episode) for episode in envs._episodes],
+            **{f"k-subset N={count}": _subset_work(count, generator) for count in SUBSETS},
+            "GRPO step": lambda: next(updates),
+        }
+        turns = [*works, *("raw", "vector") * (REPEATS - 1)]
+        spent = dict.fromkeys(works, 0.0)
+        for name in random.Random(turn).sample(turns, len(turns)):
+            spent[name] += clock(works[name]) / turns.count(name)
+        rewards, infos = stepped[0][1], stepped[-1][4]
+        if turn:
+            for name, value in spent.items():
+                times.setdefault(name, []).append(value)
+        exact = vlm.log_likelihood(batch, selection[:, None])[:, 0]
+        full = vlm.log_likelihood(batch, batch.full_selection())[:, 0]
+        for name, gap in (
+            ("reward against raw", np.abs(rewards - (exact - full).numpy()).max()),
+            ("masked against kept only", float((exact - masked_log_likelihood(vlm, batch, selection)).abs().max())),
+        ):
+            counts[name] = max(counts.get(name, 0.0), float(gap))
+    counts["peak MB of a step"] = peak_bytes(lambda: envs.step(action)) / 1e6
+    counts |= _held(vlm, task)
+    return Measured(times, counts)
+
+
+def _subsets(rows: int, count: int, kept: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random subsets of ``kept`` of ``count`` tokens, bool (rows, count)."""
+    import torch
+
+    return torch.rand(rows, count, generator=generator).argsort(1).argsort(1) < kept
+
+
+def _subset_work(count: int, generator: torch.Generator) -> Callable[[], None]:
+    """Return the law's part in a GRPO step of 32 x 16 subsets: draw, log-probability, gradient."""
+    import torch
+
+    from agents.subset import KSubset
+
+    theta = torch.randn(32, count, generator=generator).requires_grad_()
+    low, high = np.log([0.03, 0.5])
+    budgets = (low + (high - low) * (torch.arange(32) + 0.5) / 32).exp()
+    kept = (budgets * count).round().long()
+
+    def work() -> None:
+        law = KSubset(theta, kept, validate_args=False)
+        law.log_prob(law.sample((16,), generator=generator)).mean().backward()
+
+    return work
+
+
+def _held(vlm: HuggingFaceVLM, task: Task) -> dict[str, float]:
+    """Return the MB of encoded instances that an environment holds after few and after many episodes of 8 images."""
+    from grip_env.envs.selection import TokenSelectionVectorEnv
+
+    envs = TokenSelectionVectorEnv(8, vlm=vlm, task=FewExamples(task, 8))
+    envs.reset(seed=0)
+    held = {}
+    for episodes in (16, 400):
+        for _ in range(episodes // 8):
+            envs.step(envs.action_space.sample())
+        tensors = [vars(instance.encoded).values() for instance in envs.rules.store.instances()]
+        size = sum(value.nbytes for row in tensors for value in row if hasattr(value, "nbytes"))
+        held[f"MB held after {episodes} episodes of 8 images"] = size / 1e6
+    return held
+
+
+def scaling(config: Config) -> dict[str, dict[float, float]]:
+    """Return milliseconds of a step of the vector environment, medians, as N, k and B grow one at a time."""
+    import gymnasium
+    import torch
+
+    from grip_env.pretraining.tiny_model import PATCH, build_model, build_processor
+    from grip_env.tasks.scenes import SceneTask
+    from grip_env.vlms import load_vlm
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+    def step(vlm: Any, count: int, budget: float) -> float:
+        task = FewExamples(SceneTask(), IMAGES)
+        envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", count, vlm=vlm, task=task, budget=budget)
+        for index in range(IMAGES):
+            infos = envs.reset(seed=0, options={"index": index})[1]
+        kept = int(infos["k"][0])
+        action = _subsets(count, envs.rules.max_tokens, kept, torch.Generator().manual_seed(0)).numpy().astype(np.int8)
+        times = [clock(lambda: envs.step(action)) for _ in range(1 + max(3, config.rounds // 2))]
+        return statistics.median(times[1:])
+
+    found: dict[str, dict[float, float]] = {"N": {}, "k": {}, "B": {}}
+    for pixels in SIDES:
+        processor = build_processor(pixels)
+        model = HuggingFaceVLM(build_model(processor.tokenizer, pixels=pixels), processor)
+        found["N"][(pixels // PATCH) ** 2] = step(model, config.num_envs, config.budget)
+    vlm = load_vlm("tiny")
+    for budget in BUDGETS:
+        found["k"][round(budget * 144)] = step(vlm, config.num_envs, budget)
+    for count in (1, 4, 16, 64):
+        found["B"][count] = step(vlm, count, config.budget)
+    return found
+
+
+def draw_scaling(found: Mapping[str, Mapping[float, float]], path: Path) -> None:
+    """Draw a step's time over N, k and B, and write the picture to ``path``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    names = {"N": "visual tokens (N)", "k": "visual tokens kept (k of 144)", "B": "instances (B)"}
+    for axes, (key, row) in zip(figure.subplots(1, 3), found.items(), strict=True):
+        axes.plot(list(row), list(row.values()), color="#d1495b", marker="o", linewidth=2)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(row), [f"{value:g}" for value in row])
+        axes.minorticks_off()
+        axes.set_xlabel(names[key])
+        axes.set_ylim(0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("a step of the vector environment, ms")
+    write_atomically(path, content_of(lambda file: figure.savefig(file, dpi=130, format="png")))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    with interruptible("interrupted; nothing was written."):
+        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark speed", args=arguments))
+
+
+def _run(config: Config) -> None:
+    check_agents_package()
+    check_at_least(0, threads=config.threads)
+    check_at_least(1, num_envs=config.num_envs)
+    check_at_least(2, rounds=config.rounds)
+    if not 0 < config.budget <= 1:
+        raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
+    check_out(config.out)
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    found = measure(config)
+    counted = config.rounds - 1
+    print(f"{config.num_envs} instances, {torch.get_num_threads()} threads, medians over {counted} rounds\n")
+    print(found.table() + "\n")
+    for name, value in found.counts.items():
+        print(f"{name}: {value:.2g}")
+    shares = statistics.median(
+        own / whole for own, whole in zip(found.times["observations"], found.times["vector"], strict=True)
+    )
+    print(f"assembling observations once: {shares:.1%} of a step\n")
+    grown = scaling(config) if config.scaling else {}
+    for key, row in grown.items():
+        print(f"ms a step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
+    print_verdicts(found.bars())
+    if config.out is not None:
+        content = {
+            "config": asdict(config),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            **asdict(found),
+            "scaling": grown,
+            "bars": [{"text": text, "holds": holds} for text, holds in found.bars()],
+        }
+        with writing(config.out):
+            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
+        if grown:
+            with writing(config.out.with_suffix(".png")):
+                draw_scaling(grown, config.out.with_suffix(".png"))
+            print(f"wrote {config.out} and {config.out.with_suffix('.png')}")

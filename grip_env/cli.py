@@ -1,0 +1,331 @@
+"""What the commands share: checks before the work starts, and the folder a run writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grip_env.common import stopping
+from grip_env.run_folder.status import unfinished
+
+if TYPE_CHECKING:
+    from grip_env.tasks.base import Task
+    from grip_env.tasks.files import FileTask
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+from typing import TYPE_CHECKING
+
+from grip_env.common.errors import CommandError
+from grip_env.common.plugins import importable_from_here
+from grip_env.run_folder.config import ModelConfig
+
+if TYPE_CHECKING:
+    from agents.agent import Agent
+    from grip_env.tasks.base import Task
+    from grip_env.vlms.huggingface import HuggingFaceVLM
+
+
+__all__ = [
+    "check_agents_package",
+    "check_at_least",
+    "check_name",
+    "check_out",
+    "interruptible",
+    "load_model",
+    "load_model_and_task",
+    "note_written",
+    "print_verdicts",
+    "quieten",
+    "say",
+    "say_unfinished",
+    "writing",
+]
+
+
+def check_agents_package() -> None:
+    """Stop with advice when the importable package ``agents`` is not the one that came with grip_env.
+
+    A file ``agents.py`` or a folder ``agents`` of the user's own may come first where Python looks for modules, and
+    other distributions (openai-agents is one) install a package of that name over ours.
+    """
+    ours = Path(__file__).parent.parent / "agents"
+    spec = importlib.util.find_spec("agents")
+    found = Path(spec.origin) if spec is not None and spec.origin else None
+    if found is None or not found.is_file():
+        raise CommandError(
+            f"the package 'agents' that belongs to grip_env is missing (expected in {ours}): reinstall grip-env"
+        )
+    if b'DISTRIBUTION = "grip-env"' in found.read_bytes():
+        return
+    theirs = found.parent if found.stem == "__init__" else found
+    owners = sorted(set(metadata.packages_distributions().get("agents", [])) - {"grip-env"})
+    installed = [owner for owner in owners if _belongs(theirs, owner)]
+    what = "package" if theirs.is_dir() else "module"
+    said = f"the {what} 'agents' at {theirs}"
+    if installed:
+        raise CommandError(
+            f"{said} of the distribution {' and '.join(installed)} shadows the package of grip_env. Use an environment "
+            f"of its own for grip-env, or `pip uninstall {' '.join(installed)}` and reinstall grip-env."
+        )
+    remedy = f"rename {theirs}"
+    if theirs.parent.resolve() == Path.cwd():
+        remedy = f"start the command in another folder, or {remedy}"
+    elif theirs.parent.resolve() in [
+        Path(part).resolve() for part in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    ]:
+        remedy = f"take {theirs.parent} out of PYTHONPATH, or {remedy}"
+    raise CommandError(f"{said} shadows the package of grip_env: {remedy}")
+
+
+def _belongs(path: Path, distribution: str) -> bool:
+    """Return whether a distribution says that it installed ``path``, a module or a package."""
+    try:
+        files = metadata.files(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    listed = {Path(str(file.locate())).resolve() for file in files or ()}
+    if not listed:  # it keeps no list: then by where it lies
+        return path.parent.resolve() == Path(str(metadata.distribution(distribution).locate_file(""))).resolve()
+    return any(path.resolve() in (file, *file.parents) for file in listed)
+
+
+def check_at_least(least: int, **options: int) -> None:
+    """Stop with one line unless each option, given by its field's name, is at least ``least``."""
+    for name, value in options.items():
+        if value < least:
+            raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+
+
+def check_out(path: Path | None) -> None:
+    """Stop with one line unless a file can be written to ``--out``, if that was given."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise CommandError(f"cannot write --out {path}: give a file in a folder that exists")
+
+
+def print_verdicts(checked: Sequence[tuple[str, bool]]) -> None:
+    """Print a line for each statement, and whether it holds."""
+    for text, holds in checked:
+        print(("holds   " if holds else "MISSED  ") + text)
+
+
+_written: list[Path] = []
+"""What the command that runs has written so far, outside a run's folder."""
+
+
+@contextlib.contextmanager
+def writing(*paths: Path) -> Iterator[None]:
+    """Let signals wait while a command writes its files, and say in one line if it cannot.
+
+    Args:
+        paths: What is written; an interrupt that comes later tells of them.
+    """
+    with stopping.held():
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            where = f"{paths[0]}{' and what is beside it' * (len(paths) > 1)}"
+            raise CommandError(f"cannot write {where}: {error.strerror or error}") from None
+        note_written(*paths)
+
+
+def note_written(*paths: Path) -> None:
+    """Remember what a command has written, for what an interrupt says."""
+    _written.extend(paths)
+
+
+@contextlib.contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """End a command that Ctrl-C, SIGTERM or SIGHUP stops with the shell's code for it, and say where that leaves one.
+
+    One whose output nobody reads any more, as before ``| head``, ends as quietly as other programs do.
+
+    Args:
+        said: The line printed if it had written nothing.
+    """
+    stopping.begin()
+    _written.clear()
+    code = 0
+    try:
+        with stopping.handled():
+            try:
+                yield
+                sys.stdout.flush()
+            except BrokenPipeError:
+                code = 141
+                raise SystemExit(code) from None
+            except KeyboardInterrupt as stop:
+                stopping.acknowledge()
+                code = getattr(stop, "code", 130)
+                say(f"\n{said if not _written else f'interrupted; {_listed(_written)} had been written.'}")
+                raise SystemExit(code) from None
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+                raise
+            finally:
+                quieten()
+    finally:
+        stopping.end_soon(code)
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return " and ".join([", ".join(map(str, paths[:-1])), str(paths[-1])] if len(paths) > 1 else map(str, paths))
+
+
+def say(line: str, error: bool = False) -> None:
+    """Print a line, on standard error or output; where nobody can read it any more, go on without."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_unfinished(agent: Path | None) -> None:
+    """Say on standard error that the training of an agent, given by its folder, has not finished, if so."""
+    described = None if agent is None else unfinished(Path(agent))
+    if described is not None:
+        say(f"note: {described}", error=True)
+
+
+def quieten() -> None:
+    """Let Python not complain at its exit where the output's reader has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:  # closed
+            pass
+
+
+def load_model(config: ModelConfig) -> HuggingFaceVLM:
+    """Return the frozen model, or stop and say what is wrong."""
+    import torch
+
+    from grip_env.vlms import load_vlm
+    from grip_env.vlms.cache.images import PictureCache
+
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(automatic if config.device == "auto" else config.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        reason = "there is no such device" if reason.startswith("Expected one of") else reason
+        raise CommandError(f"cannot use --device {config.device!r} ({reason}): choose cpu, or leave it out") from None
+    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise CommandError(
+            "--attn-implementation flash_attention_2 needs the package flash-attn: install it, or use sdpa"
+        )
+    if not 0 < config.cache_gib <= 2**20:
+        raise CommandError(
+            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g}: leave out --cache for none"
+        )
+    try:
+        cache = None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot use --cache {config.cache}: {error}") from None
+    try:
+        return load_vlm(
+            config.vlm,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            attn_implementation=config.attn_implementation,
+            position_policy=config.position_policy,
+            cache=cache,
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot load the vision-language model {config.vlm!r}: {error}") from None
+
+
+def load_model_and_task(
+    model: ModelConfig,
+    task: str,
+    data: Path | None = None,
+    skip_bad: bool = False,
+    splits: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[HuggingFaceVLM, Task]:
+    """Return the frozen model and the task of these names, or stop and say what is wrong.
+
+    Args:
+        model: Which model.
+        task: Name of the task, of no meaning with ``data``.
+        data: The user's own data. They are checked before the model is loaded.
+        skip_bad: Leave out rows with faults, and say so on standard error.
+        splits: Splits that must have examples.
+        progress: Show progress bars.
+    """
+    from grip_env.tasks import load_task
+    from grip_env.tasks.files import FileTask
+
+    try:
+        source = load_task(task) if data is None else FileTask(data, skip_bad, progress=progress)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if isinstance(source, FileTask):
+        _say_skipped(source)
+        _check_splits(source, splits)
+    vlm = load_model(model)
+    if isinstance(source, FileTask):
+        said = len(source.skipped)
+        try:
+            source.check_texts(vlm.family.check_text, skip_bad)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        _say_skipped(source, said)
+        _check_splits(source, splits)
+    return vlm, source
+
+
+def _say_skipped(task: FileTask, said: int = 0) -> None:
+    from grip_env.tasks.files import summary
+
+    faults = task.skipped[said:]
+    rows = len({fault.place for fault in faults})
+    if rows:
+        print(f"skipped {rows} row{'s' * (rows > 1)} of {task.path}:\n{summary(faults)}", file=sys.stderr)
+
+
+def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
+    for split in splits:
+        if not task.size(split):
+            raise CommandError(
+                f"the {split} split has no examples: {task.describe()}. The contents of an image decide its split: "
+                f'add images, or choose for each row, with the key "split"'
+                + (", or pass --report-examples 0" if split == "test" and "train" in splits else "")
+            )
+
+
+def check_name(name: str) -> None:
+    """Stop with one line unless ``--name`` can be the name of a folder, and be given to other commands."""
+    if Path(name).name != name or name in (".", ".."):
+        raise CommandError(f"--name is the name of a folder in --runs, without '/' in it; got {_short(name)}")
+    if not name.isprintable() or name.startswith("-"):
+        raise CommandError(f"--name has printable letters, and no '-' in front; got {_short(name)}")
+    if len(os.fsencode(name)) > 255:
+        raise CommandError(
+            f"--name must have at most 255 bytes; got {len(os.fsencode(name))}, which begin with {_short(name)}"
+        )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def find_algorithm(name: str) -> type[Agent]:
+    """Return the algorithm of this name, or stop with one line."""
+    check_agents_package()
+    from agents.agent import find_algorithm
+
+    try:
+        with importable_from_here():
+            return find_algorithm(name)
+    except ValueError as error:
+        raise CommandError(f"--algo: {error}") from None

@@ -1,0 +1,84 @@
+"""Values read from JSON, checked against the types of a dataclass."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["check_keys", "check_types"]
+
+
+UNIONS = (Union, types.UnionType)
+
+
+def check_types(values: Mapping[str, Any], cls: Any, place: str) -> None:
+    """Raise ValueError, naming the key, unless values read from JSON have the types of a dataclass's fields.
+
+    Args:
+        values: By the names of fields; fields may be missing, and other keys are not looked at.
+        cls: The dataclass.
+        place: Put before the key in messages.
+    """
+    hints = {} if cls is None else _hints(cls)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ValueError(f"{place}{name} is {_shown(value)}, and should be {_described(hints[name])}")
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def check_keys(values: Any, kinds: Mapping[str, type], place: str) -> None:
+    """Raise ValueError unless ``values`` is an object of JSON with these keys, each of its kind."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place.rstrip('.') or 'it'} is {_shown(values)}, and should be an object")
+    for name, kind in kinds.items():
+        if name not in values:
+            raise ValueError(f"{place}{name} is missing")
+        if type(values[name]) is not kind:
+            raise ValueError(f"{place}{name} is {_shown(values[name])}, and should be {_described(kind)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _fits(value, get_args(hint)[0])
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if origin in UNIONS:
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is float:  # JSON writes 1.0 as 1 at times, and has integers that no float can hold
+        return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+    if hint is Path:
+        return type(value) is str and bool(value)
+    return type(value) is hint if isinstance(hint, type) else True  # True is no int
+
+
+def _described(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _described(get_args(hint)[0])
+    if origin is Literal:
+        return " or ".join(json.dumps(choice) for choice in get_args(hint))
+    if origin in UNIONS:
+        return " or ".join(_described(part) for part in get_args(hint))
+    names = {dict: "an object", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return "null" if hint is type(None) else "a path" if hint is Path else names.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON has it, cut where it is long."""
+    if isinstance(value, dict | list) and value:
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and not isinstance(value, bool) and value and math.log10(abs(value)) > 30:
+        return "a number of more than 30 digits"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

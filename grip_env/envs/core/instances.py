@@ -1,0 +1,242 @@
+"""Encoded examples: loaded and scored in batches, the recent ones kept in memory."""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from grip_env.envs.core.features import Features
+from grip_env.tasks.base import Example, Task
+from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+
+__all__ = ["Instance", "InstanceStore", "RoomError", "fit", "read_only", "to_array"]
+
+
+class RoomError(ValueError):
+    """An example has more visual or question tokens than the observation space has room for."""
+
+
+@dataclass
+class Instance:
+    """One encoded example, what an agent sees of it, and how the model answers with all of its tokens."""
+
+    index: int
+    encoded: Encoded
+    """One row."""
+    real: np.ndarray
+    """Which tokens are no padding, bool (N,)."""
+    positions: np.ndarray
+    """Row and column of each token, float32 (N, 2), 0 for padding."""
+    cells: np.ndarray | None
+    """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
+    observed: dict[str, np.ndarray]
+    """The part of an observation that is the same at every step and budget: read-only arrays."""
+    full: Scores | None = None
+    """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
+
+    @property
+    def example(self) -> Example:
+        """The example itself."""
+        return self.encoded.examples[0]
+
+    @cached_property
+    def count(self) -> int:
+        """How many tokens are no padding."""
+        return int(self.real.sum())
+
+    @cached_property
+    def candidates(self) -> np.ndarray:
+        """Where they are, long (count,), ascending."""
+        return np.flatnonzero(self.real)
+
+    @cached_property
+    def nothing(self) -> np.ndarray:
+        """No token at all, bool (N,), read-only: what every episode begins with."""
+        empty = np.zeros_like(self.real)
+        empty.setflags(write=False)
+        return empty
+
+    @cached_property  # every step tells it
+    def full_log_likelihood(self) -> float:
+        """Log-likelihood of the answer with every token kept, nats per answer token."""
+        assert self.full is not None
+        return float(self.full.log_likelihood)
+
+    @cached_property
+    def relevant(self) -> np.ndarray | None:
+        """Which tokens decide the answer, bool (N,), read-only; ``None`` where nobody knows."""
+        grades = self.example.token_relevance(self.positions)
+        if grades is None:
+            return None
+        relevant = self.real & (grades > 0)
+        relevant.setflags(write=False)
+        return relevant
+
+
+class InstanceStore:
+    """The instances of one split.
+
+    Args:
+        vlm: The frozen model.
+        task: Where examples come from.
+        split: Which split of the task.
+        max_tokens: N, most visual tokens an instance may have; ``None`` takes the number of the first
+            example.
+        max_question_tokens: Q, most question tokens an instance may have; ``None`` allows any number.
+        cache_size: How many instances to keep; the least recently used go first.
+        features: What the tokens and words look like in an observation; as they are by default.
+        first_token: Ask the model for ``first_token`` with all tokens kept, and so for the agreement of every other
+            selection with it. Each instance then holds another V float32 numbers, with V the size of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        task: Task,
+        split: str,
+        max_tokens: int | None,
+        max_question_tokens: int | None,
+        cache_size: int,
+        first_token: bool = False,
+        features: Features | None = None,
+    ) -> None:
+        self.vlm = vlm
+        self.features = Features(vlm.width) if features is None else features
+        self.task = task
+        self.split = split
+        self.first_token = first_token
+        if max_tokens is None:
+            max_tokens = vlm.encode([task.example(split, 0)]).token_mask.shape[1]
+        self.max_tokens = max_tokens
+        self.max_question_tokens = max_question_tokens
+        self._cache: OrderedDict[int, Instance] = OrderedDict()
+        self._cache_size = cache_size
+        self._parts: list[Encoded] = []
+        self._batch: Encoded | None = None
+
+    def load(self, indices: Iterable[int]) -> dict[int, Instance]:
+        """Return instances by index; those that are not in memory are encoded together.
+
+        Raises:
+            RoomError: If an instance has more visual or question tokens than there is room for.
+        """
+        wanted = list(dict.fromkeys(indices))
+        found = {index: self._cache[index] for index in wanted if index in self._cache}
+        missing = [index for index in wanted if index not in found]
+        if missing:
+            encoded = self.vlm.encode([self.task.example(self.split, index) for index in missing])
+            found |= {index: self._instance(index, encoded[[row]]) for row, index in enumerate(missing)}
+        for index in wanted:
+            self._cache[index] = found[index]
+            self._cache.move_to_end(index)
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return found
+
+    def instances(self) -> list[Instance]:
+        """Return the instances in memory, the least recently used first."""
+        return list(self._cache.values())
+
+    def score(self, jobs: Sequence[tuple[Instance, np.ndarray]], reference: torch.Tensor | None = None) -> Scores:
+        """Score a selection, bool (N,), of each of R instances in one call of the model; the fields have shape (R, 1).
+
+        Args:
+            jobs: Instances and selections.
+            reference: ``first_token`` of their scores with every token kept, (R, 1, V): the scores then have
+                ``agreement``. Without it they have ``first_token``, if this store asks for that.
+        """
+        batch = self.join([instance for instance, _ in jobs])
+        length = batch.token_mask.shape[1]
+        chosen = torch.from_numpy(fit(np.stack([selection for _, selection in jobs], 1), length).T)[:, None]
+        with torch.no_grad():
+            return self.vlm.score(
+                batch,
+                chosen.to(batch.token_mask.device),
+                first_token=self.first_token and reference is None,
+                reference=reference,
+            ).cpu()
+
+    def join(self, instances: Sequence[Instance]) -> Encoded:
+        """Return instances in one batch, which is remembered: all steps of an episode are about the same ones."""
+        parts = [instance.encoded for instance in instances]
+        if len(parts) != len(self._parts) or any(map(operator.is_not, parts, self._parts)):
+            self._batch = Encoded.concatenate(parts)
+            self._level(self._batch, instances)
+            self._parts = [instance.encoded for instance in instances]
+        assert self._batch is not None
+        return self._batch
+
+    @staticmethod
+    def _level(batch: Encoded, instances: Sequence[Instance]) -> None:
+        """Leave the texts of instances as long as they were padded to in ``batch``.
+
+        Joining texts of different lengths takes three times as long as joining equal ones; so it happens once.
+        """
+        text = {name: getattr(batch, name) for name in ("input_ids", "places", "question", "question_mask")}
+        text = {name: tensor for name, tensor in text.items() if tensor is not None}
+        for row, instance in enumerate(instances):
+            longer = {
+                name: tensor[[row]]
+                for name, tensor in text.items()
+                if getattr(instance.encoded, name).shape[1] < tensor.shape[1]
+            }
+            if longer:
+                instance.encoded = replace(instance.encoded, **longer)
+
+    def _instance(self, index: int, encoded: Encoded) -> Instance:
+        mask = encoded.token_mask[0].cpu().numpy()
+        real = fit(mask, self.max_tokens)
+        self._check_room(index, "visual", int(mask.sum()), int(real.sum()), "max_tokens")
+        words = int(encoded.question_mask[0].sum())
+        room = words if self.max_question_tokens is None else self.max_question_tokens
+        self._check_room(index, "question", words, room, "max_question_tokens")
+        positions = np.clip(fit(to_array(encoded.positions[0]), self.max_tokens) * real[:, None], 0.0, 1.0)
+        cells = None if encoded.cells is None else fit(to_array(encoded.cells[0]), self.max_tokens)
+        tokens = to_array(encoded.tokens[0])
+        if len(tokens) != self.max_tokens:
+            tokens = fit(tokens, self.max_tokens)
+        # where nothing changes, these are the model's own tokens: their memory is not taken twice
+        observed = {
+            "tokens": self.features(tokens),
+            "token_mask": real.astype(np.int8),
+            "positions": positions,
+        }
+        if self.max_question_tokens is not None:
+            observed["question"] = self.features(fit(to_array(encoded.question[0]), room))
+            observed["question_mask"] = fit(encoded.question_mask[0].cpu().numpy(), room).astype(np.int8)
+        for value in observed.values():
+            value.setflags(write=False)
+        return Instance(index, encoded, real, positions, cells, observed)
+
+    def _check_room(self, index: int, kind: str, count: int, room: int, argument: str) -> None:
+        if count > room:
+            raise RoomError(
+                f"example {index} of split {self.split!r} has {count} {kind} tokens, but the observation "
+                f"space has room for {getattr(self, argument)}: pass {argument}={count} or more"
+            )
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's values as float32."""
+    return tensor.detach().float().cpu().numpy()
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view of an array that cannot be written to."""
+    view = array.view()
+    if view.flags.writeable:
+        view.setflags(write=False)
+    return view
+
+
+def fit(rows: np.ndarray, length: int) -> np.ndarray:
+    """Return a copy of ``rows`` cut or zero-padded to ``length``."""
+    fitted = np.zeros((length, *rows.shape[1:]), dtype=rows.dtype)
+    fitted[: len(rows)] = rows[:length]
+    return fitted

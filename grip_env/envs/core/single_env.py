@@ -1,0 +1,167 @@
+"""One instance at a time: the clock and the pictures of every single environment."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, cast
+
+import gymnasium
+import numpy as np
+from gymnasium.core import ActType
+
+from grip_env.envs.core.autoreset import warn_where_steps_are_idle
+from grip_env.envs.core.checks import as_seed
+from grip_env.envs.core.rendering import draw_selection
+from grip_env.envs.core.rules import Episode, EpisodeRules, Observation
+from grip_env.envs.core.sampling import EpisodeStream, FixedEpisodes
+from grip_env.envs.core.window import Window
+from grip_env.tasks.base import Example
+
+__all__ = ["EpisodeEnv", "RenderMode", "draw_episode"]
+
+RenderMode = Literal["rgb_array", "human"]
+
+
+class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
+    """Everything of a single environment but its rules, which a subclass makes.
+
+    Args:
+        render_mode: ``None``, "rgb_array" or "human".
+        arguments: Those of the rules.
+
+    Raises:
+        ValueError: If the render mode is another.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
+        "render_modes": ["human", "rgb_array"],
+        "render_fps": 2,
+    }
+
+    def __init__(self, render_mode: RenderMode | None, **arguments: Any) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
+        self.rules = self._make_rules(**arguments)
+        self.render_mode = render_mode
+        self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
+        self.action_space = self.rules.action_space
+        self._stream: EpisodeStream | FixedEpisodes | None = None
+        self._episode: Episode | None = None
+        self._window = Window("GRIP visual tokens")
+        self._knows_its_caller = not self.rules.one_step
+
+    @abstractmethod
+    def _make_rules(self, **arguments: Any) -> EpisodeRules:
+        """Return the decision process."""
+
+    @property
+    def example(self) -> Example:
+        """The example that the episode is about: picture, question, answer and kind of question.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first reset.
+        """
+        if self._episode is None:
+            raise gymnasium.error.ResetNeeded("there is no episode; call reset() before asking for its example")
+        return self._episode.instance.example
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin the next episode.
+
+        Args:
+            seed: Starts the sequence of episodes over; the same seed gives the same sequence. (With ``examples``, so
+                does a reset of an episode in which nothing was done.)
+            options: "index" and "budget" fix this episode's instance and share of the tokens.
+
+        Raises:
+            ValueError: If the seed is no whole number, at least 0, or an option is none; nothing is lost then.
+            IndexError: If there is no such index.
+        """
+        fixed, seed = self.rules.check_options(options), as_seed(seed)
+        super().reset(seed=seed)
+        # a trainer's evaluation does not seed: it resets an episode that was begun behind its last one, and left
+        anew = self.rules.examples is not None and self._episode is not None and not self._episode.steps
+        if seed is not None or self._stream is None or anew:
+            self._stream = self.rules.stream(self.np_random)
+        if not self._knows_its_caller and self._episode is not None and self._episode.over:
+            self._knows_its_caller = True
+            warn_where_steps_are_idle(self)
+        self._episode = None
+        (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
+        if self.render_mode == "human":
+            self.render()
+        return self.rules.observe(self._episode), self.rules.info(self._episode)
+
+    def step(self, action: ActType) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Keep what the action chooses, let the model answer where the reward needs it, and tell whether that was all.
+
+        Args:
+            action: See Action Space.
+        """
+        episode = self._episode
+        if episode is None or episode.over:
+            state = "not begun" if episode is None else f"ended at step {episode.steps}"
+            raise gymnasium.error.ResetNeeded(f"the episode has {state}; call reset() before step()")
+        checked = self.rules.check_action(action, self.action_space.shape or ())
+        self.rules.advance([self.rules.decide(episode, checked, self.rules.chance(episode, self.np_random))])
+        if self.render_mode == "human":
+            self.render()
+        return self.rules.observe(episode), episode.reward, episode.over, False, self.rules.info(episode)
+
+    def render(self) -> np.ndarray | None:
+        """Draw the image and the question; after a step also what is kept and what came of it."""
+        if self._episode is None:
+            raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
+        if self.render_mode is None:
+            gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
+            return None
+        picture = self._draw(self._episode)
+        if self.render_mode == "rgb_array":
+            return picture
+        self._window.show(picture)
+        return None
+
+    def _draw(self, episode: Episode) -> np.ndarray:
+        """Return the picture of an episode, uint8 (height, width, 3)."""
+        return draw_episode(episode)
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        self._window.close()
+
+
+def draw_episode(episode: Episode) -> np.ndarray:
+    """Draw the image and the question; from the first step on also what is kept, and what came of it once it is known.
+
+    A dot marks cells known to matter. All frames have the same size.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    instance, outcome = episode.instance, episode.outcome
+    example, real = instance.example, instance.real
+    assert instance.full is not None
+    full, reached = float(instance.full.log_likelihood.exp()), None
+    count, answer = f"{episode.k} of {real.sum()} tokens may be kept", ""
+    if episode.steps:
+        count = f"{episode.selection.sum()} of {real.sum()} tokens kept (budget {episode.k})"
+    if outcome is not None:
+        count += ", answered correctly" if outcome.correct else ", answered wrongly"
+        reached = float(np.exp(outcome.log_likelihood))
+        answer = f'p = {reached:.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"'
+    selection = marked = None
+    if episode.steps:
+        selection, relevant = episode.selection[real], instance.relevant
+        marked = None if relevant is None else relevant[real]
+    return draw_selection(
+        example.image,
+        instance.positions[real],
+        selection,
+        [example.question],
+        marked,
+        status=[count, answer],
+        cells=None if instance.cells is None else instance.cells[real],
+        likelihood=(reached, full),
+    )

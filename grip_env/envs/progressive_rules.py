@@ -1,0 +1,273 @@
+"""The rules of pruning in stages, shared by the single and the vector environment: observe, decide, go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from grip_env.envs.core.checks import check_flag
+from grip_env.envs.core.instances import fit, to_array
+from grip_env.envs.core.rules import Decision, Episode, Fixed, Observation, Outcome, joined_full
+from grip_env.envs.core.sampling import Budget, tokens_in_budget
+from grip_env.envs.pruning_schedule import PruningSchedule, total_budget
+from grip_env.envs.selection import SelectionRules
+from grip_env.vlms.base import Encoded
+from grip_env.vlms.decoder.staged_forward import StagedForward, decoder_of
+from grip_env.vlms.flops import flops_saved
+
+__all__ = ["StageDecision", "StageRules", "StagedEpisode"]
+
+
+class StageDecision(NamedTuple):
+    """What survived a stage."""
+
+    selection: np.ndarray
+    """bool (N,)."""
+    k: int
+    """How many might have."""
+    over_budget: int
+
+
+class Boundary(NamedTuple):
+    """Where B episodes in lock-step stand: before the layer of a stage, or of the last one once that is decided.
+
+    They share one pass through the language model, and nothing here is ever written to.
+    """
+
+    run: StagedForward | None
+    """``None`` once the model has answered."""
+    tokens: np.ndarray
+    """Hidden states as an observation has them, (B, N, F)."""
+    attention: np.ndarray | None
+    """float32 (B, N); ``None`` where the agent does not see it."""
+
+
+@dataclass
+class StagedEpisode(Episode):
+    """One instance under one budget, and what was decided at each stage so far.
+
+    ``selection`` are the tokens that survived so far, all real ones at first.
+    """
+
+    stages: list[StageDecision] = field(default_factory=list)
+    """What was decided at each stage so far."""
+    boundary: Boundary | None = None
+    row: int = 0
+    """Which of the episodes at the boundary this is."""
+
+    def __post_init__(self) -> None:
+        self.selection = self.instance.real
+
+    @property
+    def kept(self) -> list[int]:
+        """How many tokens survived each stage so far."""
+        return [int(stage.selection.sum()) for stage in self.stages]
+
+
+class StageRules(SelectionRules):
+    """One decision for each stage.
+
+    Episodes that begin together, and are decided together, go through the model together.
+
+    Args:
+        stages: Decoder layers before which tokens can be dropped.
+        budget: Share of the tokens, mean over all layers; 0.1 if neither this nor ``stage_budgets`` is given.
+        stage_budgets: Share of the tokens that may survive each stage; ``None`` where the budget is for all layers.
+        attention: Whether the agent sees how the prompt attends to the tokens.
+        common: The other arguments of :class:`~grip_env.envs.progressive.ProgressivePruningEnv`.
+
+    Raises:
+        NotImplementedError: If the model's layers cannot be run one by one.
+        ValueError: If stages or budgets are impossible.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[int],
+        budget: Budget | None,
+        stage_budgets: Sequence[float] | None,
+        attention: bool,
+        **common: Any,
+    ) -> None:
+        check_flag("attention", attention)
+        super().__init__(budget=total_budget(budget, stage_budgets), **common)
+        self.attention = attention
+        self.model: Any = self.vlm  # decoder_of() tells which models have layers to run
+        self.schedule = PruningSchedule(stages, len(decoder_of(self.model).layers), stage_budgets)
+        self.one_step = len(self.schedule) == 1
+        lowest = min(self.budget) if isinstance(self.budget, tuple | list) else self.budget
+        self._check_share(lowest)
+        fields: dict[str, spaces.Space[Any]] = {
+            **self.observation_space.spaces,
+            "remaining": spaces.Box(0.0, 1.0, (1,), np.float32),
+            "stage": spaces.MultiBinary(len(self.schedule)),
+        }
+        if attention:
+            fields["attention"] = spaces.Box(0.0, 1.0, (self.max_tokens,), np.float32)
+        self.observation_space = spaces.Dict(fields)
+
+    def _check_share(self, share: float) -> None:
+        self.schedule.check_total(tokens_in_budget(share, self.max_tokens), self.max_tokens)
+
+    def check_options(self, options: dict[str, Any] | None) -> Fixed:
+        """Return what the options of a reset fix.
+
+        Raises:
+            ValueError: Also for a budget which the stages make impossible or say themselves.
+        """
+        fixed = super().check_options(options)
+        if fixed.budget is not None:
+            if self.schedule.shares is not None:
+                raise ValueError(
+                    f"the reset option 'budget' has no meaning here: stage_budgets={self.schedule.shares} say how many "
+                    "tokens may survive"
+                )
+            self._check_share(fixed.budget)
+        return fixed
+
+    def allowance(self, episode: StagedEpisode) -> int:
+        """Return how many tokens may survive the next stage."""
+        return self.schedule.allowance(episode.instance.count, episode.k, episode.kept)
+
+    def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
+        """Turn a checked action (N,) into a selection of surviving tokens; the episode stays as it is.
+
+        Only an action over budget, or one that leaves open which tokens are the best, draws from ``generator``.
+        """
+        assert isinstance(episode, StagedEpisode)
+        candidates = episode.selection
+        if self.action_mode == "scores" and self.schedule.shares is None:
+            candidates = candidates & (action > 0)
+        # to the rules of a single decision, a stage is an episode whose only real tokens are these
+        stage = Episode(replace(episode.instance, real=candidates), self.allowance(episode))
+        decision = super().decide(stage, action, generator)
+        last = len(episode.stages) + 1 == len(self.schedule)
+        return decision._replace(episode=episode, scored=last, ends=last)
+
+    # -- the pass through the model --------------------------------------------------------------------------
+
+    def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
+        """Carry out decisions, up to the next stage or the answer, and begin episodes, up to their first stage.
+
+        Args:
+            decisions: What is carried out, at most one for each episode; a pass through the model serves those that
+                stand at one boundary.
+            requests: (index, budget) of each episode that begins.
+
+        Raises:
+            ValueError: If an instance has more tokens than there is room for, or so few that its budget is impossible.
+        """
+        begun = [StagedEpisode(episode.instance, episode.k) for episode in super().advance(requests=requests)]
+        for episode in begun:
+            self.schedule.check_total(episode.k, episode.instance.count)
+        # all of it before anything changes: what raises leaves every episode as it was
+        together: dict[int, list[Decision]] = {}
+        for decision in decisions:
+            together.setdefault(id(_staged(decision.episode).boundary), []).append(decision)
+        passes = [(group, *self._go_on(group)) for group in together.values()]
+        start = self._begin(begun) if begun else None
+        for group, boundary, outcomes in passes:
+            for row, (decision, outcome) in enumerate(zip(group, outcomes, strict=True)):
+                episode = _staged(decision.episode)
+                stage = StageDecision(decision.selection, self.allowance(episode), decision.violations)
+                self._carry_out(decision, outcome)
+                episode.stages.append(stage)
+                episode.boundary, episode.row = boundary, row
+        for row, episode in enumerate(begun):
+            episode.boundary, episode.row = start, row
+        return list(begun)
+
+    def _begin(self, episodes: Sequence[StagedEpisode]) -> Boundary:
+        run = StagedForward(self.model, Encoded.concatenate([episode.instance.encoded for episode in episodes]))
+        run.advance(self.schedule.stages[0])
+        return self._seen(run)
+
+    def _go_on(self, decisions: Sequence[Decision]) -> tuple[Boundary, list[Outcome | None]]:
+        """Run the model on what survives; return where it stops, and what came of each episode if that is the end."""
+        episodes = [_staged(decision.episode) for decision in decisions]
+        boundary, stage = episodes[0].boundary, len(episodes[0].stages) + 1
+        assert boundary is not None
+        assert boundary.run is not None
+        rows = [episode.row for episode in episodes]
+        # a pass never writes to its tensors: the one before stays as it is
+        run = copy.copy(boundary.run) if rows == [*range(len(boundary.run))] else boundary.run[rows]
+        keep = np.stack([fit(decision.selection, run.alive.shape[1]) for decision in decisions])  # (B, N)
+        run.drop(torch.from_numpy(keep))
+        if stage < len(self.schedule):
+            run.advance(self.schedule.stages[stage])
+            return self._seen(run), [None] * len(decisions)
+        end, full = self._seen(run)._replace(run=None), joined_full(episodes)
+        assert full is not None
+        return end, list(self._judge(run.finish(full.first_token).cpu(), full))
+
+    def _seen(self, run: StagedForward) -> Boundary:
+        def padded(values: np.ndarray) -> np.ndarray:
+            return (
+                values
+                if values.shape[1] == self.max_tokens
+                else np.stack([fit(row, self.max_tokens) for row in values])
+            )
+
+        tokens = self.features(to_array(run.hidden()))
+        attention = padded(to_array(run.attention())) if self.attention else None
+        return Boundary(run, padded(tokens), attention)
+
+    # -- what the agent is told --------------------------------------------------------------------------
+
+    def view(self, episode: Episode) -> Observation:
+        """Return an observation of an episode that shares memory with others."""
+        assert isinstance(episode, StagedEpisode)
+        assert episode.boundary is not None
+        instance, alive, number = episode.instance, episode.selection, len(episode.stages)
+        stage, budget = np.zeros(len(self.schedule), dtype=np.int8), 0.0
+        if number < len(self.schedule):
+            stage[number] = 1
+            budget = self.allowance(episode) / max(1, int(alive.sum()))
+        remaining = self.schedule.remaining(instance.count, episode.k, episode.kept)
+        observation = super().view(episode) | {
+            "tokens": episode.boundary.tokens[episode.row],
+            "token_mask": alive.astype(np.int8),
+            "positions": instance.positions * alive[:, None],
+            "budget": np.array([budget], dtype=np.float32),
+            "remaining": np.array([remaining], dtype=np.float32),
+            "stage": stage,
+        }
+        if episode.boundary.attention is not None:
+            observation["attention"] = episode.boundary.attention[episode.row]
+        return observation
+
+    def info(self, episode: Episode) -> dict[str, Any]:
+        """Return the info of a reset, which tells of the first stage, or of a step: of the one decided last."""
+        assert isinstance(episode, StagedEpisode)
+        number, decided = max(0, len(episode.stages) - 1), episode.stages[-1] if episode.stages else None
+        places = self.schedule.places(episode.instance.count, episode.k)
+        return super().info(episode) | {
+            "stage_index": number,
+            "layer": self.schedule.stages[number],
+            "k": self.allowance(episode) if decided is None else decided.k,
+            "over_budget": 0 if decided is None else decided.over_budget,
+            "layer_average_budget": places / self.schedule.layers,
+            **(self.savings(episode) if episode.over else {"layer_average_tokens": 0.0, "flops_saved": 0.0}),
+        }
+
+    def savings(self, episode: StagedEpisode) -> dict[str, float]:
+        """Return ``layer_average_tokens`` and ``flops_saved`` of an episode that is over."""
+        encoded, count, kept = episode.instance.encoded, episode.instance.count, episode.kept
+        words = int(encoded.lengths[0] - encoded.answer_lengths[0]) - count
+        lengths = self.schedule.lengths(words, count, kept)
+        return {
+            "layer_average_tokens": self.schedule.spent(count, kept) / self.schedule.layers,
+            "flops_saved": flops_saved(self.model.model.config, words + count, lengths),
+        }
+
+
+def _staged(episode: Episode) -> StagedEpisode:
+    assert isinstance(episode, StagedEpisode)
+    return episode

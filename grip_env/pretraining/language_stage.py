@@ -1,0 +1,310 @@
+"""Second stage of pre-training: projector and language model learn to answer, the vision tower stays frozen.
+
+Several questions about one picture share one sequence: each sees the picture and itself, at the positions it would
+have alone, which is exactly the same as separate sequences and several times cheaper. In some batches only a subset
+of the visual tokens is shown, so that the model knows pruned pictures and admits what it cannot see.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from grip_env.pretraining.vision_stage import draw_scenes, normalise, vision_tokens
+from grip_env.tasks.scenes import CHOICES, FAMILIES, GRID, SIDE, Question, Scene, plural
+
+__all__ = [
+    "FAMILY_WEIGHTS",
+    "PLACE_WEIGHT",
+    "EncodedScenes",
+    "LanguageStage",
+    "QuestionPacker",
+    "captions",
+    "forward_packed",
+    "place_loss",
+    "random_subset",
+]
+
+TOKENS = GRID * GRID
+FAMILY_WEIGHTS = {"existence": 1.5, "color": 0.8, "counting": 3.0, "reading": 0.8, "shape": 0.9, "relation": 4.0}
+"""How often training asks each family: the ones that compare or count are slowest to learn."""
+
+PLACE_WEIGHT = 0.03
+"""Weight of :func:`place_loss` in both stages."""
+
+
+@dataclass
+class EncodedScenes:
+    """Scenes after the tower.
+
+    ``features`` (S, N, width); ``owners`` (S, N): which thing each patch shows, -1 for none; ``grades`` (S, N): the
+    relevance of each patch if every object were asked for.
+    """
+
+    scenes: list[Scene]
+    features: torch.Tensor
+    owners: torch.Tensor
+    grades: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def draw(cls, model: LlavaForConditionalGeneration, count: int, seed: int) -> EncodedScenes:
+        """Draw scenes of the training split and run the frozen tower over them."""
+        scenes = draw_scenes(count, seed)
+        features, owners = [], np.full((count, TOKENS), -1)
+        grades = np.zeros((count, TOKENS), dtype=np.float32)
+        for start in range(0, count, 128):
+            pixels = normalise(np.stack([scene.draw() for scene in scenes[start : start + 128]]))
+            features.append(vision_tokens(model, pixels)[0])
+        for row, scene in enumerate(scenes):
+            cover = np.stack([scene.coverage(index).reshape(-1) for index in range(len(scene.things))])
+            owners[row] = np.where(cover.max(0) >= 0.15, cover.argmax(0), -1)
+            objects = [index for index, thing in enumerate(scene.things) if thing.is_shape or thing.digit is not None]
+            grades[row] = scene.relevance(tuple(objects)).reshape(-1)
+        return cls(scenes, torch.cat(features), torch.from_numpy(owners), torch.from_numpy(grades))
+
+
+def random_subset(
+    pool: EncodedScenes,
+    rows: torch.Tensor,
+    kept: int,
+    kind: str,
+    generator: torch.Generator,
+    grades: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Choose ``kept`` tokens of each scene in ``rows`` (B,). Returns sorted indices (B, kept).
+
+    Args:
+        pool: The scenes.
+        rows: Which of them.
+        kept: How many tokens.
+        kind: "uniform", "objects" (a random few things whole, the rest at random), "anchors" (the best patches of
+            all objects first: little is shown but every question can be answered), or "asked" (what ``grades`` says).
+        generator: Source of randomness.
+        grades: For "asked": the relevance of each token to the question, (B, N).
+    """
+    owners = pool.owners[rows]
+    score = torch.rand(owners.shape, generator=generator)
+    if kind == "objects":
+        luck = torch.rand((owners.shape[0], int(owners.max()) + 2), generator=generator)
+        luck[:, 0] = 0  # patches that show nothing
+        score = score * 0.3 + luck.gather(1, owners + 1)
+    elif kind == "anchors":
+        score = score * 0.5 + pool.grades[rows]
+    elif kind == "asked" and grades is not None:
+        score = torch.where(grades > 0, 1 + grades, score)
+    return score.topk(kept, 1).indices.sort(1).values
+
+
+class QuestionPacker:
+    """Turns lists of questions into one packed text block per picture."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._cache: dict[tuple[str, str], tuple[list[int], int]] = {}
+
+    def encode(self, question: Question) -> tuple[list[int], int]:
+        """Return the ids of prompt, answer and end, and where the answer starts."""
+        key = (question.text, question.answer)
+        if key not in self._cache:
+            prompt = self.tokenizer.encode(f"\n{question.text}" + ("" if question.family == "caption" else " answer:"))
+            answer = self.tokenizer.encode(f" {question.answer}")
+            self._cache[key] = ([*prompt, *answer, self.eos], len(prompt))
+        return self._cache[key]
+
+    def pack(self, questions: list[list[Question]]) -> dict[str, torch.Tensor]:
+        """Return ids, positions (from 0), segment (-1 is padding) and targets (-100 where none), each (B, T)."""
+        rows = []
+        for asked in questions:
+            ids: list[int] = []
+            positions: list[int] = []
+            segments: list[int] = []
+            targets: list[int] = []
+            for number, question in enumerate(asked):
+                tokens, start = self.encode(question)
+                ids += tokens[:-1]
+                positions += range(len(tokens) - 1)
+                segments += [number] * (len(tokens) - 1)
+                targets += [-100] * (start - 1) + tokens[start:]
+            rows.append((ids, positions, segments, targets))
+        longest = max(len(row[0]) for row in rows)
+        fills = (self.tokenizer.pad_token_id, 0, -1, -100)
+        names = ("ids", "positions", "segments", "targets")
+        return {
+            name: torch.tensor([row[part] + [fills[part]] * (longest - len(row[part])) for row in rows])
+            for part, name in enumerate(names)
+        }
+
+    @staticmethod
+    def sample(scene: Scene, count: int, rng: random.Random) -> list[Question]:
+        """Draw ``count`` questions about a scene, answers balanced as far as the scene allows."""
+        asked: list[Question] = []
+        weights = [FAMILY_WEIGHTS[family] for family in FAMILIES]
+        while len(asked) < count:
+            family = rng.choices(FAMILIES, weights)[0]
+            possible = scene.questions(family, rng.choice(CHOICES[family]) if len(CHOICES[family]) < 4 else None)
+            if possible:
+                asked.append(rng.choice(possible))
+        return asked
+
+
+def captions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
+    """Draw short captions to complete, such as " star" with "red": the answer follows the word that names the object.
+
+    Every third one tells in which half of the picture an object is.
+
+    They teach words to find their patches in one step; questions, which need several, learn from there.
+    """
+    found = []
+    for kind in scene.questions("color"):
+        found.append(Question("caption", " " + scene.things[kind.about[0]].kind, kind.answer, kind.about))
+    for shape in scene.questions("shape"):
+        found.append(Question("caption", " " + scene.things[shape.about[0]].colour, shape.answer, shape.about))
+    for card in scene.questions("reading"):
+        found.append(Question("caption", f" {scene.things[card.about[0]].colour} card", card.answer, card.about))
+    for group in scene.questions("counting"):
+        found.append(Question("caption", " " + plural(scene.things[group.about[0]].kind), group.answer, group.about))
+    places = []
+    for kind in scene.questions("color"):
+        thing = scene.things[kind.about[0]]
+        if abs(thing.centre[1] - SIDE / 2) >= 6:
+            half = "left" if thing.centre[1] < SIDE / 2 else "right"
+            places.append(Question("caption", f" left or right {thing.kind}", half, kind.about))
+    return [rng.choice(places if places and turn % 3 == 0 else found) for turn in range(count)]
+
+
+def forward_packed(
+    model: LlavaForConditionalGeneration,
+    features: torch.Tensor,
+    text: dict[str, torch.Tensor],
+    bos: int,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answer packed questions.
+
+    Args:
+        model: The model; its tower is not run.
+        features: The tower's patch features (B, N, width).
+        text: What :meth:`QuestionPacker.pack` returned.
+        bos: Id of the token before the picture.
+        kept: Indices of the visual tokens to show (B, k); all when ``None``. They keep their positions.
+
+    Returns:
+        Logits at the positions that have a target, (targets, vocabulary), and those targets.
+    """
+    batch = features.shape[0]
+    places = torch.arange(TOKENS).expand(batch, TOKENS) if kept is None else kept
+    if kept is not None:
+        features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+    visual = model.model.multi_modal_projector(features)  # (B, k, D)
+    embed = model.get_input_embeddings()
+    start = embed(torch.full((batch, 1), bos))
+    inputs = torch.cat([start, visual, embed(text["ids"])], 1)  # (B, L, D)
+    positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), places + 1, text["positions"] + TOKENS + 1], 1)
+    head = 1 + visual.shape[1]
+    length = inputs.shape[1]
+    segments = torch.cat([torch.full((batch, head), -2), text["segments"]], 1)
+    same = segments[:, :, None] == segments[:, None, :]
+    seen = (same | (segments == -2)[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.zeros(batch, 1, length, length).masked_fill_(~seen[:, None], torch.finfo(torch.float32).min)
+    hidden = model.model.language_model(
+        inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state[:, head:]
+    wanted = text["targets"] != -100
+    return model.lm_head(hidden[wanted]), text["targets"][wanted]
+
+
+def place_loss(model: LlavaForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
+    """Return how far two fixed directions of the projected tokens are from giving row and column (mean square).
+
+    Without it the projector drops the places that the tower knows, and left/right cannot be learnt.
+
+    Args:
+        model: The model; its tower is not run.
+        features: The tower's patch features (B, N, width).
+    """
+    directions = torch.randn(features.shape[-1], 2, generator=torch.Generator().manual_seed(0))
+    directions = torch.linalg.qr(directions).Q  # (D, 2), orthonormal
+    axis = torch.linspace(-1, 1, GRID) * 6
+    places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(TOKENS, 2)
+    return (model.model.multi_modal_projector(features) @ directions - places).square().mean()
+
+
+class LanguageStage:
+    """Batches and losses of the second stage; everything random follows from the step.
+
+    Args:
+        model: The model, its tower already trained.
+        tokenizer: Its tokenizer.
+        batch: Pictures per step.
+        questions: Questions per picture.
+        captions: Captions to complete per picture.
+        chunk: Pictures drawn and encoded at a time.
+        reuse: How often each picture of a chunk is shown, each time with new questions.
+        drop: Share of the steps that show only a subset of the visual tokens.
+        easy_steps: The first steps show mostly the best patches of all objects, more of them as time goes on.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        batch: int = 32,
+        questions: int = 10,
+        captions: int = 9,
+        chunk: int = 2048,
+        reuse: int = 4,
+        drop: float = 0.45,
+        easy_steps: int = 600,
+    ) -> None:
+        self.model, self.packer = model, QuestionPacker(tokenizer)
+        self.easy_steps, self.captions = easy_steps, captions
+        self.batch, self.questions, self.chunk, self.reuse, self.drop = batch, questions, chunk, reuse, drop
+        self._steps_per_chunk = chunk * reuse // batch
+        self._current: tuple[int, EncodedScenes] | None = None
+
+    def loss(self, step: int) -> dict[str, torch.Tensor]:
+        """Return the loss of one step, and the accuracy on its answers."""
+        number, inside = divmod(step, self._steps_per_chunk)
+        if self._current is None or self._current[0] != number:
+            self._current = (number, EncodedScenes.draw(self.model, self.chunk, 1_000_000 + number))
+        pool = self._current[1]
+        rng = random.Random(f"grip_env language {step}")
+        generator = torch.Generator().manual_seed(step)
+        epoch, place = divmod(inside * self.batch, self.chunk)
+        order = torch.randperm(self.chunk, generator=torch.Generator().manual_seed(epoch))
+        rows = order[place : place + self.batch]
+        asked = [
+            self.packer.sample(pool.scenes[row], self.questions, rng) + captions(pool.scenes[row], self.captions, rng)
+            for row in rows.tolist()
+        ]
+        kept = None
+        if step < self.easy_steps and rng.random() < 0.8:
+            most = 24 + round(120 * step / self.easy_steps)
+            kept = random_subset(pool, rows, rng.randint(16, most), "anchors", generator)
+        elif rng.random() < self.drop:
+            count = round(math.exp(rng.uniform(math.log(5), math.log(120))))
+            kind = rng.choice(("uniform", "objects", "anchors", "asked", "asked", "asked"))
+            if kind == "asked":
+                asked = [questions[:1] for questions in asked]  # the only ones it is fair to ask
+                pairs = zip(rows.tolist(), asked, strict=True)
+                grades = np.stack(
+                    [pool.scenes[row].relevance(questions[0].about).reshape(-1) for row, questions in pairs]
+                )
+                kept = random_subset(pool, rows, count, kind, generator, torch.from_numpy(grades))
+            else:
+                kept = random_subset(pool, rows, count, kind, generator)
+        logits, targets = forward_packed(
+            self.model, pool.features[rows], self.packer.pack(asked), self.packer.bos, kept
+        )
+        answers = targets != self.packer.eos
+        loss = F.cross_entropy(logits, targets) + PLACE_WEIGHT * place_loss(self.model, pool.features[rows])
+        right = (logits.argmax(-1) == targets)[answers].float().mean()
+        return {"loss": loss, "accuracy" if kept is None else "pruned": right}

@@ -1,0 +1,143 @@
+"""First stage of pre-training: a vision tower whose every token says what its patch shows.
+
+Each projected token is trained to point at the tokenizer's words for what covers its patch (a dense form of
+contrastive image-text training), and to give its row and column. The tower is frozen afterwards: tokens stay local.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from grip_env.pretraining.tiny_model import WIDTH, task_words
+from grip_env.tasks.scenes import COLOURS, GRID, Scene, SceneTask
+from grip_env.tasks.sprites import SHAPES
+
+__all__ = ["DenseBatch", "DenseHead", "dense_labels", "draw_scenes", "normalise", "vision_tokens"]
+
+_NO_KIND, _DECORATION = len(SHAPES) + 10, len(SHAPES) + 11
+_NO_COLOUR = len(COLOURS)
+
+
+def draw_scenes(count: int, seed: int, split: str = "train") -> list[Scene]:
+    """Draw ``count`` scenes of ``split``; the same seed gives the same scenes."""
+    rng = random.Random(f"grip_env pretraining {split} {seed}")
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = SceneTask.sample_scene(split, rng)
+        if scene is not None:
+            scenes.append(scene)
+    return scenes
+
+
+def normalise(images: np.ndarray) -> torch.Tensor:
+    """Turn uint8 pictures (B, H, W, 3) into what the processor gives the tower: float32 (B, 3, H, W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
+
+
+def dense_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return kind, colour and "is the best patch of an object" of every patch, each (GRID * GRID,)."""
+    cover = np.stack([scene.coverage(index).reshape(-1) for index in range(len(scene.things))])  # (things, N)
+    winner, share = cover.argmax(0), cover.max(0)
+    best = cover.argmax(1)
+    kinds = np.full(GRID * GRID, _NO_KIND)
+    colours = np.full(GRID * GRID, _NO_COLOUR)
+    anchors = np.zeros(GRID * GRID, dtype=np.float32)
+    for index, thing in enumerate(scene.things):
+        patches = np.flatnonzero((winner == index) & (share >= 0.25))
+        patches = np.union1d(patches, best[index : index + 1])
+        if thing.digit is not None:
+            kind = len(SHAPES) + thing.digit
+        else:
+            kind = SHAPES.index(thing.kind) if thing.is_shape else _DECORATION
+        kinds[patches] = kind
+        colours[patches] = COLOURS.index(thing.colour)
+        anchors[best[index]] = float(kind != _DECORATION)
+    return kinds, colours, anchors
+
+
+@dataclass
+class DenseBatch:
+    """Pictures with a label for every patch: pixels (B, 3, H, W), the rest (B, N)."""
+
+    pixels: torch.Tensor
+    kinds: torch.Tensor
+    colours: torch.Tensor
+    anchors: torch.Tensor
+
+    @classmethod
+    def draw(cls, count: int, seed: int, split: str = "train") -> DenseBatch:
+        """Draw a batch of scenes."""
+        scenes = draw_scenes(count, seed, split)
+        kinds, colours, anchors = (np.stack(part) for part in zip(*map(dense_labels, scenes), strict=True))
+        pixels = normalise(np.stack([scene.draw() for scene in scenes]))
+        return cls(pixels, torch.from_numpy(kinds), torch.from_numpy(colours), torch.from_numpy(anchors))
+
+
+def vision_tokens(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tower's patch features (B, N, width), as the projector gets them, and its pooled CLS token."""
+    outputs = model.model.vision_tower(pixels, output_hidden_states=True)
+    return outputs.hidden_states[model.config.vision_feature_layer][:, 1:], outputs.pooler_output
+
+
+class DenseHead(nn.Module):
+    """Reads kind, colour, place and object centre off projected tokens; only used in pre-training."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        ids = {key: [tokenizer.encode(word)[0] for word in words] for key, words in task_words().items()}
+        self.kind_ids, self.colour_ids = ids["kind"], ids["colour"]
+        self.no_kind = nn.Parameter(torch.randn(2, WIDTH) * WIDTH**-0.5)
+        self.no_colour = nn.Parameter(torch.randn(1, WIDTH) * WIDTH**-0.5)
+        self.scale = nn.Parameter(torch.tensor(5.0))
+        self.place = nn.Linear(WIDTH, 2 * GRID + 1)
+        self.presence = nn.Linear(WIDTH, len(SHAPES) + 10 + len(COLOURS))
+
+    def losses(
+        self, tokens: torch.Tensor, pooled: torch.Tensor, embeddings: torch.Tensor, batch: DenseBatch
+    ) -> dict[str, torch.Tensor]:
+        """Return each loss and accuracy.
+
+        Args:
+            tokens: Projected visual tokens (B, N, WIDTH).
+            pooled: The pooled CLS token (B, WIDTH); it learns which words apply to the picture.
+            embeddings: The language model's word embeddings (V, WIDTH).
+            batch: The labels.
+        """
+        kind = self.scale * tokens @ torch.cat([embeddings[self.kind_ids], self.no_kind]).T
+        colour = self.scale * tokens @ torch.cat([embeddings[self.colour_ids], self.no_colour]).T
+        place = self.place(tokens)
+        rows = torch.arange(GRID).repeat_interleave(GRID).expand_as(batch.kinds)
+        columns = torch.arange(GRID).repeat(GRID).expand_as(batch.kinds)
+        words = torch.cat(
+            [
+                F.one_hot(batch.kinds, len(SHAPES) + 12).amax(1)[:, : len(SHAPES) + 10],
+                F.one_hot(batch.colours, len(COLOURS) + 1).amax(1)[:, : len(COLOURS)],
+            ],
+            1,
+        ).float()
+        things = batch.kinds < _NO_KIND
+        weights = torch.where(things, 1.0, 0.3)  # two patches in three show neither shape nor digit
+        weights = weights / weights.sum()
+        kind_loss = (F.cross_entropy(kind.transpose(1, 2), batch.kinds, reduction="none") * weights).sum()
+        colour_loss = (F.cross_entropy(colour.transpose(1, 2), batch.colours, reduction="none") * weights).sum()
+        row_loss = F.cross_entropy(place[..., :GRID].flatten(0, 1), rows.flatten())
+        column_loss = F.cross_entropy(place[..., GRID : 2 * GRID].flatten(0, 1), columns.flatten())
+        anchor_loss = F.binary_cross_entropy_with_logits(place[..., -1], batch.anchors)
+        presence_loss = F.binary_cross_entropy_with_logits(self.presence(pooled), words)
+        digits = things & (batch.kinds >= len(SHAPES))
+        right = kind.argmax(-1) == batch.kinds
+        return {
+            "loss": kind_loss + 0.5 * colour_loss + 0.1 * (row_loss + column_loss) + anchor_loss + 0.1 * presence_loss,
+            "shape": right[things & ~digits].float().mean(),
+            "digit": right[digits].float().mean(),
+            "colour": (colour.argmax(-1) == batch.colours)[things].float().mean(),
+            "column": (place[..., GRID : 2 * GRID].argmax(-1) == columns).float().mean(),
+            "anchor": anchor_loss,
+        }

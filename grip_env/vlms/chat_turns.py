@@ -1,0 +1,110 @@
+"""Where the last turn of the user begins in a chat of several turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from grip_env.vlms.families.base import Family
+
+__all__ = ["last_turn"]
+
+_ASKED, _ANSWERED, _LAST = "qzone", "qztwo", "qzthree"  # words that no template writes by itself
+
+
+def last_turn(family: Family, ids: Sequence[int], known: Sequence[int]) -> str | None:
+    """Return what the user says last in a part of a chat, if other turns come before it or an answer has begun.
+
+    How turns begin and end is seen from chats that the family's template writes; for templates that mark turns with
+    plain words, such as "USER:", a text that holds such a mark is two turns.
+
+    Args:
+        family: Its tokenizer and chat template.
+        ids: The part of the chat behind its image, or before it.
+        known: The same part of a prompt without a question: what the template writes next to an image stands there.
+
+    Returns:
+        ``None`` if nothing marks a turn in it.
+    """
+    starts, answers, end = _marks(family)
+    if not starts:
+        return None
+    text = str(family.tokenizer.decode(list(ids), skip_special_tokens=False))
+    body = _without_end(text, end)
+    found = max((body.rfind(mark) + len(mark) for mark in starts if mark in body), default=None)
+    special = any(token in answers for token in family.tokenizer.all_special_tokens)
+    if found is None:
+        if not special or answers not in body:
+            return None
+        found = 0  # one turn, and an answer that has begun
+    said = body[found:]
+    said = said.split(answers)[0] if answers and answers in said else said
+    frame = _without_end(str(family.tokenizer.decode(list(known), skip_special_tokens=False)), end)
+    said = said.removeprefix(frame)
+    return said[: len(said) - len(_common_end(said, frame))].strip()
+
+
+def _without_end(text: str, end: str) -> str:
+    """Return a text without what of ``end`` it ends with: prompts may be written without the answer's beginning."""
+    for length in range(len(end), 0, -1):
+        if text.endswith(end[:length]):
+            return text[: len(text) - length]
+    return text
+
+
+def _marks(family: Family) -> tuple[list[str], str, str]:
+    """Return what stands before a later turn of the user, before an answer, and at the end of every prompt."""
+    known = _MARKS.get(family)
+    if known is None or known[0] != getattr(family.processor, "chat_template", None):
+        known = _MARKS[family] = getattr(family.processor, "chat_template", None), _read_marks(family)
+    return known[1]
+
+
+_MARKS: WeakKeyDictionary[Family, tuple[object, tuple[list[str], str, str]]] = WeakKeyDictionary()
+
+
+def _read_marks(family: Family) -> tuple[list[str], str, str]:
+    chat = _chat(family, [("user", _ASKED), ("assistant", _ANSWERED), ("user", _LAST)])
+    if chat is None:
+        return [], "", ""
+    answers, start, end = chat[_ASKED], chat[_ANSWERED], chat[_LAST]
+    twice = _chat(family, [("user", _ASKED), ("user", _LAST)]) or {}
+    starts = [start]
+    # two turns of the user on end, where their mark can be told from that of an answer
+    if _common_end(start, twice.get(_ASKED, "")).strip():
+        starts.append(twice[_ASKED])
+    return [mark for mark in starts if mark.strip()], answers, end
+
+
+def _chat(family: Family, turns: Sequence[tuple[str, str]]) -> dict[str, str] | None:
+    """Return what stands behind each text of a chat about an image; ``None`` where the template has no such chats."""
+    template = getattr(family.processor, "chat_template", None)
+    if template is None:
+        return None
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": turns[0][1]}]
+    try:
+        text = family.tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except Exception:  # a template may refuse with whatever it likes
+        return None
+    # as the tokens say it, which may differ in white space
+    text = family.tokenizer.decode(family.tokenizer(text, add_special_tokens=False)["input_ids"])
+    behind: dict[str, str] = {}
+    for (_, said), (_, following) in zip(turns, [*turns[1:], ("", "")], strict=True):
+        if text.count(said) != 1:
+            return None
+        rest = text.split(said)[1]
+        behind[said] = rest.split(following)[0] if following else rest
+    return behind
+
+
+def _common_end(left: str, right: str) -> str:
+    """Return the longest text that both end with."""
+    length = 0
+    while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
+        length += 1
+    return left[len(left) - length :]
