@@ -51,7 +51,7 @@ class Args:
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this norm."""
-    report_examples: int = 96
+    examples: int = 96
     """Validation examples of the table at the end."""
 
 
@@ -167,4 +167,4 @@ for iteration in range(args.iterations):
 envs.close()
 
 methods = {"PPO": agent, "random": BASELINES["random"], "oracle": BASELINES["oracle"]}
-print(compare(vlm, task, methods, "validation", args.report_examples, budgets=(args.budget,)).markdown())
+print(compare(vlm, task, methods, "validation", args.examples, budgets=(args.budget,)).markdown())

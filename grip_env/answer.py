@@ -6,11 +6,19 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, load_model, say_unfinished, writing
+from grip_env.cli import (
+    check_agents_package,
+    check_at_least,
+    interruptible,
+    load_model,
+    parsed,
+    say_unfinished,
+    writing,
+)
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
@@ -31,7 +39,7 @@ class Config(ModelConfig):
     """An image file."""
     question: str = tyro.MISSING
     """The question."""
-    agent: Path | None = None
+    run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, as train printed it; the agent that comes with the package if not given."""
     algo: str = ""
     """The class of your own that the agent was trained with, as package.module:Class: no code that a run's file names
@@ -91,9 +99,9 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm = load_model(config)
-    say_unfinished(config.agent)
+    say_unfinished(config.run)
     try:
-        pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.agent, config.algo or None))
+        pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.run, config.algo or None))
         for budget in (config.budget, 1.0):  # what runs for the first time is slower than it will ever be again
             pruner(image, config.question, budget, 1)
         pruned, dense = (
@@ -117,7 +125,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
 def main() -> None:
     """Run the command."""
     with interruptible("interrupted; nothing was written."):
-        config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.answer")
+        config = parsed(Config, "python -m grip_env.answer")
         check_agents_package()
         answer(config)
 

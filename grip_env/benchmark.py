@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from safetensors.numpy import load_file
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, print_verdicts
+from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed, print_verdicts
 from grip_env.common.errors import CommandError
 from grip_env.reports.comparison import Margin
 from grip_env.reports.saved_runs import read_log
@@ -197,7 +196,7 @@ def main() -> None:
 
         return speed.main(sys.argv[2:])
     with interruptible("interrupted; the same command goes on after the runs that have finished."):
-        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark"))
+        _run(parsed(Config, "python -m grip_env.benchmark"))
 
 
 def _run(config: Config) -> None:

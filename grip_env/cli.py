@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from grip_env.common import stopping
+from grip_env.run_folder.folder import versions
 from grip_env.run_folder.status import unfinished
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ __all__ = [
     "load_model",
     "load_model_and_task",
     "note_written",
+    "parsed",
     "print_verdicts",
     "quieten",
     "say",
@@ -95,6 +98,67 @@ def _belongs(path: Path, distribution: str) -> bool:
     return any(path.resolve() in (file, *file.parents) for file in listed)
 
 
+_T = TypeVar("_T")
+
+
+def parsed(
+    config: type[_T], prog: str, arguments: Sequence[str] | None = None, lists: Sequence[str] = (), **options: Any
+) -> _T:
+    """Return what command-line arguments say, the same way for every command.
+
+    ``--version`` prints the versions that results depend on. An option that is true or false may be followed by that
+    word, as in ``--progress false``; options with several values take them with spaces or commas between them.
+
+    Args:
+        config: A dataclass with a docstring, whose fields become options.
+        prog: What the command is called.
+        arguments: Those after it; the program's own by default.
+        lists: Names of text options with commas in them, which may be given with spaces as well.
+        options: Further ones of ``tyro.cli``.
+    """
+    import tyro
+
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if "--version" in given:
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise SystemExit(0)
+    plain = _plain(given, _kinds(config), set(lists))
+    description = options.pop("description", config.__doc__)
+    return tyro.cli(config, description=description, prog=prog, args=plain, **options)
+
+
+def _kinds(config: Any, before: str = "") -> dict[str, Any]:
+    """Return the types of a dataclass's fields and of those in its fields, by the names of the options they become."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(config).items():
+        option = before + name.replace("_", "-")
+        found |= _kinds(hint, f"{option}.") if dataclasses.is_dataclass(hint) else {option: hint}
+    return found
+
+
+def _plain(given: Sequence[str], kinds: Mapping[str, Any], lists: Collection[str]) -> list[str]:
+    """Return arguments as tyro knows them."""
+    found: list[str] = []
+    option = ""
+    for argument in given:
+        if argument.startswith("--"):
+            option, found = argument[2:].replace("_", "-"), [*found, argument]
+        elif (kinds.get(option) is bool or bool in get_args(kinds.get(option))) and argument.lower() in (
+            "true",
+            "false",
+        ):
+            prefix, _, name = option.rpartition(".")
+            found[-1] = f"--{prefix}{'.' * bool(prefix)}{'no-' * (argument.lower() == 'false')}{name}"
+            option = ""
+        elif option in lists and not found[-1].startswith("--"):
+            found[-1] = ",".join([found[-1].rstrip(","), argument.lstrip(",")])
+        elif get_origin(kinds.get(option)) is tuple:
+            found += [part for part in argument.split(",") if part]
+        else:
+            found.append(argument)
+    return found
+
+
 def check_at_least(least: int, **options: int) -> None:
     """Stop with one line unless each option, given by its field's name, is at least ``least``."""
     for name, value in options.items():
@@ -109,10 +173,15 @@ def check_out(path: Path | None) -> None:
 
 
 def print_verdicts(checked: Sequence[tuple[str, bool]]) -> None:
-    """Print a line for each statement, and whether it holds."""
+    """Print a line for each statement, and whether it holds; the command ends with exit code 1 where one does not."""
     for text, holds in checked:
         print(("holds   " if holds else "MISSED  ") + text)
+        if not holds:
+            _missed.append(text)
 
+
+_missed: list[str] = []
+"""Statements of the command that runs which do not hold."""
 
 _written: list[Path] = []
 """What the command that runs has written so far, outside a run's folder."""
@@ -152,12 +221,15 @@ def interruptible(said: str) -> Iterator[None]:
     """
     stopping.begin()
     _written.clear()
+    _missed.clear()
     code = 0
     try:
         with stopping.handled():
             try:
                 yield
                 sys.stdout.flush()
+                if _missed:
+                    raise SystemExit(1)
             except BrokenPipeError:
                 code = 141
                 raise SystemExit(code) from None
@@ -299,7 +371,7 @@ def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
             raise CommandError(
                 f"the {split} split has no examples: {task.describe()}. The contents of an image decide its split: "
                 f'add images, or choose for each row, with the key "split"'
-                + (", or pass --report-examples 0" if split == "test" and "train" in splits else "")
+                + (", or pass --examples 0" if split == "test" and "train" in splits else "")
             )
 
 

@@ -15,6 +15,7 @@ from grip_env.cli import (
     check_at_least,
     interruptible,
     load_model_and_task,
+    parsed,
     say_unfinished,
     writing,
 )
@@ -354,7 +355,7 @@ def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task
 def main() -> None:
     """Run the command."""
     with interruptible("interrupted; nothing was written."):
-        config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.evaluate")
+        config = parsed(Config, "python -m grip_env.evaluate", lists=("policies", "algo"))
         check_agents_package()
         evaluate(config)
 

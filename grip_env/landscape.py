@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import tyro
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, load_model_and_task, writing
+from grip_env.cli import check_agents_package, check_at_least, interruptible, load_model_and_task, parsed, writing
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
@@ -318,7 +317,7 @@ def landscape(config: Config) -> list[Terrain]:
 
 def main() -> None:
     """Run the command."""
-    config = tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.landscape")
+    config = parsed(Config, "python -m grip_env.landscape")
     check_agents_package()
     said = "interrupted; the next run goes on from the scores that are on disk."
     with interruptible("interrupted before there were results." if config.table_cache == "none" else said):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible
+from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed
 from grip_env.common import stopping
 from grip_env.common.atomic_files import replace_folder, write_atomically
 from grip_env.run_folder.folder import make_folder
@@ -239,4 +238,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     with interruptible("interrupted; the same command goes on from the last checkpoint, if there is one."):
-        main(tyro.cli(Config, prog="python -m grip_env.pretrain_vlm"))
+        main(parsed(Config, "python -m grip_env.pretrain_vlm"))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -23,6 +23,7 @@ from grip_env.cli import (
     check_out,
     interruptible,
     load_model_and_task,
+    parsed,
     print_verdicts,
     say_unfinished,
     writing,
@@ -55,7 +56,7 @@ RANDOM = "random tokens"
 class Config(ModelConfig):
     """Mislead a trained agent in several ways; it must lose by each of them, or its reward is not for evidence."""
 
-    agent: Path | None = None
+    run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, as train printed it; the agent that comes with the package if not given."""
     algo: str = ""
     """The class of your own that the agent was trained with, as package.module:Class: no code that a run's file names
@@ -191,7 +192,7 @@ def verdicts(values: dict[str, dict[float, np.ndarray]]) -> list[tuple[str, bool
 def main() -> None:
     """Run the command."""
     with interruptible("interrupted; nothing was written."):
-        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.probe"))
+        _run(parsed(Config, "python -m grip_env.probe"))
 
 
 def _run(config: Config) -> None:
@@ -209,9 +210,9 @@ def _run(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = load_model_and_task(config, "scenes", config.data, splits=(config.split,), progress=config.progress)
-    say_unfinished(config.agent)
+    say_unfinished(config.run)
     try:
-        agent = load_agent(vlm, config.vlm, config.agent, config.algo or None)
+        agent = load_agent(vlm, config.vlm, config.run, config.algo or None)
         values = probe(vlm, task, agent, config.split, config.examples, config.budgets, progress=config.progress)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from None

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import tyro
-
 from grip_env.cli import (
     check_at_least,
     check_name,
     interruptible,
     load_model_and_task,
     note_written,
+    parsed,
     quieten,
     say,
 )
@@ -58,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         raise CommandError(f"--algo: {name!r} is also an option of this command: register the class by another name")
     fields = [(key, options, dataclasses.field(default_factory=options))] if dataclasses.fields(options) else []
     full = dataclasses.make_dataclass("Config", fields, bases=(Config,))
-    found: Any = tyro.cli(full, description=Config.__doc__, prog="python -m grip_env.train", args=given)
+    found: Any = parsed(full, "python -m grip_env.train", given, description=Config.__doc__)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Config)}
     return Config(**(values | {"options": getattr(found, key, options())}))
 
@@ -88,7 +87,7 @@ def _train(config: Config) -> Path:
     from grip_env.rewards.parsing import resolve_reward
     from grip_env.tasks.files import FileTask
 
-    check_at_least(0, threads=config.threads, report_examples=config.report_examples, seed=config.seed)
+    check_at_least(0, threads=config.threads, examples=config.examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
     if config.seed >= 2**63:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
@@ -112,7 +111,7 @@ def _train(config: Config) -> Path:
         reward = resolve_reward(config.reward)
     except ValueError as error:
         raise CommandError(f"--reward: {error}") from None
-    needed = ("train", "test") if config.report_examples else ("train",)
+    needed = ("train", "test") if config.examples else ("train",)
     vlm, task = load_model_and_task(config, config.task, config.data, config.skip_bad, needed, progress=config.progress)
     about: dict[str, Any] = {}
     if isinstance(task, FileTask):
@@ -238,12 +237,12 @@ class _Training:
         self.run.write_status(self.status("done"))
         self.over = True
         with stopping.at_once():
-            if self.config.report_examples:
+            if self.config.examples:
                 from grip_env.evaluate import report
 
                 about = self.config
                 report(
-                    self.run.path, self.vlm, self.task, self.selector, "test", about.report_examples,
+                    self.run.path, self.vlm, self.task, self.selector, "test", about.examples,
                     progress=about.progress, algorithm=about.algo,
                 )  # fmt: skip
             if self.vlm.cache is not None:

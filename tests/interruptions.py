@@ -139,7 +139,7 @@ def double(index: int, after: float, between: float, folder: Path) -> str:
         AssertionError: If it goes on for more than 10 s, says something false, or leaves an agent that does not load.
     """
     name = f"double{index}"
-    options = "--report-examples 6 --picture-every 3 --no-progress --grpo.steps 100000 --grpo.instances 6 "
+    options = "--examples 6 --picture-every 3 --no-progress --grpo.steps 100000 --grpo.instances 6 "
     options += "--grpo.candidates 1 --grpo.group 2 --grpo.warmup-steps 20 --grpo.pool 8"
     command = [sys.executable, "-m", "grip_env.train", "--runs", str(folder), "--name", name, *options.split()]
     process = subprocess.Popen(

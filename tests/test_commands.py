@@ -42,13 +42,13 @@ def settings(vlm: Path, runs: Path, name: str = "run", /, **changes: Any) -> Con
     for key in set(changes) & {field.name for field in dataclasses.fields(GRPOConfig)}:
         grpo = dataclasses.replace(grpo, **{key: changes.pop(key)})
     options: dict[str, Any] = {"vlm": str(vlm), "name": name, "runs": runs, "progress": False, "options": grpo}
-    return Config(**(options | {"report_examples": 0} | changes))
+    return Config(**(options | {"examples": 0} | changes))
 
 
 @pytest.fixture(scope="module")
 def run(vlm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a report."""
-    return train(settings(vlm_folder, tmp_path_factory.mktemp("runs"), report_examples=6, picture_every=2))
+    return train(settings(vlm_folder, tmp_path_factory.mktemp("runs"), examples=6, picture_every=2))
 
 
 def start(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Popen[str]:
@@ -216,9 +216,9 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
     vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
-    plain = train(settings(vlm_folder, tmp_path, "plain", report_examples=6))
+    plain = train(settings(vlm_folder, tmp_path, "plain", examples=6))
     first, second = (
-        train(settings(vlm_folder, tmp_path, name, report_examples=6, cache=cache)) for name in ("first", "second")
+        train(settings(vlm_folder, tmp_path, name, examples=6, cache=cache)) for name in ("first", "second")
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image cache")]
     assert len(lines) == 2
@@ -255,7 +255,7 @@ def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm
         "def make():\n    return AgreementWithFull() / 2 + 0.25 * KeptFraction()\n"
     )
     tiny = "--grpo.steps 3 --grpo.instances 6 --grpo.candidates 1 --grpo.group 2 --grpo.warmup-steps 2 --grpo.pool 8 "
-    tiny += "--report-examples 0"
+    tiny += "--examples 0"
     command = ["-m", "grip_env.train", "--vlm", vlm_folder, "--runs", tmp_path, "--no-progress", *tiny.split()]
     command += ["--name", "imported", "--reward", "mine:make"]
     code, _, err = finish(start(*command, cwd=tmp_path, PYTHONPATH=str(Path(__file__).parent.parent)))
@@ -274,7 +274,7 @@ def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm
 
 
 def test_ctrl_c_keeps_the_agent(vlm_folder: Path, tmp_path: Path) -> None:
-    command = f"-m grip_env.train --vlm {vlm_folder} --runs {tmp_path} --name cut --report-examples 0 --no-progress"
+    command = f"-m grip_env.train --vlm {vlm_folder} --runs {tmp_path} --name cut --examples 0 --no-progress"
     tiny = (
         "--grpo.steps 100000 --grpo.instances 6 --grpo.candidates 1 --grpo.group 2 --grpo.warmup-steps 1 --grpo.pool 8"
     )
@@ -318,7 +318,7 @@ def test_interrupt_in_the_report_keeps_the_agent(
 
     monkeypatch.setattr(evaluate, "report", interrupted)
     with pytest.raises(SystemExit) as stop:
-        train(settings(vlm_folder, tmp_path, report_examples=6))
+        train(settings(vlm_folder, tmp_path, examples=6))
     assert stop.value.code == 130
     shown = capsys.readouterr().out
     assert "interrupted in the report at step 3" in shown
@@ -344,7 +344,7 @@ def test_interrupt_in_the_report_keeps_the_agent(
         ({"steps": -1}, ["steps must be at least 0; got -1"]),
         ({"learning_rate": 0.0}, ["learning_rate", "must be above 0; got 0.0"]),
         ({"picture_every": 0}, ["--picture-every must be at least 1; got 0"]),
-        ({"report_examples": -1}, ["--report-examples must be at least 0; got -1"]),
+        ({"examples": -1}, ["--examples must be at least 0; got -1"]),
         ({"seed": -1}, ["--seed must be at least 0; got -1"]),
         ({"name": "../elsewhere"}, ["--name is the name of a folder", "../elsewhere"]),
         ({"name": ".."}, ["--name is the name of a folder", "got '..'"]),
@@ -480,7 +480,7 @@ def test_benchmark_trains_once_compares_and_refuses_other_settings(
     vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = {"steps": 2, "warmup-steps": 1, "instances": 6, "candidates": 1, "group": 2, "pool": 8}
-    extra = ("--vlm", str(vlm_folder), "--report-examples", "6", "--no-progress")
+    extra = ("--vlm", str(vlm_folder), "--examples", "6", "--no-progress")
     extra += tuple(f"--grpo.{key}={value}" for key, value in tiny.items())
     config = benchmark.Config(seeds=(5, 6), runs=tmp_path, examples=12, drawing=False, extra=extra)
     unfinished = tmp_path / "benchmark-seed5"
@@ -581,7 +581,7 @@ def test_another_package_called_agents_is_named_with_the_remedy(tmp_path: Path, 
                 "--seed",
                 "--grpo.std-floor",
                 "--grpo.kl-weight",
-                "--report-examples",
+                "--examples",
             ],
         ),
         (evaluate, ["Folders of runs", "--policies", "--budgets", "--split", "--examples", "--data", "--out"]),

@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(vlm_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the data, with a report."""
-    return train(settings(vlm_folder, tmp_path_factory.mktemp("runs"), data=data, report_examples=50))
+    return train(settings(vlm_folder, tmp_path_factory.mktemp("runs"), data=data, examples=50))
 
 
 def stops(call: Any, *arguments: Any) -> None:
@@ -185,12 +185,12 @@ def test_a_split_is_needed_only_where_it_is_used(
     vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_data(tmp_path / "data", ("train",))
-    stops(train, settings(vlm_folder, tmp_path / "runs", data=path, report_examples=6))
+    stops(train, settings(vlm_folder, tmp_path / "runs", data=path, examples=6))
     told = capsys.readouterr().err
     assert one_line(told)
     assert "the test split has no examples: pets: 20 questions about 10 different images (train 20, " in told
     assert '"split"' in told
-    assert "--report-examples 0" in told
+    assert "--examples 0" in told
     assert not (tmp_path / "runs").exists()
 
     folder = train(settings(vlm_folder, tmp_path / "runs", data=path, steps=0))
@@ -198,7 +198,7 @@ def test_a_split_is_needed_only_where_it_is_used(
     stops(evaluate.evaluate, evaluate.Config((folder,), split="validation"))
     told = capsys.readouterr().err
     assert "the validation split has no examples" in told
-    assert "--report-examples" not in told
+    assert "--examples" not in told
     assert evaluate.evaluate(evaluate.Config((folder,), split="train", examples=3)).examples == 3
 
     stops(train, settings(vlm_folder, tmp_path / "runs", "other", data=write_data(tmp_path / "none", ("test",))))

@@ -44,7 +44,7 @@ def test_own_policy_trains_and_is_compared(tmp_path: Path) -> None:
 
 
 def test_ppo_in_a_single_file_trains_and_is_compared(tmp_path: Path) -> None:
-    small = ["--iterations", "2", "--num-envs", "4", "--num-steps", "3", "--budget", "0.02", "--report-examples", "6"]
+    small = ["--iterations", "2", "--num-envs", "4", "--num-steps", "3", "--budget", "0.02", "--examples", "6"]
     out = run(tmp_path, "ppo_single_file.py", *small)
     for iteration in (0, 1):
         line = rf"^iteration {iteration}: log-likelihood -\d+\.\d+, accuracy [01]\.\d+, entropy 4\.\d+, "
@@ -61,7 +61,7 @@ def test_ppo_in_a_single_file_learns_where_a_step_costs_nothing(
     monkeypatch.setattr(grip_env, "SceneTask", FakeTask)
 
     def train(budget: float) -> dict[str, float]:
-        options = {"budget": budget, "num-envs": 32, "num-steps": 4, "iterations": 9, "report-examples": 10}
+        options = {"budget": budget, "num-envs": 32, "num-steps": 4, "iterations": 9, "examples": 10}
         monkeypatch.setattr(sys, "argv", ["ppo", *(f"--{name}={value}" for name, value in options.items())])
         runpy.run_path(str(EXAMPLES / "ppo_single_file.py"))
         found = re.findall(r"^\| ([\w ]+) \| (-?\d+\.\d+) \|$", capsys.readouterr().out, re.MULTILINE)

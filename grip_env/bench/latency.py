@@ -16,11 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 from agents.scorer import selector_flops
 from grip_env.bench.memory import peak_bytes
-from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, print_verdicts, writing
+from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, parsed, print_verdicts, writing
 from grip_env.common.atomic_files import write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.folder import versions
@@ -317,7 +315,7 @@ def bars(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     with interruptible("interrupted; nothing was written."):
-        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark latency", args=arguments))
+        _run(parsed(Config, "python -m grip_env.benchmark latency", arguments))
 
 
 def _run(config: Config) -> None:

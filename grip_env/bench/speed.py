@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 from grip_env.bench.memory import peak_bytes
-from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, print_verdicts, writing
+from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, parsed, print_verdicts, writing
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.folder import versions
@@ -334,7 +333,7 @@ def draw_scaling(found: Mapping[str, Mapping[float, float]], path: Path) -> None
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     with interruptible("interrupted; nothing was written."):
-        _run(tyro.cli(Config, description=Config.__doc__, prog="python -m grip_env.benchmark speed", args=arguments))
+        _run(parsed(Config, "python -m grip_env.benchmark speed", arguments))
 
 
 def _run(config: Config) -> None:

@@ -77,7 +77,18 @@ class Run:
 
     def like(self, other: Run) -> bool:
         """Return whether the two differ by nothing but their seed, and where and when they were made."""
-        beside = ("seed", "name", "runs", "threads", "progress", "picture_every", "report_examples", "device", "cache")
+        beside = (
+            "seed",
+            "name",
+            "runs",
+            "threads",
+            "progress",
+            "picture_every",
+            "examples",
+            "report_examples",
+            "device",
+            "cache",
+        )
         ours, theirs = ({key: run.config[key] for key in run.config if key not in beside} for run in (self, other))
         return ours == theirs
 

@@ -57,7 +57,7 @@ class Config(ModelConfig):
     """Name of the run; made from algorithm, task or data, seed and time when empty."""
     runs: Path = Path("runs")
     """Where runs are kept."""
-    report_examples: int = 480
+    examples: int = 480
     """Test examples the final report is measured on; 0 skips the report."""
     picture_every: int = 100
     """Steps between galleries in TensorBoard and checkpoints."""

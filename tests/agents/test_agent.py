@@ -143,7 +143,7 @@ def test_every_algorithm_trains_saves_and_is_evaluated_from_the_command_line(
     if name != "imitation":
         options.append(f"--{name}.warmup-steps=1")
     about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", "run", "--no-progress"]
-    run = train.train(train.parse(["--algo", name, *about, "--report-examples", "0", *options]))
+    run = train.train(train.parse(["--algo", name, *about, "--examples", "0", *options]))
     saved = json.loads((run / "config.json").read_text())["config"]
     assert saved["algo"] == name
     assert saved[name.replace("-", "_")]["steps"] == 2
@@ -162,9 +162,7 @@ def test_an_agent_of_ones_own_goes_through_the_commands(
 ) -> None:
     monkeypatch.chdir(EXAMPLES)  # where own_agent.py lies
     about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", "mine", "--no-progress"]
-    config = train.parse(
-        ["--algo=own_agent:Matcher", *about, "--report-examples=4", "--agent.steps=2", "--agent.num-envs=4"]
-    )
+    config = train.parse(["--algo=own_agent:Matcher", *about, "--examples=4", "--agent.steps=2", "--agent.num-envs=4"])
     run = train.train(config)
     assert json.loads((run / "config.json").read_text())["config"]["agent"]["num_envs"] == 4
     assert len((run / "reinforce.csv").read_text().splitlines()) == 3
@@ -188,7 +186,7 @@ def test_runs_that_differ_by_their_seed_share_a_row(
         options = [f"--{name}.{option[2:]}" for option in TINY.split()]
         options += ["--grpo.warmup-steps=1", "--grpo.candidates=1"] if name == "grpo" else []
         about = ["--vlm", str(vlm_folder), "--runs", str(tmp_path), "--name", f"{name}{seed}", "--no-progress"]
-        arguments = ["--algo", name, "--seed", str(seed), *about, "--report-examples", "0", *options]
+        arguments = ["--algo", name, "--seed", str(seed), *about, "--examples", "0", *options]
         runs.append(train.train(train.parse(arguments)))
     few: Any = {"examples": 5, "budgets": (0.1, 0.6), "progress": False}
     together = evaluate.evaluate(evaluate.Config(tuple(runs), policies="random,fastv", **few))
@@ -275,7 +273,7 @@ def test_runs_that_cannot_be_compared_are_refused(
     for policy in ("original", "reindex"):
         about = ["--vlm", vlm_folder.name, "--runs", str(tmp_path), "--name", policy, "--no-progress"]
         options = ["--imitation.steps=1", "--imitation.instances=2", "--imitation.pool=4"]
-        arguments = ["--algo=imitation", *about, "--report-examples=0", "--position-policy", policy, *options]
+        arguments = ["--algo=imitation", *about, "--examples=0", "--position-policy", policy, *options]
         runs.append(train.train(train.parse(arguments)))
     monkeypatch.chdir(tmp_path)  # a model's relative path is that of where the training was started
     for given, message in (

@@ -67,7 +67,7 @@ def trained(vlm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         about = ["--vlm", str(vlm_folder), "--runs", str(run), "--name", "his", "--no-progress"]
-        made = train.train(train.parse(["--algo", NAME, *about, "--report-examples", "2"]))
+        made = train.train(train.parse(["--algo", NAME, *about, "--examples", "2"]))
     assert "its warm-up" in json.loads((made / "report.json").read_text())["cells"]
     return made, here
 
@@ -92,7 +92,7 @@ def changed(run: Path, **config: Any) -> None:
 def doors(vlm: Path, run: Path, *more: str) -> dict[str, tuple[Any, list[str]]]:
     picture = Path("picture.png")
     Image.new("RGB", (96, 96), "red").save(picture)
-    few = ["--vlm", str(vlm), "--agent", str(run), *more]
+    few = [str(run), "--vlm", str(vlm), *more]
     return {
         "evaluate": (evaluate, [str(run), "--examples", "2", "--policies", "random", "--no-progress", *more]),
         "probe": (probe, [*few, "--examples", "2", "--no-progress"]),

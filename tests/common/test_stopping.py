@@ -319,9 +319,7 @@ def count(vlm_folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, trouble
     """Train the counting agent and return how it ended."""
     monkeypatch.setattr(Counting, "trouble", staticmethod(trouble))
     algo = f"{__name__}:Counting"
-    config = Config(
-        algo=algo, vlm=str(vlm_folder), runs=runs, name=name, progress=False, report_examples=0, picture_every=100
-    )
+    config = Config(algo=algo, vlm=str(vlm_folder), runs=runs, name=name, progress=False, examples=0, picture_every=100)
     with pytest.raises(SystemExit) as stop:
         train(config)
     return stop.value

@@ -37,7 +37,7 @@ def done(no_galleries: None, vlm_folder: Path, tmp_path_factory: pytest.TempPath
     return train(
         Config(
             vlm=str(vlm_folder), runs=tmp_path_factory.mktemp("runs"), name="done", progress=False,
-            options=options, report_examples=0,
+            options=options, examples=0,
         )
     )  # fmt: skip
 
@@ -130,9 +130,7 @@ def test_answering_with_an_agent_that_was_interrupted_warns(
     cut = stopped(done, tmp_path / "cut", CUT)
     with pytest.warns(UserWarning, match=r"it was interrupted \(SIGINT\); its agent is that of step 1 of 2 of grpo"):
         Pruner.load(vlm_folder, cut / "agent")
-    monkeypatch.setattr(
-        sys, "argv", ["probe", "--vlm", str(vlm_folder), "--agent", str(cut), "--examples", "2", "--no-progress"]
-    )
+    monkeypatch.setattr(sys, "argv", ["probe", "--vlm", str(vlm_folder), str(cut), "--examples", "2", "--no-progress"])
     probe.main()
     assert f"note: about {cut}: it was interrupted" in capsys.readouterr().err
 

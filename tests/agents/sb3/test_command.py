@@ -19,7 +19,7 @@ def arguments(vlm: Path, runs: Path, name: str, *more: str) -> list[str]:
     sizes |= {"max-budget": 0.05} | ({} if name == "a2c" else {"batch-size": 4})
     tiny = [part for key, value in sizes.items() for part in (f"--{name}.{key}", str(value))]
     common = ["--algo", name, "--vlm", str(vlm), "--runs", str(runs), "--name", name, "--no-progress"]
-    return [*common, "--report-examples", "0", "--device", "cpu", *tiny, *more]
+    return [*common, "--examples", "0", "--device", "cpu", *tiny, *more]
 
 
 @pytest.mark.parametrize("name", ["ppo", "a2c", "maskable-ppo"])

@@ -16,10 +16,11 @@ from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.blocks import BlockVLM
+from grip_env.vlms.encoding import _longest
 from grip_env.vlms.families.known import FAMILIES
 from grip_env.vlms.generation.decoding import CACHE
 from grip_env.vlms.generation.options import _REFUSED, _TAKEN, _UNUSED
-from grip_env.vlms.huggingface import HuggingFaceVLM, _longest
+from grip_env.vlms.huggingface import HuggingFaceVLM
 from grip_env.vlms.processor_inputs import encode_inputs, split_inputs
 from tests.vlms import tiny_models
 from tests.vlms.families.test_known import examples, make

@@ -1,0 +1,111 @@
+"""What every command takes from its command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from grip_env import cli, evaluate, probe
+from grip_env.__main__ import COMMANDS
+from grip_env.train import parse
+
+
+@dataclass
+class Inner:
+    """Options within options."""
+
+    noisy: bool = True
+    """Whether."""
+    widths: tuple[int, ...] = (1,)
+    """How wide."""
+
+
+@dataclass
+class Options:
+    """Options of every kind."""
+
+    progress: bool = True
+    """Whether."""
+    budgets: tuple[float, ...] = (0.1,)
+    """Shares."""
+    policies: str = ""
+    """Names."""
+    inner: Inner = field(default_factory=Inner)
+    """More."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", Options()),
+        ("--progress false", Options(progress=False)),
+        ("--progress True", Options()),
+        ("--no-progress", Options(progress=False)),
+        ("--budgets 0.1 0.2", Options(budgets=(0.1, 0.2))),
+        ("--budgets 0.1,0.2", Options(budgets=(0.1, 0.2))),
+        ("--budgets 0.1, 0.2", Options(budgets=(0.1, 0.2))),
+        ("--policies a,b", Options(policies="a,b")),
+        ("--policies a b --progress false", Options(policies="a,b", progress=False)),
+        ("--policies a, b", Options(policies="a,b")),
+        ("--policies false", Options(policies="false")),
+        ("--inner.noisy false --inner.widths 2,3", Options(inner=Inner(False, (2, 3)))),
+    ],
+)
+def test_arguments_are_read_the_same_way_everywhere(given: str, expected: Options) -> None:
+    assert cli.parsed(Options, "prog", given.split(), lists=("policies",)) == expected
+
+
+def test_booleans_and_lists_of_the_commands_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not parse(["--progress", "false", "--grpo.in-turn", "false"]).options.in_turn
+    assert not parse(["--progress", "false"]).progress
+    seen: list[evaluate.Config] = []
+    monkeypatch.setattr(evaluate, "evaluate", seen.append)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", "runs/a", "runs/b", "--policies", "random", "oracle", "--budgets", ".1,.2"]
+    )
+    evaluate.main()
+    assert seen[0].runs == (Path("runs/a"), Path("runs/b"))
+    assert (seen[0].policies, seen[0].budgets) == ("random,oracle", (0.1, 0.2))
+
+
+@pytest.mark.parametrize("values", [[True, True], [True, False]])
+def test_a_missed_statement_is_an_exit_code(values: list[bool], capsys: pytest.CaptureFixture[str]) -> None:
+    code = 0
+    try:
+        with cli.interruptible("stopped"):
+            cli.print_verdicts([(f"statement {value}", value) for value in values])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == (not all(values))
+    assert ("MISSED" in capsys.readouterr().out) == (not all(values))
+
+
+def test_python_m_grip_env_lists_every_command() -> None:
+    shown = subprocess.run([sys.executable, "-m", "grip_env"], capture_output=True, text=True, check=True).stdout
+    folder = Path(cli.__file__).parent
+    commands = {path.stem for path in folder.glob("*.py") if "__name__ == " in path.read_text()} - {"__main__"}
+    assert commands == {name.split()[0] for name in COMMANDS}
+    for name, said in COMMANDS.items():
+        assert f"python -m grip_env.{name} " in shown
+        assert said in shown
+
+
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in COMMANDS}))
+def test_every_command_tells_versions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = importlib.import_module(f"grip_env.{name}").Config
+    assert dataclasses.is_dataclass(config)
+    with pytest.raises(SystemExit) as end:
+        cli.parsed(config, name, ["--version"])
+    assert not end.value.code
+    assert "torch " in capsys.readouterr().out
+
+
+def test_the_run_is_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = cli.parsed(probe.Config, "probe", ["runs/a", "--examples", "4"])
+    assert given.run == Path("runs/a")
