@@ -7,6 +7,7 @@ from, as in ``--algo my_package.my_module:MyAgent``; the fields of its ``Options
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = [
     "ALGORITHMS",
+    "SCORERS",
     "Agent",
     "NoOptions",
     "ScorerAgent",
@@ -34,13 +36,19 @@ __all__ = [
     "register",
 ]
 
-ALGORITHMS: dict[str, str] = {
-    **dict.fromkeys(
-        ("grpo", "rloo", "reinforce", "imitation", "gumbel-top-k", "sigmoid-gates", "soft-top-k"), "agents.algorithms"
-    ),
-    **dict.fromkeys(("ppo", "a2c", "maskable-ppo"), "agents.sb3.agents"),
+SCORERS: dict[str, tuple[str, str]] = {
+    "grpo": ("agents.grpo:GRPO", "agents.training.grpo_config:GRPOConfig"),
+    "rloo": ("agents.grpo:RLOO", "agents.training.grpo_config:RLOOConfig"),
+    "reinforce": ("agents.grpo:Reinforce", "agents.training.grpo_config:ReinforceConfig"),
+    "imitation": ("agents.training.imitation:Imitation", "agents.training.imitation:ImitationConfig"),
+    "gumbel-top-k": ("agents.training.relaxations:GumbelTopK", "agents.training.relaxations:GumbelTopKConfig"),
+    "sigmoid-gates": ("agents.training.relaxations:SigmoidGates", "agents.training.relaxations:SigmoidGatesConfig"),
+    "soft-top-k": ("agents.training.relaxations:SoftTopK", "agents.training.relaxations:SoftTopKConfig"),
 }
-"""The algorithms that come with the package, and the modules that register them."""
+"""What trains a scorer: algorithm and options, by name."""
+
+ALGORITHMS = (*SCORERS, "ppo", "a2c", "maskable-ppo")
+"""The algorithms that come with the package."""
 
 _registered: dict[str, type[Agent]] = {}
 _Class = TypeVar("_Class", bound=type)
@@ -166,7 +174,7 @@ def find_algorithm(name: str) -> type[Agent]:
             ) from None
     else:
         if name in ALGORITHMS and name not in _registered:
-            importlib.import_module(ALGORITHMS[name])
+            _register_own(name)
         if name not in _registered:
             known = ", ".join(sorted(set(ALGORITHMS) | set(_registered)))
             raise ValueError(f"there is no algorithm {name!r}: choose from {known}, or give package.module:Class")
@@ -180,6 +188,17 @@ def find_algorithm(name: str) -> type[Agent]:
     if not callable(getattr(found, "select", None)) and not _is_selector(found):
         raise ValueError(f"{name!r} cannot choose tokens: give it select(observation), as agents.base.Policy has it")
     return cast("type[Agent]", found)
+
+
+def _register_own(name: str) -> None:
+    """Register an algorithm that comes with the package."""
+    if name not in SCORERS:
+        importlib.import_module("agents.sb3.agents")
+        return
+    algorithm, options = (pkgutil.resolve_name(place) for place in SCORERS[name])
+    said = f"A scorer trained by :class:`~{algorithm.__module__}.{algorithm.__name__}`."
+    parts = {"Algorithm": algorithm, "Options": options, "__doc__": said, "__module__": __name__}
+    register(name)(type(f"{algorithm.__name__}Agent", (ScorerAgent,), parts))
 
 
 def _is_selector(found: type) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grip_env.common import stopping
 from grip_env.run_folder.folder import versions
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 from typing import TYPE_CHECKING
 
+from grip_env.common.arguments import plain_arguments
 from grip_env.common.errors import CommandError
 from grip_env.common.plugins import importable_from_here
 from grip_env.run_folder.config import ModelConfig
@@ -122,41 +122,9 @@ def parsed(
     if "--version" in given:
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         raise SystemExit(0)
-    plain = _plain(given, _kinds(config), set(lists))
+    plain = plain_arguments(given, config, lists)
     description = options.pop("description", config.__doc__)
     return tyro.cli(config, description=description, prog=prog, args=plain, **options)
-
-
-def _kinds(config: Any, before: str = "") -> dict[str, Any]:
-    """Return the types of a dataclass's fields and of those in its fields, by the names of the options they become."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(config).items():
-        option = before + name.replace("_", "-")
-        found |= _kinds(hint, f"{option}.") if dataclasses.is_dataclass(hint) else {option: hint}
-    return found
-
-
-def _plain(given: Sequence[str], kinds: Mapping[str, Any], lists: Collection[str]) -> list[str]:
-    """Return arguments as tyro knows them."""
-    found: list[str] = []
-    option = ""
-    for argument in given:
-        if argument.startswith("--"):
-            option, found = argument[2:].replace("_", "-"), [*found, argument]
-        elif (kinds.get(option) is bool or bool in get_args(kinds.get(option))) and argument.lower() in (
-            "true",
-            "false",
-        ):
-            prefix, _, name = option.rpartition(".")
-            found[-1] = f"--{prefix}{'.' * bool(prefix)}{'no-' * (argument.lower() == 'false')}{name}"
-            option = ""
-        elif option in lists and not found[-1].startswith("--"):
-            found[-1] = ",".join([found[-1].rstrip(","), argument.lstrip(",")])
-        elif get_origin(kinds.get(option)) is tuple:
-            found += [part for part in argument.split(",") if part]
-        else:
-            found.append(argument)
-    return found
 
 
 def check_at_least(least: int, **options: int) -> None:

@@ -275,7 +275,7 @@ def test_every_option_of_transformers_is_known() -> None:
         {"logits_processor": 3},
         {"output_hidden_states": True, "return_dict_in_generate": True, "use_cache": False},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options),
 )
 def test_what_cannot_be_done_is_refused_by_name(llava: Pruner, options: dict[str, Any]) -> None:
     batch = examples(1)

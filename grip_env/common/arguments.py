@@ -1,0 +1,48 @@
+"""Command-line arguments as people write them, turned into what tyro knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+__all__ = ["plain_arguments"]
+
+
+def _kinds(config: Any, before: str = "") -> dict[str, Any]:
+    """Return the types of a dataclass's fields and of those in its fields, by the names of the options they become."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(config).items():
+        option = before + name.replace("_", "-")
+        found |= _kinds(hint, f"{option}.") if dataclasses.is_dataclass(hint) else {option: hint}
+    return found
+
+
+def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = ()) -> list[str]:
+    """Return arguments as tyro knows them: several values after spaces, booleans without a word after them.
+
+    Args:
+        given: What was typed.
+        config: A dataclass whose fields are options.
+        lists: Names of text options with commas in them, which may be given with spaces as well.
+    """
+    kinds = _kinds(config)
+    found: list[str] = []
+    option = ""
+    for argument in given:
+        if argument.startswith("--"):
+            option, found = argument[2:].replace("_", "-"), [*found, argument]
+        elif (kinds.get(option) is bool or bool in get_args(kinds.get(option))) and argument.lower() in (
+            "true",
+            "false",
+        ):
+            prefix, _, name = option.rpartition(".")
+            found[-1] = f"--{prefix}{'.' * bool(prefix)}{'no-' * (argument.lower() == 'false')}{name}"
+            option = ""
+        elif option in lists and not found[-1].startswith("--"):
+            found[-1] = ",".join([found[-1].rstrip(","), argument.lstrip(",")])
+        elif get_origin(kinds.get(option)) is tuple:
+            found += [part for part in argument.split(",") if part]
+        else:
+            found.append(argument)
+    return found
