@@ -26,7 +26,7 @@ train: $(READY)
 	$(BIN)/python -m grip_env.train --algo grpo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 $(FLOOR): pyproject.toml .ci/floor.txt
 	$(PYTHON) -m venv .venv-floor

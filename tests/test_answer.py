@@ -46,7 +46,7 @@ def test_command_prints_both_answers_and_draws_what_was_kept(picture: Path, tmp_
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"image": Path("/no/such.png")}, "--image /no/such.png does not exist"),
         ({"image": Path(__file__)}, "is not an image"),
-        ({"agent": Path("/no/such/run")}, "no scorer in /no/such/run"),
+        ({"run": Path("/no/such/run")}, "no scorer in /no/such/run"),
         ({"device": "gpu"}, "cannot use --device 'gpu' .*: choose cpu"),
         ({"vlm": "/no/such/model"}, "cannot load the vision-language model '/no/such/model'"),
         ({"question": "what is <image>?"}, "exactly one image placeholder"),

@@ -102,7 +102,7 @@ def test_the_command_prints_and_writes_what_it_found(
         ("--budgets", "got nothing"),
         ("--examples 1", "--examples must be at least 2; got 1"),
         ("--out missing/probe.json", "cannot write --out missing/probe.json"),
-        ("--agent missing", "no scorer in missing"),
+        ("missing", "no scorer in missing"),
     ],
 )
 def test_bad_options_end_with_one_line(

@@ -1,6 +1,6 @@
 """Runs that anybody may have written: their code runs where the user names it, and is found where it lay."""
 
-from __future__ import annotations
+from __future__ import contextlib
 
 import json
 import os
@@ -123,7 +123,8 @@ def test_commands_run_the_code_of_a_run_only_if_it_is_named_again(
         assert not (trained[1] / "was imported").exists()
     module, options = doors(vlm_folder, run, "--algo", NAME)[door]
     monkeypatch.setattr(sys, "argv", [door, *options])
-    module.main()
+    with contextlib.suppress(SystemExit) if door == "probe" else contextlib.nullcontext():  # code 1: it is caught
+        module.main()
     assert (trained[1] / "was imported").exists()
     assert str(trained[1]) not in sys.path
 

@@ -70,8 +70,13 @@ def test_the_command_measures_prints_and_draws(
     out = tmp_path / "speed.json"
     size = ["--num-envs", "2", "--rounds", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["benchmark", "speed", *size])
-    benchmark.main()
+    code = 0
+    try:
+        benchmark.main()
+    except SystemExit as end:
+        code = end.code
     printed = capsys.readouterr().out
+    assert code == ("MISSED" in printed)
     saved = json.loads(out.read_text())
     assert sum(line.startswith(("holds   ", "MISSED  ")) for line in printed.splitlines()) == 4
     assert all(len(times) == 1 and times[0] > 0 for times in saved["times"].values())
