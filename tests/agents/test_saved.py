@@ -1,7 +1,8 @@
 """Runs that anybody may have written: their code runs where the user names it, and is found where it lay."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
