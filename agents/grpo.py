@@ -4,9 +4,8 @@ How it departs from GRPO as Shao et al. (DeepSeekMath, 2024) have it for languag
 one log-probability and no per-token ratio. By default its tokens are drawn one after another
 (:mod:`agents.ordered_subset`), otherwise all at once from the exact k-subset distribution, whose KL to the policy that
 the warm-up left is exact, not estimated. Rewards are continuous, so that the group's standard deviation has a floor;
-one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's value is 0 (its gradient
-is
-not: watch reward and entropy). A single decision has no length to normalise by.
+one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's value is 0 (its
+gradient is not: watch reward and entropy). A single decision has no length to normalise by.
 
 By default only the examples whose first few rewards differ most get a whole group (``candidates``), as in most groups
 all rewards are alike.

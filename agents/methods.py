@@ -15,7 +15,7 @@ from agents.heuristics.diversity import CDPruner, max_min_diversity
 from agents.heuristics.inside_llm import FastV, InsidePruner, PyramidDrop
 from agents.heuristics.llm_scores import DARTScore, FastVScore, SparseVLMScore
 from agents.heuristics.replacing import Replacement, Replacer, VisionZip, downsampled_image
-from agents.search.local import CrossEntropy, GreedyBackward, GreedyForward, RandomSearch, Search, SwapSearch
+from agents.search import CrossEntropy, GreedyBackward, GreedyForward, RandomSearch, Search, SwapSearch
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = [

@@ -14,9 +14,8 @@ The rooms, in the order in which data pass through them; none imports from one b
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("grip_env.") for word in sys.orig_argv):
     # python -m grip_env.COMMAND imports this package first: Ctrl-C is dealt with from here on
@@ -25,6 +24,8 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("grip_env.") for word in sys.o
     quit_while_starting()
 
 import gymnasium
+
+from grip_env.common.lazy import public_names
 
 if TYPE_CHECKING:
     from grip_env.envs.core.rendering import Panel, draw_selection, gallery
@@ -140,16 +141,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOMES)
 
 
 for _name, _module, _class, _preset in (

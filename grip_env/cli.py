@@ -1,4 +1,4 @@
-"""What the commands share: checks before the work starts, and the folder a run writes to."""
+"""What the commands share: options, checks before the work starts, loading, and how a command ends."""
 
 from __future__ import annotations
 
@@ -9,27 +9,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
 
 from grip_env.common import stopping
-from grip_env.run_folder.folder import versions
-from grip_env.run_folder.status import unfinished
-
-if TYPE_CHECKING:
-    from grip_env.tasks.base import Task
-    from grip_env.tasks.files import FileTask
-    from grip_env.vlms.huggingface import HuggingFaceVLM
-
-from typing import TYPE_CHECKING
-
 from grip_env.common.arguments import plain_arguments
 from grip_env.common.errors import CommandError
 from grip_env.common.plugins import importable_from_here
 from grip_env.run_folder.config import ModelConfig
+from grip_env.run_folder.folder import versions
+from grip_env.run_folder.status import unfinished
 
 if TYPE_CHECKING:
     from agents.agent import Agent
     from grip_env.tasks.base import Task
+    from grip_env.tasks.files import FileTask
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 
@@ -102,7 +97,11 @@ _T = TypeVar("_T")
 
 
 def parsed(
-    config: type[_T], prog: str, arguments: Sequence[str] | None = None, lists: Sequence[str] = (), **options: Any
+    config: type[_T],
+    prog: str,
+    arguments: Sequence[str] | None = None,
+    lists: Sequence[str] = (),
+    description: str | None = None,
 ) -> _T:
     """Return what command-line arguments say, the same way for every command.
 
@@ -114,17 +113,14 @@ def parsed(
         prog: What the command is called.
         arguments: Those after it; the program's own by default.
         lists: Names of text options with commas in them, which may be given with spaces as well.
-        options: Further ones of ``tyro.cli``.
+        description: What the help begins with; the dataclass's docstring by default.
     """
-    import tyro
-
     given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         raise SystemExit(0)
     plain = plain_arguments(given, config, lists)
-    description = options.pop("description", config.__doc__)
-    return tyro.cli(config, description=description, prog=prog, args=plain, **options)
+    return tyro.cli(config, description=description or config.__doc__, prog=prog, args=plain)
 
 
 def check_at_least(least: int, **options: int) -> None:

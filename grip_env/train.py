@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from grip_env.cli import (
     check_at_least,
     check_name,
+    find_algorithm,
     interruptible,
     load_model_and_task,
     note_written,
@@ -25,6 +26,7 @@ from grip_env.cli import (
 from grip_env.common import stopping
 from grip_env.common.atomic_files import remove, write_atomically
 from grip_env.common.errors import CommandError
+from grip_env.run_folder.config import Config, options_name
 from grip_env.run_folder.folder import RunFolder, free_folder
 from grip_env.run_folder.status import RunStatus
 
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
     from grip_env.tasks.base import Task
     from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
-
-from grip_env.cli import find_algorithm
-from grip_env.run_folder.config import Config, options_name
 
 __all__ = ["main", "parse", "train"]
 

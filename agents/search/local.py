@@ -10,18 +10,14 @@ import torch
 
 from agents.base import Selector, top_k
 from agents.search.base import ScoredCandidates, Search, SearchResult, check_batch, leading
-from agents.search.cross_entropy import CrossEntropy
 from grip_env.exact.reward_table import MAX_SUBSETS, RewardTable, count_subsets, score_subsets, subset_masks
 from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = [
-    "CrossEntropy",
     "ExactEnumeration",
     "GreedyBackward",
     "GreedyForward",
     "RandomSearch",
-    "Search",
-    "SearchResult",
     "SwapSearch",
     "removal_plan",
 ]

@@ -19,9 +19,7 @@ from grip_env.envs.core.rules import (
     best_scores,
     check_penalty,
 )
-from grip_env.envs.core.sampling import (
-    Budget,
-)
+from grip_env.envs.core.sampling import Budget
 from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
 from grip_env.envs.core.vector_env import EpisodeVectorEnv
 from grip_env.rewards.terms import Reward

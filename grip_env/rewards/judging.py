@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-    from grip_env.vlms.base import Scores
-
-
 from dataclasses import replace
 from typing import TYPE_CHECKING
 

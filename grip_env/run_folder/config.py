@@ -75,7 +75,7 @@ def options_name(algo: str) -> str:
     return "agent" if ":" in algo else algo.replace("-", "_")
 
 
-def read_run_config(folder: Path, options_of: Callable[[str], Any] = lambda algo: None) -> dict[str, Any]:
+def read_run_config(folder: Path, options_of: Callable[[str], Any]) -> dict[str, Any]:
     """Return what ``config.json`` in the folder of a run says, all of which has the types that train writes.
 
     Keys may be missing where they are not needed to load the agent, and there may be others, so that runs of other

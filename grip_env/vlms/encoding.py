@@ -1,4 +1,4 @@
-"""A frozen model of transformers, up to its encoded examples: loading, trying, identity, pictures and prompts."""
+"""A frozen model of transformers, up to its encoded examples: identity, pictures and prompts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from typing import Self
 
 import numpy as np
 import torch
@@ -26,6 +23,9 @@ from grip_env.vlms.decoder.last_layer import CAPTURING
 from grip_env.vlms.families.base import Picture
 from grip_env.vlms.families.known import family_of
 from grip_env.vlms.prompts import prompt_ids, prompt_texts
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["EncodingVLM"]
 

@@ -1,4 +1,4 @@
-"""FLOPs and cache bytes of a LLaVA with a CLIP tower and a Llama language model, and of the scorer, by counting.
+"""FLOPs and cache bytes of a LLaVA with a CLIP tower and a Llama language model, by counting.
 
 What is of the language model alone holds for any made of Llama's layers, grouped keys and values included.
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.pruner import load_agent
+from agents.saved import options_of
 from agents.scorer import Scorer, ScorerConfig
 from grip_env import evaluate, train
 from grip_env.common.errors import CommandError
@@ -108,7 +109,7 @@ def test_what_train_writes_is_read(
 ) -> None:
     write(folder, VALID[algo])
     assert use(folder, monkeypatch)
-    assert read_run_config(folder) | {"config": {}} == VALID[algo] | {"config": {}}
+    assert read_run_config(folder, options_of) | {"config": {}} == VALID[algo] | {"config": {}}
     if algo in ("grpo", "imitation"):
         assert capsys.readouterr().err == ""
 
