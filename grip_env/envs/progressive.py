@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.core.rendering import Panel, captioned, draw_selection, gallery
-from grip_env.envs.core.rules import ActionMode, Episode, ObsDtype
+from grip_env.envs.core.rules import ActionMode, Episode, EpisodeRules, ObsDtype
 from grip_env.envs.core.sampling import Budget
-from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode, own_arguments
 from grip_env.envs.core.vector_env import EpisodeVectorEnv
 from grip_env.envs.progressive_rules import StagedEpisode, StageRules
 from grip_env.rewards.terms import Reward
@@ -166,6 +164,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     """
 
     rules: StageRules
+    rules_class = StageRules
 
     def __init__(
         self,
@@ -188,32 +187,13 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
         obs_dtype: ObsDtype = "float32",
         examples: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(
-            render_mode,
-            vlm=vlm,
-            task=task,
-            split=split,
-            stages=stages,
-            budget=budget,
-            stage_budgets=stage_budgets,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            attention=attention,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-        )
+        super().__init__(**own_arguments(locals()))
 
-    def _make_rules(self, **arguments: Any) -> StageRules:
-        return StageRules(**arguments)
-
-    def _draw(self, episode: Episode) -> np.ndarray:
-        return draw_stages(self.rules, episode)
+    @staticmethod
+    def draw(rules: EpisodeRules, episode: Episode) -> np.ndarray:
+        """Return the picture of an episode, uint8 (height, width, 3): see :func:`draw_stages`."""
+        assert isinstance(rules, StageRules)
+        return draw_stages(rules, episode)
 
 
 def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
@@ -255,7 +235,7 @@ def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
     return captioned(gallery(rows, size=_PANEL), [example.question], status, likelihood=(reached, full))
 
 
-class ProgressivePruningVectorEnv(EpisodeVectorEnv):
+class ProgressivePruningVectorEnv(EpisodeVectorEnv, single=ProgressivePruningEnv):
     """``num_envs`` instances of :class:`~grip_env.envs.progressive.ProgressivePruningEnv` in lock-step.
 
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i (hidden
@@ -268,25 +248,9 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
 
     Args:
         num_envs: How many instances.
-        vlm: See the single environment, also for the arguments that follow.
-        task: Where instances come from.
-        split: Which split of the task.
-        stages: Decoder layers before which tokens can be dropped.
-        budget: Share of the tokens, mean over all layers; ranges, as tuples or mappings, and lists are drawn
-            from separately for each instance.
-        stage_budgets: Instead, a share for each stage.
-        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
-        reward: A name or an object.
-        over_budget_penalty: Charged for each token over budget.
-        question_aware: Whether the agent sees the question.
-        attention: Whether the agent sees ``attention``.
-        render_mode: ``None`` or "rgb_array".
-        max_tokens: N.
-        max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory.
-        feature_dim: F, the width that features have in observations; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16".
-        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
+        options: The arguments of the single environment, by the same names and with the same defaults. Ranges and
+            lists of budgets are drawn from separately for each instance; of ``examples``, instance i takes every
+            ``num_envs``-th; ``render_mode`` is ``None`` or "rgb_array". Actions have shape (num_envs, N).
         max_episode_steps: As for ``gymnasium.make``; below the number of stages, no episode comes to its answer.
         autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 
@@ -307,57 +271,3 @@ class ProgressivePruningVectorEnv(EpisodeVectorEnv):
     """
 
     rules: StageRules
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        vlm: FrozenVLM | str = "tiny",
-        task: Task | str = "scenes",
-        split: str = "train",
-        stages: Sequence[int] = (0, 1, 2),
-        budget: Budget | None = None,
-        stage_budgets: Sequence[float] | None = None,
-        action_mode: ActionMode = "binary",
-        reward: Reward | str = "log_likelihood",
-        over_budget_penalty: float = 0.0,
-        question_aware: bool = True,
-        attention: bool = False,
-        render_mode: RenderMode | None = None,
-        max_tokens: int | None = None,
-        max_question_tokens: int = 24,
-        cache_size: int = 256,
-        feature_dim: int | None = None,
-        obs_dtype: ObsDtype = "float32",
-        examples: int | Sequence[int] | None = None,
-        max_episode_steps: int | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-    ) -> None:
-        super().__init__(
-            num_envs,
-            render_mode,
-            max_episode_steps,
-            autoreset_mode,
-            vlm=vlm,
-            task=task,
-            split=split,
-            stages=stages,
-            budget=budget,
-            stage_budgets=stage_budgets,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            attention=attention,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-        )
-
-    def _make_rules(self, **arguments: Any) -> StageRules:
-        return StageRules(**arguments)
-
-    def _draw(self, episode: Episode) -> np.ndarray:
-        return draw_stages(self.rules, episode)

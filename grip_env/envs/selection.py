@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.core.checks import as_numbers
 from grip_env.envs.core.rules import (
@@ -20,7 +19,7 @@ from grip_env.envs.core.rules import (
     check_penalty,
 )
 from grip_env.envs.core.sampling import Budget
-from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode, own_arguments
 from grip_env.envs.core.vector_env import EpisodeVectorEnv
 from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
@@ -249,6 +248,8 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     ```
     """
 
+    rules_class: ClassVar[Callable[..., SelectionRules]] = SelectionRules
+
     def __init__(
         self,
         vlm: FrozenVLM | str = "tiny",
@@ -267,29 +268,10 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         obs_dtype: ObsDtype = "float32",
         examples: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(
-            render_mode,
-            vlm=vlm,
-            task=task,
-            split=split,
-            budget=budget,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-        )
-
-    def _make_rules(self, **arguments: Any) -> SelectionRules:
-        return SelectionRules(**arguments)
+        super().__init__(**own_arguments(locals()))
 
 
-class TokenSelectionVectorEnv(EpisodeVectorEnv):
+class TokenSelectionVectorEnv(EpisodeVectorEnv, single=TokenSelectionEnv):
     """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
     together.
 
@@ -301,22 +283,9 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
 
     Args:
         num_envs: How many instances.
-        vlm: See the single environment, also for the arguments that follow.
-        task: Where instances come from.
-        split: Which split of the task.
-        budget: Share of the tokens; ranges, as tuples or mappings, and lists are drawn
-            from separately for each instance.
-        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
-        reward: A name or an object.
-        over_budget_penalty: Charged for each token over budget.
-        question_aware: Whether the agent sees the question.
-        render_mode: ``None`` or "rgb_array".
-        max_tokens: N.
-        max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory.
-        feature_dim: F, the width that features have in observations; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16".
-        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
+        options: The arguments of the single environment, by the same names and with the same defaults. Ranges and
+            lists of budgets are drawn from separately for each instance; of ``examples``, instance i takes every
+            ``num_envs``-th; ``render_mode`` is ``None`` or "rgb_array". Actions have shape (num_envs, N).
         max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
             well as terminated, and above nothing changes.
         autoreset_mode: ``AutoresetMode.SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``, or such a name: see
@@ -336,48 +305,3 @@ class TokenSelectionVectorEnv(EpisodeVectorEnv):
     print(rewards, infos["final_info"]["correct"])
     ```
     """
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        vlm: FrozenVLM | str = "tiny",
-        task: Task | str = "scenes",
-        split: str = "train",
-        budget: Budget = 0.1,
-        action_mode: ActionMode = "binary",
-        reward: Reward | str = "log_likelihood",
-        over_budget_penalty: float = 0.0,
-        question_aware: bool = True,
-        render_mode: RenderMode | None = None,
-        max_tokens: int | None = None,
-        max_question_tokens: int = 24,
-        cache_size: int = 256,
-        feature_dim: int | None = None,
-        obs_dtype: ObsDtype = "float32",
-        examples: int | Sequence[int] | None = None,
-        max_episode_steps: int | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-    ) -> None:
-        super().__init__(
-            num_envs,
-            render_mode,
-            max_episode_steps,
-            autoreset_mode,
-            vlm=vlm,
-            task=task,
-            split=split,
-            budget=budget,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-        )
-
-    def _make_rules(self, **arguments: Any) -> SelectionRules:
-        return SelectionRules(**arguments)

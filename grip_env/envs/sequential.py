@@ -8,12 +8,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.core.checks import as_numbers, check_flag, check_whole
 from grip_env.envs.core.rules import Decision, Episode, EpisodeRules, ObsDtype, Observation, check_penalty
 from grip_env.envs.core.sampling import Budget
-from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode, own_arguments
 from grip_env.envs.core.vector_env import EpisodeVectorEnv
 from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
@@ -195,6 +194,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
     ```
     """
 
+    rules_class = SequentialRules
+
     def __init__(
         self,
         vlm: FrozenVLM | str = "tiny",
@@ -214,27 +215,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         invalid_action_penalty: float = 0.0,
         max_invalid_actions: int | None = None,
     ) -> None:
-        super().__init__(
-            render_mode,
-            vlm=vlm,
-            task=task,
-            split=split,
-            budget=budget,
-            reward=reward,
-            question_aware=question_aware,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-            dense=dense,
-            invalid_action_penalty=invalid_action_penalty,
-            max_invalid_actions=max_invalid_actions,
-        )
-
-    def _make_rules(self, **arguments: Any) -> SequentialRules:
-        return SequentialRules(**arguments)
+        super().__init__(**own_arguments(locals()))
 
     def action_masks(self) -> np.ndarray:
         """Return which actions are legal, bool (N,)."""
@@ -243,7 +224,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         return legal_actions(self._episode)
 
 
-class SequentialSelectionVectorEnv(EpisodeVectorEnv):
+class SequentialSelectionVectorEnv(EpisodeVectorEnv, single=SequentialSelectionEnv):
     """``num_envs`` instances of :class:`~grip_env.envs.sequential.SequentialSelectionEnv`, encoded and scored
     together.
 
@@ -257,23 +238,9 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
 
     Args:
         num_envs: How many instances.
-        vlm: See the single environment, also for the arguments that follow.
-        task: Where instances come from.
-        split: Which split of the task.
-        budget: Share of the tokens; ranges, as tuples or mappings, and lists are drawn
-            from separately for each instance.
-        reward: A name or an object.
-        question_aware: Whether the agent sees the question.
-        render_mode: ``None`` or "rgb_array".
-        max_tokens: N.
-        max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory.
-        feature_dim: F, the width that features have in observations; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16".
-        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
-        dense: Whether every token pays, or the last alone.
-        invalid_action_penalty: Charged for each action that is ignored.
-        max_invalid_actions: An episode ends with this many of them; ``None`` stands for N.
+        options: The arguments of the single environment, by the same names and with the same defaults. Ranges and
+            lists of budgets are drawn from separately for each instance; of ``examples``, instance i takes every
+            ``num_envs``-th; ``render_mode`` is ``None`` or "rgb_array".
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, which
             ``gymnasium.make`` puts around the single environment for the same argument.
         autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
@@ -294,53 +261,6 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv):
             print(infos["final_info"]["correct"][terminated])
     ```
     """
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        vlm: FrozenVLM | str = "tiny",
-        task: Task | str = "scenes",
-        split: str = "train",
-        budget: Budget = 0.1,
-        reward: Reward | str = "log_likelihood",
-        question_aware: bool = True,
-        render_mode: RenderMode | None = None,
-        max_tokens: int | None = None,
-        max_question_tokens: int = 24,
-        cache_size: int = 256,
-        feature_dim: int | None = None,
-        obs_dtype: ObsDtype = "float32",
-        examples: int | Sequence[int] | None = None,
-        dense: bool = True,
-        invalid_action_penalty: float = 0.0,
-        max_invalid_actions: int | None = None,
-        max_episode_steps: int | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-    ) -> None:
-        super().__init__(
-            num_envs,
-            render_mode,
-            max_episode_steps,
-            autoreset_mode,
-            vlm=vlm,
-            task=task,
-            split=split,
-            budget=budget,
-            reward=reward,
-            question_aware=question_aware,
-            max_tokens=max_tokens,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-            dense=dense,
-            invalid_action_penalty=invalid_action_penalty,
-            max_invalid_actions=max_invalid_actions,
-        )
-
-    def _make_rules(self, **arguments: Any) -> SequentialRules:
-        return SequentialRules(**arguments)
 
     def action_masks(self) -> np.ndarray:
         """Return which actions are legal in each instance, bool (num_envs, N)."""

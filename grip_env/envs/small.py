@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
 from grip_env.envs.core.checks import as_options, check_flag, check_whole, is_whole
 from grip_env.envs.core.rules import ActionMode, Decision, Episode, Fixed, ObsDtype, resolve_vlm
-from grip_env.envs.selection import RenderMode, SelectionRules, TokenSelectionEnv, TokenSelectionVectorEnv
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode, own_arguments
+from grip_env.envs.selection import SelectionRules, TokenSelectionEnv, TokenSelectionVectorEnv
 from grip_env.exact.reward_table import RewardTable, count_subsets
 from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
@@ -226,6 +226,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
     ```
     """
 
+    rules_class = SmallRules
+
     def __init__(
         self,
         vlm: FrozenVLM | str = "tiny",
@@ -246,28 +248,10 @@ class SmallSelectionEnv(TokenSelectionEnv):
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
     ) -> None:
-        self._small = {"k": k, "grid": grid, "enumerate": enumerate, "table_cache": table_cache}
-        super().__init__(
-            vlm=vlm,
-            task=task,
-            split=split,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            render_mode=render_mode,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-        )
-
-    def _make_rules(self, **arguments: Any) -> SelectionRules:
-        return SmallRules(**(arguments | self._small))
+        EpisodeEnv.__init__(self, **own_arguments(locals()))  # not the large environment's: other arguments
 
 
-class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
+class SmallSelectionVectorEnv(TokenSelectionVectorEnv, single=SmallSelectionEnv):
     """``num_envs`` instances of :class:`SmallSelectionEnv`, encoded and scored together.
 
     Seeds, autoreset and infos are those of :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`; tables are made
@@ -275,72 +259,11 @@ class SmallSelectionVectorEnv(TokenSelectionVectorEnv):
 
     Args:
         num_envs: How many instances.
-        vlm: See the single environment, also for the arguments that follow.
-        task: Where instances come from.
-        split: Which split of the task.
-        k: How many blocks to keep; lists are drawn from separately for each instance.
-        grid: Rows and columns of blocks.
-        action_mode: "binary" or "scores"; actions have shape (num_envs, N).
-        reward: A name or an object.
-        over_budget_penalty: Charged for each block over budget.
-        question_aware: Whether the agent sees the question.
-        render_mode: ``None`` or "rgb_array".
-        max_question_tokens: Q.
-        cache_size: How many encoded examples, and how many tables, to keep in memory.
-        feature_dim: F, the width that features have in observations; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16".
-        examples: Evaluate on these; instance i takes every ``num_envs``-th of them.
-        enumerate: Whether to score all selections.
-        table_cache: Where their scores are kept between runs.
+        options: The arguments of the single environment, by the same names and with the same defaults; lists of ``k``
+            are drawn from separately for each instance. Actions have shape (num_envs, N).
         max_episode_steps: See :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`.
         autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.
     """
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        vlm: FrozenVLM | str = "tiny",
-        task: Task | str = "scenes",
-        split: str = "train",
-        k: int | list[int] = 4,
-        grid: tuple[int, int] = (4, 4),
-        action_mode: ActionMode = "binary",
-        reward: Reward | str = "log_likelihood",
-        over_budget_penalty: float = 0.0,
-        question_aware: bool = True,
-        render_mode: RenderMode | None = None,
-        max_question_tokens: int = 24,
-        cache_size: int = 256,
-        feature_dim: int | None = None,
-        obs_dtype: ObsDtype = "float32",
-        examples: int | Sequence[int] | None = None,
-        enumerate: bool = True,
-        table_cache: str | Path | None = "auto",
-        max_episode_steps: int | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-    ) -> None:
-        self._small = {"k": k, "grid": grid, "enumerate": enumerate, "table_cache": table_cache}
-        super().__init__(
-            num_envs,
-            vlm=vlm,
-            task=task,
-            split=split,
-            action_mode=action_mode,
-            reward=reward,
-            over_budget_penalty=over_budget_penalty,
-            question_aware=question_aware,
-            render_mode=render_mode,
-            max_question_tokens=max_question_tokens,
-            cache_size=cache_size,
-            feature_dim=feature_dim,
-            obs_dtype=obs_dtype,
-            examples=examples,
-            max_episode_steps=max_episode_steps,
-            autoreset_mode=autoreset_mode,
-        )
-
-    def _make_rules(self, **arguments: Any) -> SelectionRules:
-        return SmallRules(**(arguments | self._small))

@@ -229,3 +229,14 @@ def test_render_shows_the_decisions_of_the_last_step() -> None:
         for env, action in zip(singles, actions, strict=True):
             if env._episode is not None and env._episode.outcome is None:
                 env.step(action)
+
+
+def test_vector_environments_take_the_arguments_of_their_single_one() -> None:
+    class Two(TokenSelectionVectorEnv):
+        def __init__(self, share: float) -> None:
+            super().__init__(2, budget=share)
+
+    assert list(inspect.signature(Two).parameters) == ["share"]
+    assert Two(0.5).reset(seed=0)[1]["k"].tolist() == [72, 72]
+    with pytest.raises(TypeError, match="TokenSelectionVectorEnv: .*'budgt'"):
+        TokenSelectionVectorEnv(2, budgt=0.1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, cast
 
 import gymnasium
 import numpy as np
@@ -17,13 +17,25 @@ from grip_env.envs.core.sampling import EpisodeStream, FixedEpisodes
 from grip_env.envs.core.window import Window
 from grip_env.tasks.base import Example
 
-__all__ = ["EpisodeEnv", "RenderMode", "draw_episode"]
+__all__ = ["EpisodeEnv", "RenderMode", "draw_episode", "own_arguments"]
 
 RenderMode = Literal["rgb_array", "human"]
 
 
-class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
-    """Everything of a single environment but its rules, which a subclass makes.
+def own_arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor, given its ``locals()`` before anything else is assigned.
+
+    >>> class Environment:
+    ...     def __init__(self, budget=0.1, split="train"):
+    ...         self.arguments = own_arguments(locals())
+    >>> Environment(0.2).arguments
+    {'budget': 0.2, 'split': 'train'}
+    """
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+class EpisodeEnv(gymnasium.Env[Observation, ActType]):
+    """Everything of a single environment but its decision process, the ``rules_class`` of a subclass.
 
     Args:
         render_mode: ``None``, "rgb_array" or "human".
@@ -38,10 +50,12 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         "render_fps": 2,
     }
 
+    rules_class: ClassVar[Callable[..., EpisodeRules]]
+
     def __init__(self, render_mode: RenderMode | None, **arguments: Any) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human'; got {render_mode!r}")
-        self.rules = self._make_rules(**arguments)
+        self.rules = type(self).rules_class(**arguments)
         self.render_mode = render_mode
         self.observation_space = cast(gymnasium.Space[Observation], self.rules.observation_space)
         self.action_space = self.rules.action_space
@@ -49,10 +63,6 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         self._episode: Episode | None = None
         self._window = Window("GRIP visual tokens")
         self._knows_its_caller = not self.rules.one_step
-
-    @abstractmethod
-    def _make_rules(self, **arguments: Any) -> EpisodeRules:
-        """Return the decision process."""
 
     @property
     def example(self) -> Example:
@@ -117,14 +127,15 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType], ABC):
         if self.render_mode is None:
             gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
             return None
-        picture = self._draw(self._episode)
+        picture = self.draw(self.rules, self._episode)
         if self.render_mode == "rgb_array":
             return picture
         self._window.show(picture)
         return None
 
-    def _draw(self, episode: Episode) -> np.ndarray:
-        """Return the picture of an episode, uint8 (height, width, 3)."""
+    @staticmethod
+    def draw(rules: EpisodeRules, episode: Episode) -> np.ndarray:
+        """Return the picture of an episode, uint8 (height, width, 3): see :func:`draw_episode`."""
         return draw_episode(episode)
 
     def close(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -17,19 +17,21 @@ from grip_env.envs.core.checks import MOST, as_seed, check_whole
 from grip_env.envs.core.rules import (
     NOTHING_FIXED,
     Episode,
-    EpisodeRules,
     Fixed,
     Observation,
 )
 from grip_env.envs.core.sampling import EpisodeStream, FixedEpisodes
-from grip_env.envs.core.single_env import RenderMode, draw_episode
+from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
 from grip_env.tasks.base import Example
 
 __all__ = ["EpisodeVectorEnv", "joined_infos", "joined_observations"]
 
 
-class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
-    """Everything of a vector environment but its rules, which a subclass makes.
+class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+    """Everything of a vector environment but its decision process, which is that of a single environment.
+
+    ``class Mine(EpisodeVectorEnv, single=MyEnv)`` takes the arguments of ``MyEnv``, with their defaults, between
+    ``num_envs`` and ``max_episode_steps``; ``help()`` and :func:`inspect.signature` show them all.
 
     Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. What
     follows the end of an episode is said by ``autoreset_mode``, which is an attribute and in ``metadata`` as well:
@@ -51,9 +53,10 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``; ``None``
             sets no limit.
         autoreset_mode: One of the three, or its name, such as "NextStep" (which survives JSON in a spec).
-        arguments: Those of the rules.
+        options: The other arguments of the single environment.
 
     Raises:
+        TypeError: If there is no such argument.
         ValueError: If a mode is another, or ``num_envs`` or ``max_episode_steps`` is below 1.
     """
 
@@ -63,7 +66,26 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
-    def __init__(
+    single: ClassVar[type[EpisodeEnv[Any]]]
+    """The single environment whose episodes these are."""
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, single: type[EpisodeEnv[Any]] | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if single is not None:
+            cls.single, cls.__signature__ = single, _with_clock(inspect.signature(single))
+        if "__init__" in vars(cls):  # of its own
+            cls.__signature__ = _without_first(inspect.signature(cls.__init__))
+
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        try:
+            bound = _with_clock(inspect.signature(self.single)).bind(*positional, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
+        bound.apply_defaults()
+        self._set_up(**bound.arguments)
+
+    def _set_up(
         self,
         num_envs: int,
         render_mode: RenderMode | None,
@@ -77,7 +99,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         check_whole("max_episode_steps", 1 if max_episode_steps is None else max_episode_steps, 1)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
-        self.rules = self._make_rules(**arguments)
+        self.rules = self.single.rules_class(**arguments)
         if self.rules.examples is not None and len(self.rules.examples) < num_envs:
             raise ValueError(
                 f"{num_envs} environments cannot share {len(self.rules.examples)} examples: give more examples, "
@@ -97,10 +119,6 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
         self._ended = np.zeros(num_envs, dtype=bool)
         if self.rules.one_step and self.autoreset_mode is AutoresetMode.NEXT_STEP:
             warn_of_idle_steps()
-
-    @abstractmethod
-    def _make_rules(self, **arguments: Any) -> EpisodeRules:
-        """Return the decision process."""
 
     @staticmethod
     def _seeded(seeds: Sequence[int | None]) -> tuple[list[np.random.Generator], list[int]]:
@@ -224,11 +242,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
             return None
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes to draw; call reset() before render()")
-        return tuple(self._draw(episode) for episode in self._shown)
-
-    def _draw(self, episode: Episode) -> np.ndarray:
-        """Return the picture of an episode, uint8 (height, width, 3)."""
-        return draw_episode(episode)
+        return tuple(self.single.draw(self.rules, episode) for episode in self._shown)
 
     def _each_seed(self, seed: Any) -> list[int | None]:
         if seed is None:
@@ -283,6 +297,26 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray], ABC):
 
     def _observe(self) -> Observation:
         return joined_observations([self.rules.view(episode) for episode in self._episodes])
+
+
+def _with_clock(single: inspect.Signature) -> inspect.Signature:
+    """Return the signature of a vector environment, given that of its single one."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return single.replace(
+        parameters=[
+            inspect.Parameter("num_envs", kind, default=1, annotation="int"),
+            *single.parameters.values(),
+            inspect.Parameter("max_episode_steps", kind, default=None, annotation="int | None"),
+            inspect.Parameter(
+                "autoreset_mode", kind, default=AutoresetMode.SAME_STEP, annotation="AutoresetMode | str"
+            ),
+        ]
+    )
+
+
+def _without_first(method: inspect.Signature) -> inspect.Signature:
+    """Return the signature of a method as its callers see it, without ``self``."""
+    return method.replace(parameters=list(method.parameters.values())[1:])
 
 
 def _is_list(value: Any) -> bool:
