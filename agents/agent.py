@@ -164,10 +164,9 @@ def find_algorithm(name: str) -> type[Agent]:
     Raises:
         ValueError: If there is none, or it is no class of the kind :class:`Agent` describes.
     """
-    module, _, attribute = name.partition(":")
-    if attribute:
+    if ":" in name:
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            found = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"cannot import the algorithm {name!r} ({error}): give package.module:Class, importable from here"

@@ -34,9 +34,9 @@ from agents.training.grpo_config import PRESETS, GRPOConfig, Objective
 from agents.training.imitation import Imitation, as_warm_up
 from agents.training.value_baseline import ValueBaseline
 from grip_env.common.finite import named_step
-from grip_env.rewards.judging import judge
+from grip_env.rewards.judging import RewardScorer
 from grip_env.rewards.parsing import resolve_reward
-from grip_env.rewards.terms import Reward, needs_agreement
+from grip_env.rewards.terms import Reward
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = [
@@ -230,13 +230,14 @@ class GRPO:
         check_batch(config.instances, pool.size, self.settings.candidates)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
+        self.rewards = RewardScorer(vlm, self.reward)
         self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
         self._generator = self._warm_up.generator
         self._reference: Scorer | None = None
 
     def train(self) -> Iterator[Metrics]:
         """Run warm-up and policy optimisation, yielding after every step; the scorer is usable at any point."""
-        yield from self._warm_up.imitate("warmup", needs_agreement(self.reward))
+        yield from self._warm_up.imitate("warmup", self.rewards.agreement)
         if self.settings.kl_weight:
             self._reference = Scorer(self.scorer.config).to(next(self.scorer.parameters()).device)
             self._reference.load_state_dict(self.scorer.state_dict())
@@ -255,10 +256,10 @@ class GRPO:
         """Return scores and rewards, (B, G), of what was drawn, and the seconds that scoring took."""
         subsets = as_subsets(actions, encoded.token_mask.shape[1]) if self.settings.in_turn else actions  # (G, B, N)
         started = time.perf_counter()
-        scores = self.vlm.score(encoded, subsets.transpose(0, 1).contiguous(), reference=full.first_token)
+        scores = self.rewards.score(encoded, subsets.transpose(0, 1).contiguous(), full)
         seconds = time.perf_counter() - started
         self.pool.compute.add(scores.log_likelihood.numel())
-        return scores, judge(self.reward, scores, full, finite=False), seconds
+        return scores, self.rewards.judge(scores, full, finite=False), seconds
 
     def _draw(self) -> Rollouts | None:
         """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most.
@@ -266,7 +267,7 @@ class GRPO:
         Returns ``None`` where no example is left, as none has finite scores.
         """
         config, candidates = self.config, self.settings.candidates
-        encoded, full = self.pool.batch(config.instances * candidates, needs_agreement(self.reward))
+        encoded, full = self.pool.batch(config.instances * candidates, self.rewards.agreement)
         kept = self.draw_counts(encoded)
         with torch.set_grad_enabled(candidates == 1):
             policy = self._policy(self.scorer, encoded, kept)

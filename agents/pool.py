@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from grip_env.rewards.judging import full_scores
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
@@ -86,7 +87,7 @@ class ExamplePool:
 
     def _score(self, encoded: Encoded) -> Scores:
         self.compute.add(len(encoded))
-        return self.vlm.score(encoded, encoded.full_selection(), first_token=self._first_token)
+        return full_scores(self.vlm, encoded, self._first_token)
 
     def _draw(self, count: int) -> tuple[Encoded, Scores]:
         indices = torch.randint(self.task.size(self.split), (count,), generator=self._generator)

@@ -155,14 +155,13 @@ def named_methods(policies: str, vlm: HuggingFaceVLM, task: Task, split: str) ->
 
 def _own_policy(name: str) -> Runnable:
     """Return a user's own policy, made without arguments."""
-    import importlib
+    import pkgutil
 
     from agents.agent import as_selector
 
-    module, _, attribute = name.partition(":")
     try:
         with importable_from_here():
-            return as_selector(getattr(importlib.import_module(module), attribute)())
+            return as_selector(pkgutil.resolve_name(name)())
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise CommandError(
             f"--policies {name}: {error}; give package.module:Class, importable from here and made without arguments"

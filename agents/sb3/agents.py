@@ -37,7 +37,7 @@ from grip_env import as_sb3_vec_env
 from grip_env.common.finite import check_finite, named_step
 from grip_env.envs.core.sampling import shuffled_indices, tokens_in_budget
 from grip_env.rewards.terms import needs_agreement
-from grip_env.tasks.base import Example, Task
+from grip_env.tasks.subset import TaskSubset
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = ["A2CAgent", "A2COptions", "MaskablePPOAgent", "MaskablePPOOptions", "PPOAgent", "PPOOptions"]
@@ -63,27 +63,6 @@ class _Counting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vlm, name)
-
-
-class _Part:
-    """Some examples of a split of a task, drawn at random.
-
-    Args:
-        task: The task.
-        count: How many; all if there are fewer.
-        seed: Which.
-    """
-
-    def __init__(self, task: Task, split: str, count: int, seed: int) -> None:
-        self._task, self.name, self.splits = task, task.name, (split,)
-        size = task.size(split)
-        self._indices = shuffled_indices(seed, 0, min(count, size), size)
-
-    def size(self, split: str) -> int:
-        return len(self._indices)
-
-    def example(self, split: str, index: int) -> Example:
-        return self._task.example(split, int(self._indices[index]))
 
 
 class _LibraryAgent(ABC):
@@ -112,7 +91,9 @@ class _LibraryAgent(ABC):
         counting: Any = _Counting(setting.vlm, self.compute)
         task: Any = setting.task
         if options.examples:
-            task = _Part(task, setting.split, options.examples, self._seed)
+            size = task.size(setting.split)
+            chosen = shuffled_indices(self._seed, 0, min(options.examples, size), size)
+            task = TaskSubset(task, setting.split, chosen.tolist())
         around = dataclasses.replace(setting, vlm=counting, task=task)
         envs = around.make_vec(
             self.environment,

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from grip_env.rewards.judging import judge
+from grip_env.rewards.judging import RewardScorer
 from grip_env.rewards.parsing import resolve_reward
-from grip_env.rewards.terms import Reward, needs_agreement
+from grip_env.rewards.terms import Reward
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = ["ScoredCandidates", "Search", "SearchResult", "check_batch", "leading"]
@@ -69,12 +69,11 @@ class ScoredCandidates:
         self.used = torch.zeros_like(kept)  # (B,)
         self.best = torch.zeros_like(self.mask)  # (B, N)
         self.value = torch.full(kept.shape, -torch.inf, device=kept.device)  # (B,)
-        self._reward = None if reward is None else resolve_reward(reward)
+        self._rewards = None if reward is None else RewardScorer(vlm, resolve_reward(reward))
         self._full: Scores | None = None
         self._calls = calls
-        if self._reward is not None:
-            first_token = needs_agreement(self._reward)
-            self._full = vlm.score(encoded, encoded.full_selection(), first_token=first_token).cpu()
+        if self._rewards is not None:
+            self._full = self._rewards.full(encoded).cpu()
             self.used += 1
         self.forced = kept == self.mask.sum(1)  # (B,)
         if self.forced.any():
@@ -97,9 +96,9 @@ class ScoredCandidates:
             ValueError: If the reward returns another shape.
         """
         scores = scores.cpu()
-        if self._reward is None or self._full is None:
+        if self._rewards is None or self._full is None:
             return scores.log_likelihood
-        return judge(self._reward, scores, self._full[rows.cpu()]).float()
+        return self._rewards.judge(scores, self._full[rows.cpu()]).float()
 
     def score(self, candidates: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Score candidates of all examples in one call of the model.

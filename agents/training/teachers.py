@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Protocol
 
 import torch
@@ -11,6 +10,7 @@ from agents.base import top_k
 from agents.pool import ForwardCounter
 from agents.scorer import Scorer
 from agents.subset import KSubset
+from grip_env.common.lru import LRU
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, FrozenVLM
 
@@ -138,24 +138,25 @@ class Remembered:
     """
 
     def __init__(self, teacher: Teacher, size: int) -> None:
-        self.teacher, self.size = teacher, size
+        self.teacher = teacher
         # by identity, which holds while the example itself is held; keys are names for logs and may be empty
-        self._known: OrderedDict[int, tuple[Example, torch.Tensor]] = OrderedDict()
+        self._known: LRU[int, tuple[Example, torch.Tensor]] = LRU(size)
 
     def __call__(self, vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
         """Return the teacher's scores, (B, N); see :class:`Teacher`."""
-        new = [row for row, example in enumerate(encoded.examples) if id(example) not in self._known]
+        held = {id(example): self._known.get(id(example)) for example in encoded.examples}
+        known = {key: value for key, value in held.items() if value is not None}
+        new = [row for row, example in enumerate(encoded.examples) if id(example) not in known]
         if new:
             asked = encoded[new]
             for row, scores in enumerate(self.teacher(vlm, asked, compute)):
                 example = asked.examples[row]
-                self._known[id(example)] = example, scores[asked.token_mask[row]]
+                known[id(example)] = example, scores[asked.token_mask[row]]
         result = torch.zeros(encoded.token_mask.shape, device=encoded.tokens.device)
         for row, example in enumerate(encoded.examples):
-            self._known.move_to_end(id(example))
-            result[row, encoded.token_mask[row]] = self._known[id(example)][1].float()
-        while len(self._known) > self.size:
-            self._known.popitem(last=False)
+            result[row, encoded.token_mask[row]] = known[id(example)][1].float()
+        for key, value in known.items():
+            self._known.put(key, value)
         return result
 
 

@@ -22,15 +22,16 @@ from grip_env.cli import check_agents_package, check_at_least, check_out, interr
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.folder import versions
+from grip_env.tasks.subset import TaskSubset
 
 if TYPE_CHECKING:
     import torch
 
-    from grip_env.tasks.base import Example, Task
+    from grip_env.tasks.base import Task
     from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
-__all__ = ["Config", "FewExamples", "Measured", "main", "masked_log_likelihood", "measure", "scaling"]
+__all__ = ["Config", "Measured", "main", "masked_log_likelihood", "measure", "scaling"]
 
 BUDGETS = (0.03, 0.1, 0.25, 0.5, 1.0)
 SIDES = (48, 96, 144, 192)
@@ -59,27 +60,6 @@ class Config:
     """Also measure how a step's time grows with N, k and B."""
     out: Path | None = None
     """JSON file to write all numbers to; the plot goes beside it, with the ending .png."""
-
-
-class FewExamples:
-    """The first examples of a task, and no more: after one pass all of them are encoded.
-
-    Args:
-        task: Where they come from.
-        count: How many of each split.
-    """
-
-    def __init__(self, task: Task, count: int) -> None:
-        self.task, self.count = task, count
-        self.name, self.splits = task.name, task.splits
-
-    def size(self, split: str) -> int:
-        """Return how many examples ``split`` has."""
-        return min(self.count, self.task.size(split))
-
-    def example(self, split: str, index: int) -> Example:
-        """Return an example."""
-        return self.task.example(split, index)
 
 
 def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torch.Tensor) -> torch.Tensor:
@@ -178,7 +158,7 @@ def measure(config: Config) -> Measured:
     from grip_env.vlms import load_vlm
 
     vlm, scenes = load_vlm("tiny"), SceneTask()
-    task = FewExamples(scenes, IMAGES)
+    task = TaskSubset(scenes, "train", range(IMAGES))
     options: dict[str, Any] = {"vlm": vlm, "budget": config.budget}
     envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", config.num_envs, task=task, **options)
     fresh: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", config.num_envs, task=scenes, **options)
@@ -266,7 +246,7 @@ def _held(vlm: HuggingFaceVLM, task: Task) -> dict[str, float]:
     """Return the MB of encoded instances that an environment holds after few and after many episodes of 8 images."""
     from grip_env.envs.selection import TokenSelectionVectorEnv
 
-    envs = TokenSelectionVectorEnv(8, vlm=vlm, task=FewExamples(task, 8))
+    envs = TokenSelectionVectorEnv(8, vlm=vlm, task=TaskSubset(task, "train", range(8)))
     envs.reset(seed=0)
     held = {}
     for episodes in (16, 400):
@@ -289,7 +269,7 @@ def scaling(config: Config) -> dict[str, dict[float, float]]:
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
     def step(vlm: Any, count: int, budget: float) -> float:
-        task = FewExamples(SceneTask(), IMAGES)
+        task = TaskSubset(SceneTask(), "train", range(IMAGES))
         envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", count, vlm=vlm, task=task, budget=budget)
         for index in range(IMAGES):
             infos = envs.reset(seed=0, options={"index": index})[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from grip_env.common.lru import LRU
 from grip_env.envs.core.checks import as_options, check_flag, check_whole, is_whole
 from grip_env.envs.core.rules import ActionMode, Decision, Episode, Fixed, ObsDtype, resolve_vlm
 from grip_env.envs.core.single_env import EpisodeEnv, RenderMode, own_arguments
@@ -59,8 +59,7 @@ class SmallRules(SelectionRules):
         shares = [self._share(size) for size in k] if isinstance(k, list) else self._share(k)
         model = BlockVLM(resolve_vlm(vlm), *grid)
         self._cache = resolve_table_cache(table_cache, model) if enumerate else None
-        self._tables: OrderedDict[tuple[int, int], RewardTable] = OrderedDict()
-        self._table_count = cache_size
+        self._tables: LRU[tuple[int, int], RewardTable] = LRU(cache_size)
         fixed: dict[str, Any] = {"budget": shares, "max_tokens": self.blocks, "cache_size": cache_size}
         super().__init__(vlm=model, **(arguments | fixed))
 
@@ -123,10 +122,7 @@ class SmallRules(SelectionRules):
             table = RewardTable.enumerate(
                 self.vlm, instance.encoded, episode.k, self.reward, instance.full, self._cache
             )
-        self._tables[key] = table
-        self._tables.move_to_end(key)
-        while len(self._tables) > self._table_count:
-            self._tables.popitem(last=False)
+            self._tables.put(key, table)
         return table
 
 

@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from grip_env.rewards.judging import judge
+from grip_env.rewards.judging import RewardScorer
 from grip_env.rewards.parsing import resolve_reward
-from grip_env.rewards.terms import Reward, needs_agreement
+from grip_env.rewards.terms import Reward
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 from grip_env.vlms.cache.tables import TableCache
 
@@ -174,13 +174,12 @@ class RewardTable:
         The default instance (4 of 16 blocks of the embedded model: 1,820 selections) takes about four seconds of one
         CPU core, 8 of 16 (12,870) about a minute; reading it back takes a millisecond.
         """
-        own = resolve_reward(reward)
-        agreement = needs_agreement(own)
-        if full is None or (agreement and full.first_token is None):
+        own = RewardScorer(vlm, resolve_reward(reward))
+        if full is None or (own.agreement and full.first_token is None):
             with torch.no_grad():
-                full = vlm.score(encoded, encoded.full_selection(), first_token=agreement)
-        scores = score_subsets(vlm, encoded, k, cache, full.first_token if agreement else None)
-        rewards = judge(own, scores, full.cpu())
+                full = own.full(encoded)
+        scores = score_subsets(vlm, encoded, k, cache, full.first_token if own.agreement else None)
+        rewards = own.judge(scores, full.cpu())
         masks = subset_masks(encoded.token_mask[0].nonzero().flatten().tolist(), k)
         return cls(masks, rewards[0].double().numpy(), encoded.token_mask.shape[1])
 

@@ -1,19 +1,71 @@
-"""Rewards of the scores that a model gave, checked to be finite numbers of the right shape."""
+"""From selections to rewards: ask the frozen model, and judge what it says."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from grip_env.rewards.terms import Reward
+from grip_env.rewards.terms import Reward, needs_agreement
 
 if TYPE_CHECKING:
     import torch
 
-    from grip_env.vlms.base import Scores
+    from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 
-__all__ = ["judge"]
+__all__ = ["RewardScorer", "full_scores", "judge"]
+
+
+def full_scores(vlm: FrozenVLM, encoded: Encoded, first_token: bool = False) -> Scores:
+    """Return the scores of B examples with every token kept, fields of shape (B, 1).
+
+    Args:
+        vlm: The frozen model.
+        encoded: The examples.
+        first_token: Fill in ``first_token`` of the scores, (B, 1, V), which agreement is measured against.
+    """
+    return vlm.score(encoded, encoded.full_selection(), first_token=first_token)
+
+
+@dataclass(frozen=True)
+class RewardScorer:
+    """A frozen model and the reward of its scores: what environments, searches and trainers ask about selections.
+
+    A reward such as "agreement" compares each selection with the full image, which the model must have read before.
+    This class knows what to ask for then; without it every caller has to.
+    """
+
+    vlm: FrozenVLM
+    reward: Reward
+
+    @property
+    def agreement(self) -> bool:
+        """Whether the reward compares first tokens' distributions with those of the full image."""
+        return needs_agreement(self.reward)
+
+    def full(self, encoded: Encoded) -> Scores:
+        """Return the scores of B examples with every token kept, (B, 1): what :meth:`score` and :meth:`judge` take."""
+        return full_scores(self.vlm, encoded, self.agreement)
+
+    def score(self, encoded: Encoded, selections: torch.Tensor, full: Scores | None = None) -> Scores:
+        """Return the scores of selections, bool (B, G, N), fields of shape (B, G).
+
+        Args:
+            encoded: B examples.
+            selections: What the model sees of them.
+            full: Their scores with every token kept; ``None`` where the selections are of every token themselves, so
+                that what others will be compared with is asked for.
+        """
+        return self.vlm.score(
+            encoded,
+            selections,
+            first_token=self.agreement and full is None,
+            reference=None if full is None else full.first_token,
+        )
+
+    def judge(self, scores: Scores, full: Scores, finite: bool = True) -> torch.Tensor:
+        """Return the reward of each selection, (B, G); see :func:`judge`."""
+        return judge(self.reward, scores, full, finite)
 
 
 def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> torch.Tensor:

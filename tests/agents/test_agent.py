@@ -219,7 +219,7 @@ def test_runs_that_differ_by_their_seed_share_a_row(
         (evaluate.Config(policies="random", budgets=(0.1, 1.5)), "--budgets are shares of the visual tokens"),
         (evaluate.Config(policies="nowhere:Own"), "--policies nowhere:Own: No module named 'nowhere'"),
         (evaluate.Config((Path("no/run"),)), "no/run is not a run"),
-        (evaluate.Config(policies=":X"), "--policies :X: Empty module name"),
+        (evaluate.Config(policies=":X"), "--policies :X: invalid format: ':X'"),
         (evaluate.Config(policies=f"{__name__}:Failing"), "Failing: no such luck; give package.module:Class"),
         (evaluate.Config(policies=f"{__name__}:Nothing"), "Nothing fails on the first example with one token to keep"),
         (evaluate.Config(policies=f"{__name__}:Short"), "Short fails on the first example with one token to keep"),

@@ -25,13 +25,6 @@ def test_masking_what_is_dropped_scores_as_dropping_it(random_vlm: HuggingFaceVL
     assert exact.std() > 1e-3
 
 
-def test_few_examples_are_the_first_of_a_task() -> None:
-    whole = SceneTask()
-    task = speed.FewExamples(whole, 3)
-    assert task.size("test") == 3
-    assert task.example("test", 2).key == whole.example("test", 2).key
-
-
 @pytest.mark.parametrize(
     ("change", "missed"),
     [

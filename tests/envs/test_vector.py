@@ -239,5 +239,5 @@ def test_vector_environments_take_the_arguments_of_their_single_one() -> None:
 
     assert list(inspect.signature(Two).parameters) == ["share"]
     assert Two(0.5).reset(seed=0)[1]["k"].tolist() == [72, 72]
-    with pytest.raises(TypeError, match="TokenSelectionVectorEnv: .*'budgt'"):
+    with pytest.raises(TypeError, match=r"TokenSelectionVectorEnv: .*'budgt'"):
         TokenSelectionVectorEnv(2, budgt=0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,9 +10,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from grip_env.common.lru import LRU
 from grip_env.envs.core.features import Features
+from grip_env.rewards.judging import RewardScorer
 from grip_env.tasks.base import Example, Task
-from grip_env.vlms.base import Encoded, FrozenVLM, Scores
+from grip_env.vlms.base import Encoded, Scores
 
 __all__ = ["Instance", "InstanceStore", "RoomError", "fit", "read_only", "to_array"]
 
@@ -83,7 +84,8 @@ class InstanceStore:
     """The instances of one split.
 
     Args:
-        vlm: The frozen model.
+        rewards: The frozen model and the reward of its scores. Where that is of agreement, each instance holds another
+            V float32 numbers, with V the size of the vocabulary.
         task: Where examples come from.
         split: Which split of the task.
         max_tokens: N, most visual tokens an instance may have; ``None`` takes the number of the first
@@ -91,32 +93,28 @@ class InstanceStore:
         max_question_tokens: Q, most question tokens an instance may have; ``None`` allows any number.
         cache_size: How many instances to keep; the least recently used go first.
         features: What the tokens and words look like in an observation; as they are by default.
-        first_token: Ask the model for ``first_token`` with all tokens kept, and so for the agreement of every other
-            selection with it. Each instance then holds another V float32 numbers, with V the size of the vocabulary.
     """
 
     def __init__(
         self,
-        vlm: FrozenVLM,
+        rewards: RewardScorer,
         task: Task,
         split: str,
         max_tokens: int | None,
         max_question_tokens: int | None,
         cache_size: int,
-        first_token: bool = False,
         features: Features | None = None,
     ) -> None:
-        self.vlm = vlm
-        self.features = Features(vlm.width) if features is None else features
+        self.rewards = rewards
+        self.vlm = rewards.vlm
+        self.features = Features(self.vlm.width) if features is None else features
         self.task = task
         self.split = split
-        self.first_token = first_token
         if max_tokens is None:
-            max_tokens = vlm.encode([task.example(split, 0)]).token_mask.shape[1]
+            max_tokens = self.vlm.encode([task.example(split, 0)]).token_mask.shape[1]
         self.max_tokens = max_tokens
         self.max_question_tokens = max_question_tokens
-        self._cache: OrderedDict[int, Instance] = OrderedDict()
-        self._cache_size = cache_size
+        self._recent: LRU[int, Instance] = LRU(cache_size)
         self._parts: list[Encoded] = []
         self._batch: Encoded | None = None
 
@@ -127,40 +125,32 @@ class InstanceStore:
             RoomError: If an instance has more visual or question tokens than there is room for.
         """
         wanted = list(dict.fromkeys(indices))
-        found = {index: self._cache[index] for index in wanted if index in self._cache}
+        held = {index: self._recent.get(index) for index in wanted}
+        found = {index: instance for index, instance in held.items() if instance is not None}
         missing = [index for index in wanted if index not in found]
         if missing:
             encoded = self.vlm.encode([self.task.example(self.split, index) for index in missing])
             found |= {index: self._instance(index, encoded[[row]]) for row, index in enumerate(missing)}
         for index in wanted:
-            self._cache[index] = found[index]
-            self._cache.move_to_end(index)
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
+            self._recent.put(index, found[index])
         return found
 
     def instances(self) -> list[Instance]:
         """Return the instances in memory, the least recently used first."""
-        return list(self._cache.values())
+        return self._recent.values()
 
-    def score(self, jobs: Sequence[tuple[Instance, np.ndarray]], reference: torch.Tensor | None = None) -> Scores:
+    def score(self, jobs: Sequence[tuple[Instance, np.ndarray]], full: Scores | None = None) -> Scores:
         """Score a selection, bool (N,), of each of R instances in one call of the model; the fields have shape (R, 1).
 
         Args:
             jobs: Instances and selections.
-            reference: ``first_token`` of their scores with every token kept, (R, 1, V): the scores then have
-                ``agreement``. Without it they have ``first_token``, if this store asks for that.
+            full: Their scores with every token kept, (R, 1), as :meth:`RewardScorer.score` takes them.
         """
         batch = self.join([instance for instance, _ in jobs])
         length = batch.token_mask.shape[1]
         chosen = torch.from_numpy(fit(np.stack([selection for _, selection in jobs], 1), length).T)[:, None]
         with torch.no_grad():
-            return self.vlm.score(
-                batch,
-                chosen.to(batch.token_mask.device),
-                first_token=self.first_token and reference is None,
-                reference=reference,
-            ).cpu()
+            return self.rewards.score(batch, chosen.to(batch.token_mask.device), full).cpu()
 
     def join(self, instances: Sequence[Instance]) -> Encoded:
         """Return instances in one batch, which is remembered: all steps of an episode are about the same ones."""

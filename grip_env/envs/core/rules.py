@@ -24,9 +24,9 @@ from grip_env.envs.core.sampling import (
     check_examples,
     tokens_in_budget,
 )
-from grip_env.rewards.judging import judge
+from grip_env.rewards.judging import RewardScorer
 from grip_env.rewards.parsing import resolve_reward
-from grip_env.rewards.terms import Reward, needs_agreement
+from grip_env.rewards.terms import Reward
 from grip_env.tasks import load_task
 from grip_env.tasks.base import Task, check_index
 from grip_env.vlms.base import FrozenVLM, Scores
@@ -153,11 +153,9 @@ class EpisodeRules(ABC):
         self.question_aware = question_aware
         self.max_question_tokens = max_question_tokens
         words = max_question_tokens if question_aware else None
-        first_token = needs_agreement(self.reward)
+        self.rewards = RewardScorer(self.vlm, self.reward)
         self.features = Features(self.vlm.width, feature_dim, obs_dtype)
-        self.store = InstanceStore(
-            self.vlm, self.task, split, max_tokens, words, cache_size, first_token, self.features
-        )
+        self.store = InstanceStore(self.rewards, self.task, split, max_tokens, words, cache_size, self.features)
         self.max_tokens = self.store.max_tokens
         self.observation_space = self._observation_space()
 
@@ -241,7 +239,7 @@ class EpisodeRules(ABC):
         scores: Scores | None = None
         wholes: Scores | None = None
         if full is not None and full.first_token is not None:
-            scores = self.store.score(jobs, full.first_token)
+            scores = self.store.score(jobs, full)
             wholes = self.store.score(whole) if whole else None
         elif jobs + whole:
             both = self.store.score(jobs + whole)
@@ -260,7 +258,7 @@ class EpisodeRules(ABC):
 
     def _judge(self, scores: Scores, full: Scores) -> list[Outcome]:
         """Return what each row of the scores (R, 1) is worth."""
-        columns = (scores.log_likelihood, scores.correct, judge(self.reward, scores, full))
+        columns = (scores.log_likelihood, scores.correct, self.rewards.judge(scores, full))
         return [Outcome(*row) for row in zip(*(column[:, 0].tolist() for column in columns), strict=True)]
 
     def _carry_out(self, decision: Decision, outcome: Outcome | None) -> None:

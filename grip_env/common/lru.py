@@ -1,0 +1,46 @@
+"""A mapping that holds a limited number of entries and lets go of those used the longest ago."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+__all__ = ["LRU"]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class LRU(Generic[Key, Value]):
+    """Holds ``size`` values at most; those looked up or put in the longest ago go first.
+
+    >>> held = LRU(2)
+    >>> held.put("a", 1), held.put("b", 2), held.get("a"), held.put("c", 3)
+    (None, None, 1, None)
+    >>> "b" in held, held.values()
+    (False, [1, 3])
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._held: OrderedDict[Key, Value] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
+
+    def get(self, key: Key) -> Value | None:
+        """Return what is held under ``key``, and count that as a use; ``None`` if nothing is."""
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def put(self, key: Key, value: Value) -> None:
+        """Hold ``value`` under ``key``."""
+        self._held[key] = value
+        self._held.move_to_end(key)
+        while len(self._held) > self.size:
+            self._held.popitem(last=False)
+
+    def values(self) -> list[Value]:
+        """Return what is held, the least recently used first."""
+        return list(self._held.values())
