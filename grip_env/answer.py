@@ -6,22 +6,26 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import tyro
 
 from grip_env.cli import (
     check_agents_package,
     check_at_least,
+    check_out,
     interruptible,
     load_model,
     parsed,
+    print_result,
     say_unfinished,
     writing,
 )
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
+from grip_env.run_folder.folder import make_folder
 
 if TYPE_CHECKING:
     from agents.pruner import Answer, Pruner
@@ -48,8 +52,8 @@ class Config(ModelConfig):
     """Share of the visual tokens to look at, in (0, 1]."""
     max_new_tokens: int = 16
     """Most tokens of an answer."""
-    out: Path = Path("answer.png")
-    """Where the picture of what was kept goes."""
+    out: Path = Path()
+    """Folder for answer.png, the picture of what was kept."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
 
@@ -71,6 +75,13 @@ def table(pruned: Answer, dense: Answer) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def plain(one: Answer) -> dict[str, Any]:
+    """Return an answer as JSON has it."""
+    likelihood = None if math.isnan(one.log_likelihood) else one.log_likelihood
+    kept = np.flatnonzero(one.kept).tolist()
+    return {"text": one.text, "log_likelihood": likelihood, "kept": kept, "of": len(one.kept), "seconds": one.seconds}
+
+
 def answer(config: Config) -> tuple[Answer, Answer]:
     """Answer from the kept tokens and from all, print both, and draw what was kept.
 
@@ -81,8 +92,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     check_at_least(1, max_new_tokens=config.max_new_tokens)
     if not 0 < config.budget <= 1:
         raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
-    if not config.out.parent.is_dir() or config.out.suffix.lower() != ".png" or config.out.is_dir():
-        raise CommandError(f"--out is a .png file in a folder that exists; got {config.out}")
+    check_out(config.out)
     from grip_env.tasks.pictures import MAX_PIXELS, PictureError, read_picture
 
     if not config.image.exists():
@@ -116,9 +126,11 @@ def answer(config: Config) -> tuple[Answer, Answer]:
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']
     picture = draw_selection(image, pruned.positions, pruned.kept, lines, cells=pruned.cells)
-    with writing(config.out):
-        write_atomically(config.out, content_of(lambda file: Image.fromarray(picture).save(file, "png")))
-    print(f"wrote {config.out}")
+    written = make_folder(config.out) / "answer.png"
+    with writing(written):
+        write_atomically(written, content_of(lambda file: Image.fromarray(picture).save(file, "png")))
+    print(f"wrote {written}")
+    print_result({"question": config.question, "picture": str(written), "pruned": plain(pruned), "dense": plain(dense)})
     return pruned, dense
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed, print_verdicts
+from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed, print_result, print_verdicts
 from grip_env.common.errors import CommandError
 from grip_env.reports.comparison import Margin
 from grip_env.reports.saved_runs import read_log
@@ -226,7 +226,9 @@ def _run(config: Config) -> None:
         for method, row in table.items():
             print(f"| {method} | " + " | ".join(f"{row[b][key][0]:.3f} ({row[b][key][1]:.3f})" for b in budgets) + " |")
     print()
-    print_verdicts(promises(reports, spent / scoring))
+    checked = promises(reports, spent / scoring)
+    print_verdicts(checked)
+    print_result({"table": table, "verdicts": [{"text": text, "holds": holds} for text, holds in checked]})
     if minutes:
         print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")
     if config.drawing:

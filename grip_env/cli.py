@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from grip_env.common import stopping
 from grip_env.common.arguments import plain_arguments
+from grip_env.common.atomic_files import write_atomically
 from grip_env.common.errors import CommandError
+from grip_env.common.output import choose_output, end_output, print_result, say
 from grip_env.common.plugins import importable_from_here
 from grip_env.run_folder.config import ModelConfig
-from grip_env.run_folder.folder import versions
+from grip_env.run_folder.folder import make_folder, versions
 from grip_env.run_folder.status import unfinished
 
 if TYPE_CHECKING:
@@ -33,11 +37,13 @@ __all__ = [
     "check_at_least",
     "check_name",
     "check_out",
+    "give_numbers",
     "interruptible",
     "load_model",
     "load_model_and_task",
     "note_written",
     "parsed",
+    "print_result",
     "print_verdicts",
     "quieten",
     "say",
@@ -95,6 +101,11 @@ def _belongs(path: Path, distribution: str) -> bool:
 
 _T = TypeVar("_T")
 
+EVERYWHERE = (
+    "Every command also takes --quiet (print nothing but errors), --json (print the result as one JSON object; what is "
+    "for people goes to standard error) and --version."
+)
+
 
 def parsed(
     config: type[_T],
@@ -105,7 +116,8 @@ def parsed(
 ) -> _T:
     """Return what command-line arguments say, the same way for every command.
 
-    ``--version`` prints the versions that results depend on. An option that is true or false may be followed by that
+    ``--version`` prints the versions that results depend on; ``--quiet`` and ``--json`` decide what is printed, see
+    :func:`~grip_env.common.output.choose_output`. An option that is true or false may be followed by that
     word, as in ``--progress false``; options with several values take them with spaces or commas between them.
 
     Args:
@@ -119,8 +131,14 @@ def parsed(
     if "--version" in given:
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         raise SystemExit(0)
-    plain = plain_arguments(given, config, lists)
-    return tyro.cli(config, description=description or config.__doc__, prog=prog, args=plain)
+    quiet, as_json = "--quiet" in given, "--json" in given
+    given = [argument for argument in given if argument not in ("--quiet", "--json")]
+    said = f"{inspect.cleandoc(description or config.__doc__ or '')}\n\n{EVERYWHERE}"
+    found = tyro.cli(config, description=said, prog=prog, args=plain_arguments(given, config, lists))
+    if quiet and hasattr(found, "progress"):
+        found.progress = False
+    choose_output(quiet, as_json)
+    return found
 
 
 def check_at_least(least: int, **options: int) -> None:
@@ -131,9 +149,23 @@ def check_at_least(least: int, **options: int) -> None:
 
 
 def check_out(path: Path | None) -> None:
-    """Stop with one line unless a file can be written to ``--out``, if that was given."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise CommandError(f"cannot write --out {path}: give a file in a folder that exists")
+    """Stop with one line unless files can be written in the folder of ``--out``, which need not be there yet."""
+    if path is None:
+        return
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "cannot be written to" if there.is_dir() else "is no folder"
+        raise CommandError(f"--out {path}: {there} {reason}; choose another folder")
+
+
+def give_numbers(content: dict[str, Any], out: Path | None, name: str) -> None:
+    """Give all numbers of a command to programs: with ``--json``, and as a file called ``name`` in ``--out``."""
+    print_result(content)
+    if out is not None:
+        make_folder(out)
+        with writing(out / name):
+            write_atomically(out / name, json.dumps(content, indent=2, default=str) + "\n")
+        print(f"wrote {out / name}")
 
 
 def print_verdicts(checked: Sequence[tuple[str, bool]]) -> None:
@@ -207,18 +239,13 @@ def interruptible(said: str) -> Iterator[None]:
                 raise
             finally:
                 quieten()
+                end_output()
     finally:
         stopping.end_soon(code)
 
 
 def _listed(paths: Sequence[Path]) -> str:
     return " and ".join([", ".join(map(str, paths[:-1])), str(paths[-1])] if len(paths) > 1 else map(str, paths))
-
-
-def say(line: str, error: bool = False) -> None:
-    """Print a line, on standard error or output; where nobody can read it any more, go on without."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def say_unfinished(agent: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from grip_env.cli import (
     interruptible,
     load_model_and_task,
     parsed,
+    print_result,
     say_unfinished,
     writing,
 )
@@ -292,6 +294,7 @@ def evaluate(config: Config) -> Comparison:
         raise CommandError(str(error)) from None
     if vlm.cache is not None:
         print(vlm.cache.describe())
+    print_result(json.loads((out / "report.json").read_text(encoding="utf-8")))
     return comparison
 
 

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, load_model_and_task, parsed, writing
+from grip_env.cli import (
+    check_agents_package,
+    check_at_least,
+    interruptible,
+    load_model_and_task,
+    parsed,
+    print_result,
+    writing,
+)
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
@@ -312,6 +320,7 @@ def landscape(config: Config) -> list[Terrain]:
         draw(terrains, blocks, written[2])
     for path in written:
         print(f"wrote {path}")
+    print_result(content)
     return terrains
 
 

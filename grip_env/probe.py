@@ -7,7 +7,6 @@ for; an agent that finds evidence loses by it, one that steers does not.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,14 +20,13 @@ from grip_env.cli import (
     check_agents_package,
     check_at_least,
     check_out,
+    give_numbers,
     interruptible,
     load_model_and_task,
     parsed,
     print_verdicts,
     say_unfinished,
-    writing,
 )
-from grip_env.common.atomic_files import write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
 from grip_env.run_folder.folder import versions
@@ -70,7 +68,7 @@ class Config(ModelConfig):
     budgets: tuple[float, ...] = (0.05, 0.1)
     """Shares of the visual tokens to keep."""
     out: Path | None = None
-    """JSON file to write all numbers to."""
+    """Folder for probe.json, with all numbers."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
@@ -220,17 +218,15 @@ def _run(config: Config) -> None:
     print(f"{count} examples of the {config.split} split\n\n{table(values)}\n")
     checked = verdicts(values)
     print_verdicts(checked)
-    if config.out is not None:
-        content: dict[str, Any] = {
-            "config": asdict(config),
-            "versions": versions(),
-            "values": {
-                name: {str(budget): column.tolist() for budget, column in row.items()} for name, row in values.items()
-            },
-            "verdicts": [{"text": text, "holds": holds} for text, holds in checked],
-        }
-        with writing(config.out):
-            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
+    content: dict[str, Any] = {
+        "config": asdict(config),
+        "versions": versions(),
+        "values": {
+            name: {str(budget): column.tolist() for budget, column in row.items()} for name, row in values.items()
+        },
+        "verdicts": [{"text": text, "holds": holds} for text, holds in checked],
+    }
+    give_numbers(content, config.out, "probe.json")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from grip_env.cli import (
     load_model_and_task,
     note_written,
     parsed,
+    print_result,
     quieten,
     say,
 )
@@ -384,7 +386,10 @@ def saved_config(config: Config) -> dict[str, Any]:
 def main() -> None:
     """Run the command."""
     with interruptible("interrupted before the first step; nothing was written."):
-        train(parse())
+        run = train(parse())
+        report = run / "report.json"
+        told = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+        print_result({"run": str(run), "report": told})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -50,13 +51,13 @@ def test_command_prints_both_answers_and_draws_what_was_kept(picture: Path, tmp_
         ({"device": "gpu"}, "cannot use --device 'gpu' .*: choose cpu"),
         ({"vlm": "/no/such/model"}, "cannot load the vision-language model '/no/such/model'"),
         ({"question": "what is <image>?"}, "exactly one image placeholder"),
-        ({"out": Path("/no/such/folder/a.png")}, "--out is a .png file in a folder that exists"),
+        ({"out": Path(__file__)}, "--out .*test_answer.py is no folder; choose another folder"),
     ],
 )
 def test_wrong_options_end_with_one_line(
     picture: Path, tmp_path: Path, changes: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: dict[str, object] = {"image": picture, "question": "is there a red ring?", "out": tmp_path / "a.png"}
+    options: dict[str, object] = {"image": picture, "question": "is there a red ring?", "out": tmp_path / "new"}
     with pytest.raises(CommandError) as stop:
         answer(Config(**(options | changes)))  # type: ignore[arg-type]
     assert stop.value.code == 2
@@ -64,7 +65,16 @@ def test_wrong_options_end_with_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_the_place_of_the_picture_is_refused(picture: Path, tmp_path: Path) -> None:
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(CommandError, match=r"--out is a \.png file"):
-        answer(Config(image=picture, question="what is it?", out=tmp_path / "folder.png"))
+def test_json_alone_goes_to_standard_output(picture: Path, tmp_path: Path) -> None:
+    example = SceneTask().example("test", 1)
+    process = start(
+        "-m", "grip_env.answer", "--image", picture, "--question", example.question, "--out", "new/deep", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    code, out, err = finish(process)
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["dense"]["text"], len(told["pruned"]["kept"]), told["pruned"]["of"]) == (example.answer, 14, 144)
+    assert told["picture"] == "new/deep/answer.png"
+    assert (tmp_path / told["picture"]).is_file()
+    assert "likelihood per token" in err

@@ -86,6 +86,32 @@ def test_a_missed_statement_is_an_exit_code(values: list[bool], capsys: pytest.C
     assert ("MISSED" in capsys.readouterr().out) == (not all(values))
 
 
+@dataclasses.dataclass
+class Shown:
+    """Show."""
+
+    progress: bool = True
+    """Whether."""
+
+
+@pytest.mark.parametrize(
+    ("options", "out", "err"),
+    [("", "a table\n", "a note\n"), ("--quiet", "", "a note\n"), ("--json", '{\n  "k": 1\n}\n', "a table\na note\n")],
+)
+def test_what_is_printed_for_people_and_for_programs(
+    options: str, out: str, err: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cli.interruptible("stopped"):
+        config = cli.parsed(Shown, "prog", options.split())
+        print("a table")
+        cli.say("a note", error=True)
+        cli.print_result({"k": 1})
+    print("afterwards")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (f"{out}afterwards\n", err)
+    assert config.progress == (options != "--quiet")
+
+
 def test_python_m_grip_env_lists_every_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "grip_env"], capture_output=True, text=True, check=True).stdout
     folder = Path(cli.__file__).parent

@@ -8,7 +8,6 @@ Weights are random, as time, memory and FLOPs do not depend on them: nothing is 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from agents.scorer import selector_flops
 from grip_env.bench.memory import peak_bytes
-from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, parsed, print_verdicts, writing
-from grip_env.common.atomic_files import write_atomically
+from grip_env.cli import (
+    check_agents_package,
+    check_at_least,
+    check_out,
+    give_numbers,
+    interruptible,
+    parsed,
+    print_verdicts,
+)
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.folder import versions
 from grip_env.vlms.flops import encoder_flops, prefill_flops
@@ -70,7 +76,7 @@ class Config:
     layers: int = 8
     """Layers of the language model; the vision tower has three quarters as many."""
     out: Path | None = None
-    """JSON file to write all times to."""
+    """Folder for latency.json, with all times."""
 
 
 def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, ScorerSelector]:
@@ -355,14 +361,12 @@ def _run(config: Config) -> None:
         print(flush=True)
     checked = [bar for rows in tables for bar in bars(rows)]
     print_verdicts(checked)
-    if config.out is not None:
-        content = {
-            "config": asdict(config),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "parameters": sizes,
-            "rows": [asdict(row) for rows in tables for row in rows],
-            "bars": [{"text": text, "holds": holds} for text, holds in checked],
-        }
-        with writing(config.out):
-            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
+    content = {
+        "config": asdict(config),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "parameters": sizes,
+        "rows": [asdict(row) for rows in tables for row in rows],
+        "bars": [{"text": text, "holds": holds} for text, holds in checked],
+    }
+    give_numbers(content, config.out, "latency.json")

@@ -6,7 +6,6 @@ has its own order, as what ran before makes a call slower or faster by some perc
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -18,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grip_env.bench.memory import peak_bytes
-from grip_env.cli import check_agents_package, check_at_least, check_out, interruptible, parsed, print_verdicts, writing
+from grip_env.cli import (
+    check_agents_package,
+    check_at_least,
+    check_out,
+    give_numbers,
+    interruptible,
+    parsed,
+    print_verdicts,
+    writing,
+)
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.folder import versions
@@ -59,7 +67,7 @@ class Config:
     scaling: bool = True
     """Also measure how a step's time grows with N, k and B."""
     out: Path | None = None
-    """JSON file to write all numbers to; the plot goes beside it, with the ending .png."""
+    """Folder for speed.json, with all numbers, and with --scaling the plot speed.png."""
 
 
 def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torch.Tensor) -> torch.Tensor:
@@ -342,18 +350,17 @@ def _run(config: Config) -> None:
     for key, row in grown.items():
         print(f"ms a step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
     print_verdicts(found.bars())
-    if config.out is not None:
-        content = {
-            "config": asdict(config),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            **asdict(found),
-            "scaling": grown,
-            "bars": [{"text": text, "holds": holds} for text, holds in found.bars()],
-        }
-        with writing(config.out):
-            write_atomically(config.out, json.dumps(content, indent=2, default=str) + "\n")
-        if grown:
-            with writing(config.out.with_suffix(".png")):
-                draw_scaling(grown, config.out.with_suffix(".png"))
-            print(f"wrote {config.out} and {config.out.with_suffix('.png')}")
+    content = {
+        "config": asdict(config),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        **asdict(found),
+        "scaling": grown,
+        "bars": [{"text": text, "holds": holds} for text, holds in found.bars()],
+    }
+    give_numbers(content, config.out, "speed.json")
+    if config.out is not None and grown:
+        picture = config.out / "speed.png"
+        with writing(picture):
+            draw_scaling(grown, picture)
+        print(f"wrote {picture}")

@@ -167,7 +167,7 @@ def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
         "1",
         "2",
     )
-    command = ("-m", "grip_env.benchmark", "latency", *size, "--kept", "128", "64", "--out", "times.json")
+    command = ("-m", "grip_env.benchmark", "latency", *size, "--kept", "128", "64", "--out", "new")
     code, out, err = finish(start(*command, cwd=tmp_path))
     assert code == ("MISSED" in out), err
     assert "USDT" not in err
@@ -179,7 +179,7 @@ def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
     assert len(verdicts) == 4
     assert all("one picture at a time" in line for line in verdicts[:2])
     assert all("2 pictures at a time" in line for line in verdicts[2:])
-    saved = json.loads((tmp_path / "times.json").read_text())
+    saved = json.loads((tmp_path / "new" / "latency.json").read_text())
     assert saved["config"]["kept"] == [128, 64]
     assert [(row["batch"], row["kept"]) for row in saved["rows"]] == [(b, k) for b in (1, 2) for k in (None, 128, 64)]
     one, several = saved["rows"][:3], saved["rows"][3:]
@@ -202,7 +202,7 @@ def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
         ("--layers 0", "--layers must be at least 1; got 0"),
         ("--threads -1", "--threads must be at least 0; got -1"),
         ("--width 300", "--width must be a multiple of 256"),
-        ("--out missing/times.json", "cannot write --out missing/times.json"),
+        (f"--out {__file__}", "is no folder; choose another folder"),
     ],
 )
 def test_bad_options_end_with_one_line(

@@ -60,7 +60,7 @@ def test_the_command_measures_prints_and_draws(
     monkeypatch.setattr(speed, "SIDES", (48,))
     monkeypatch.setattr(speed, "SUBSETS", (144,))
     monkeypatch.setattr(speed, "BUDGETS", (0.1,))
-    out = tmp_path / "speed.json"
+    out = tmp_path
     size = ["--num-envs", "2", "--rounds", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["benchmark", "speed", *size])
     code = 0
@@ -70,7 +70,7 @@ def test_the_command_measures_prints_and_draws(
         code = end.code
     printed = capsys.readouterr().out
     assert code == ("MISSED" in printed)
-    saved = json.loads(out.read_text())
+    saved = json.loads((out / "speed.json").read_text())
     assert sum(line.startswith(("holds   ", "MISSED  ")) for line in printed.splitlines()) == 4
     assert all(len(times) == 1 and times[0] > 0 for times in saved["times"].values())
     assert saved["counts"]["reward against raw"] < 1e-4
@@ -78,7 +78,7 @@ def test_the_command_measures_prints_and_draws(
     few, many = (saved["counts"][f"MB held after {episodes} episodes of 8 images"] for episodes in (16, 400))
     # some text is padded a little further when it first meets a longer one
     assert 0 < many < 1.1 * few, "memory grows with distinct images, not with episodes"
-    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert (out / "speed.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_command_measures_prints_and_draws(
         ("--num-envs 0", "--num-envs must be at least 1; got 0"),
         ("--rounds 1", "--rounds must be at least 2; got 1"),
         ("--budget 2", "--budget is a share of the visual tokens in (0, 1]; got 2"),
-        ("--out missing/speed.json", "cannot write --out missing/speed.json"),
+        (f"--out {__file__}", "is no folder; choose another folder"),
     ],
 )
 def test_bad_options_end_with_one_line(
