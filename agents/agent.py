@@ -19,6 +19,7 @@ from agents.base import Policy, PolicySelector, Selector
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
+from agents.training.options import OPTIONS
 from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM
@@ -36,18 +37,18 @@ __all__ = [
     "register",
 ]
 
-SCORERS: dict[str, tuple[str, str]] = {
-    "grpo": ("agents.grpo:GRPO", "agents.training.grpo_config:GRPOConfig"),
-    "rloo": ("agents.grpo:RLOO", "agents.training.grpo_config:RLOOConfig"),
-    "reinforce": ("agents.grpo:Reinforce", "agents.training.grpo_config:ReinforceConfig"),
-    "imitation": ("agents.training.imitation:Imitation", "agents.training.imitation:ImitationConfig"),
-    "gumbel-top-k": ("agents.training.relaxations:GumbelTopK", "agents.training.relaxations:GumbelTopKConfig"),
-    "sigmoid-gates": ("agents.training.relaxations:SigmoidGates", "agents.training.relaxations:SigmoidGatesConfig"),
-    "soft-top-k": ("agents.training.relaxations:SoftTopK", "agents.training.relaxations:SoftTopKConfig"),
+SCORERS = {
+    "grpo": "agents.grpo:GRPO",
+    "rloo": "agents.grpo:RLOO",
+    "reinforce": "agents.grpo:Reinforce",
+    "imitation": "agents.training.imitation:Imitation",
+    "gumbel-top-k": "agents.training.relaxations:GumbelTopK",
+    "sigmoid-gates": "agents.training.relaxations:SigmoidGates",
+    "soft-top-k": "agents.training.relaxations:SoftTopK",
 }
-"""What trains a scorer: algorithm and options, by name."""
+"""What trains a scorer, by name."""
 
-ALGORITHMS = (*SCORERS, "ppo", "a2c", "maskable-ppo")
+ALGORITHMS = tuple(OPTIONS)
 """The algorithms that come with the package."""
 
 _registered: dict[str, type[Agent]] = {}
@@ -194,7 +195,7 @@ def _register_own(name: str) -> None:
     if name not in SCORERS:
         importlib.import_module("agents.sb3.agents")
         return
-    algorithm, options = (pkgutil.resolve_name(place) for place in SCORERS[name])
+    algorithm, options = (pkgutil.resolve_name(places[name]) for places in (SCORERS, OPTIONS))
     said = f"A scorer trained by :class:`~{algorithm.__module__}.{algorithm.__name__}`."
     parts = {"Algorithm": algorithm, "Options": options, "__doc__": said, "__module__": __name__}
     register(name)(type(f"{algorithm.__name__}Agent", (ScorerAgent,), parts))

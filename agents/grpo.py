@@ -25,13 +25,14 @@ from typing import NamedTuple
 
 import torch
 
-from agents.learning import Learner, Metrics, check_batch, draw_counts, finite_rows, lowest_eighth
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth
 from agents.ordered_subset import OrderedSubset, as_subsets
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.training.grpo_config import PRESETS, GRPOConfig, Objective
 from agents.training.imitation import Imitation, as_warm_up
+from agents.training.options import check_batch
 from agents.training.value_baseline import ValueBaseline
 from grip_env.common.finite import named_step
 from grip_env.rewards.judging import RewardScorer

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 
+from agents.training.options import OnNaN
 from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.envs.core.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded
 
-__all__ = [
-    "Learner",
-    "Metrics",
-    "OnNaN",
-    "check_batch",
-    "check_budgets",
-    "check_numbers",
-    "check_on_nan",
-    "draw_counts",
-    "finite_rows",
-    "lowest_eighth",
-]
-
-OnNaN: TypeAlias = Literal["stop", "skip"]
-"""What becomes of examples whose scores, rewards or gradients are NaN or infinite."""
+__all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth"]
 
 
 @dataclass
@@ -137,57 +122,3 @@ def draw_counts(
 def lowest_eighth(kept: torch.Tensor) -> torch.Tensor:
     """Return which subset sizes, long (B,), are among the lowest eighth, bool (B,): the log tells of them apart."""
     return kept <= kept.float().quantile(0.125)
-
-
-def check_budgets(low: float, high: float, tilt: float = 1.0) -> None:
-    """Raise ValueError unless two numbers are a range of shares of the tokens, and the tilt is above 0."""
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"budgets must satisfy 0 < min_budget <= max_budget <= 1; got {low}, {high}")
-    if not 0 < tilt < math.inf:
-        raise ValueError(f"budget_tilt must be above 0; got {tilt}")
-
-
-def check_numbers(
-    options: object,
-    at_least: Mapping[str, int],
-    above_0: Sequence[str],
-    not_negative: Sequence[str] = (),
-    finite: Sequence[str] = (),
-) -> None:
-    """Raise ValueError, naming the option, unless all options of an algorithm that are listed are finite and in range.
-
-    Args:
-        options: Has the options as attributes.
-        at_least: The least value allowed, by name.
-        above_0: Names of those that must be above 0.
-        not_negative: Names of those that may be 0.
-        finite: Names of those that may have either sign.
-    """
-    for name, least in at_least.items():
-        if not least <= getattr(options, name) < math.inf:
-            raise ValueError(f"{name} must be at least {least}; got {getattr(options, name)}")
-    for name in above_0:
-        if not 0 < getattr(options, name) < math.inf:
-            raise ValueError(f"{name} must be above 0; got {getattr(options, name)}")
-    for name in not_negative:
-        if not 0 <= getattr(options, name) < math.inf:
-            raise ValueError(f"{name} must not be negative; got {getattr(options, name)}")
-    for name in finite:
-        if not math.isfinite(getattr(options, name)):
-            raise ValueError(f"{name} must be finite; got {getattr(options, name)}")
-
-
-def check_on_nan(on_nan: str) -> None:
-    """Raise ValueError unless it is one of :data:`OnNaN`."""
-    if on_nan not in ("stop", "skip"):
-        raise ValueError(f"on_nan must be 'stop' or 'skip'; got {on_nan!r}")
-
-
-def check_batch(instances: int, pool: int, candidates: int = 1) -> None:
-    """Raise ValueError unless a pool of this size has as many examples as a step needs: candidates for each."""
-    if instances * candidates > pool:
-        each = f" of {candidates} candidates each" if candidates > 1 else ""
-        raise ValueError(
-            f"a step needs as many examples as the pool holds, at most; got instances={instances}{each} and "
-            f"pool={pool}: choose a larger pool"
-        )

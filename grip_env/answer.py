@@ -36,8 +36,8 @@ STAGES = ("encode", "select", "prefill", "decode")
 
 
 @dataclass
-class Config(ModelConfig):
-    """Answer a question about an image from a share of its visual tokens, and from all of them beside it."""
+class _Asked:
+    """What this command alone asks."""
 
     image: Path = tyro.MISSING
     """An image file."""
@@ -56,6 +56,11 @@ class Config(ModelConfig):
     """Folder for answer.png, the picture of what was kept."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
+
+
+@dataclass
+class Config(ModelConfig, _Asked):  # fields of the last base come first
+    """Answer a question about an image from a share of its visual tokens, and from all of them beside it."""
 
 
 def table(pruned: Answer, dense: Answer) -> str:

@@ -47,8 +47,8 @@ ORACLE_DRAWS = 64  # the oracle fills up at random
 
 
 @dataclass
-class Config(ModelConfig):
-    """Score every selection of up to k blocks of some images and describe the landscape of the reward."""
+class _Asked:
+    """What this command alone asks."""
 
     k: tuple[int, ...] = (4,)
     """Numbers of blocks kept; all selections of 0 to the largest are scored."""
@@ -79,6 +79,11 @@ class Config(ModelConfig):
     """CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
+
+
+@dataclass
+class Config(ModelConfig, _Asked):  # fields of the last base come first
+    """Score every selection of up to k blocks of some images and describe the landscape of the reward."""
 
 
 # -- measured ------------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ RANDOM = "random tokens"
 
 
 @dataclass
-class Config(ModelConfig):
-    """Mislead a trained agent in several ways; it must lose by each of them, or its reward is not for evidence."""
+class _Asked:
+    """What this command alone asks."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, as train printed it; the agent that comes with the package if not given."""
@@ -73,6 +73,11 @@ class Config(ModelConfig):
     """CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
+
+
+@dataclass
+class Config(ModelConfig, _Asked):  # fields of the last base come first
+    """Mislead a trained agent in several ways; it must lose by each of them, or its reward is not for evidence."""
 
 
 def partners(keys: Sequence[object]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pkgutil
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from grip_env.cli import (
+    check_agents_package,
     check_at_least,
     check_name,
     find_algorithm,
@@ -53,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         elif argument == "--algo" and place + 1 < len(given):
             names.append(given[place + 1])
     name = names[-1]
-    options, key = _options_class(find_algorithm(name)), options_name(name)
+    options, key = _options_of(name), options_name(name)
     if key in {field.name for field in dataclasses.fields(Config)}:
         raise CommandError(f"--algo: {name!r} is also an option of this command: register the class by another name")
     fields = [(key, options, dataclasses.field(default_factory=options))] if dataclasses.fields(options) else []
@@ -61,6 +63,14 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     found: Any = parsed(full, "python -m grip_env.train", given, description=Config.__doc__)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Config)}
     return Config(**(values | {"options": getattr(found, key, options())}))
+
+
+def _options_of(name: str) -> type[Any]:
+    """Return the dataclass of an algorithm's options; of those in the package without loading what they need."""
+    check_agents_package()
+    from agents.training.options import OPTIONS
+
+    return pkgutil.resolve_name(OPTIONS[name]) if name in OPTIONS else _options_class(find_algorithm(name))
 
 
 def _options_class(algorithm: type[Agent]) -> type[Any]:

@@ -119,8 +119,8 @@ class _LibraryAgent(ABC):
                 n_steps=options.n_steps,
                 gamma=options.gamma,
                 gae_lambda=options.gae_lambda,
-                ent_coef=options.ent_coef,
-                vf_coef=options.vf_coef,
+                ent_coef=options.entropy_weight,
+                vf_coef=options.value_weight,
                 max_grad_norm=options.max_gradient_norm,
                 seed=self._seed,
                 device=device,
@@ -144,7 +144,8 @@ class _LibraryAgent(ABC):
         return {"policy_kwargs": {"log_std_init": self.options.log_std_init}}
 
     def _clipping(self) -> dict[str, Any]:
-        return {name: getattr(self.options, name) for name in ("batch_size", "n_epochs", "clip_range", "target_kl")}
+        names = {"batch_size": "batch_size", "n_epochs": "epochs", "clip_range": "clip_range", "target_kl": "target_kl"}
+        return {theirs: getattr(self.options, ours) for theirs, ours in names.items()}
 
     def _longest_episode(self, tokens: int) -> int:
         return 1

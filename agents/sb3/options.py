@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from agents.learning import check_batch, check_budgets, check_numbers
+from agents.training.options import WarmUpOptions, check_batch, check_budgets, check_numbers
 
 __all__ = ["A2COptions", "MaskablePPOOptions", "PPOOptions"]
 
 
 @dataclass
-class _Common:
-    """What all have."""
+class _Gathering:
+    """What they have beyond their warm-up."""
 
     steps: int = 170
     """Updates: each follows n_steps steps of all environments."""
@@ -29,16 +29,10 @@ class _Common:
     """Discount; less than 1 would pay for gaining early rather than for the final set."""
     gae_lambda: float = 1.0
     """Generalised advantage estimation (Schulman et al., ICLR 2016); without effect where an episode is one step."""
-    ent_coef: float = 0.0
+    entropy_weight: float = 0.0
     """Weight of an entropy bonus, in nats per action (A3C, Mnih et al., ICML 2016)."""
-    vf_coef: float = 0.5
+    value_weight: float = 0.5
     """Weight of the value's squared error; actor and critic share a network (A3C, Mnih et al., ICML 2016)."""
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
-    min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets are log-uniform."""
-    max_budget: float = 0.5
-    """Largest share of tokens kept in training."""
     examples: int = 2048
     """Training examples the environments draw from, all held encoded in memory: each costs the vision encoder and one
     more forward pass, that of the full image, once; 0 takes the whole split and holds few."""
@@ -48,20 +42,14 @@ class _Common:
     """Most visual tokens an image may have, by default as many as the first one has; give it where images differ."""
     max_question_tokens: int = 64
     """Most tokens a question may have; the scorer reads 64."""
-    warmup_steps: int = 120
-    """Supervised steps before the first reward; 0 starts from uniform sampling."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the warm-up."""
+
+
+@dataclass
+class _Common(WarmUpOptions, _Gathering):
+    """What all have."""
+
     instances: int = 32
     """Examples per step of the warm-up."""
-    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
-    """Whose choices the warm-up imitates; see ImitationConfig."""
-    teacher_cells: int = 6
-    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
-    pool: int = 768
-    """Encoded training examples the warm-up holds in memory."""
-    reuse: int = 4
-    """About how often each is used before a new one takes its place."""
 
     def check(self) -> None:
         """Raise ValueError, naming the option, if a setting is impossible."""
@@ -70,7 +58,7 @@ class _Common:
             self,
             {"steps": 0, "num_envs": 1, "n_steps": 1, "examples": 0, "max_question_tokens": 1, "warmup_steps": 0},
             above_0=("learning_rate", "warmup_learning_rate", "max_gradient_norm"),
-            not_negative=("ent_coef", "vf_coef"),
+            not_negative=("entropy_weight", "value_weight"),
         )
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
@@ -102,7 +90,7 @@ class _Clipped(_Common):
 
     batch_size: int = 64
     """Observations per gradient step; divides num_envs * n_steps."""
-    n_epochs: int = 2
+    epochs: int = 2
     """How often an update goes through what was gathered (PPO, Schulman et al. 2017)."""
     clip_range: float = 0.2
     """Ratios further than this from 1 earn nothing more (PPO, Schulman et al. 2017)."""
@@ -113,7 +101,7 @@ class _Clipped(_Common):
         """Raise ValueError, naming the option, if a setting is impossible."""
         super().check()
         # advantages are normalised within a batch, and a single one would be divided by no deviation
-        check_numbers(self, {"batch_size": 2, "n_epochs": 1}, above_0=("clip_range",))
+        check_numbers(self, {"batch_size": 2, "epochs": 1}, above_0=("clip_range",))
         if self.target_kl is not None:
             check_numbers(self, {}, above_0=("target_kl",))
         gathered = self.num_envs * self.n_steps

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from agents.learning import OnNaN, check_budgets, check_numbers, check_on_nan
+from agents.training.options import OnNaNOptions, WarmUpOptions, check_budgets, check_numbers, check_on_nan
 
 __all__ = ["PRESETS", "GRPOConfig", "Objective", "PresetName", "RLOOConfig", "ReinforceConfig"]
 
@@ -60,8 +60,8 @@ def _decided(name: str, kind: Any) -> Any:
 
 
 @dataclass
-class GRPOConfig:
-    """Group-relative policy optimisation (GRPO)."""
+class _Updates:
+    """What GRPO has beyond its warm-up."""
 
     preset: PresetName = "default"
     """Decides the options that are not given: "grpo" (Shao et al. 2024), "dr-grpo" (no scaling; Liu et al. 2025),
@@ -70,8 +70,6 @@ class GRPOConfig:
     in turn, candidates, advantages over the batch's deviation, no KL."""
     steps: int = 400
     """Policy updates with rewards."""
-    instances: int = 24
-    """Examples per step (B)."""
     group: int = 16
     """Subsets drawn for each example (G; GRPO, Shao et al. 2024, arXiv 2402.03300); 1 needs the learned baseline."""
     candidates: Annotated[int | None, _decided("candidates", int)] = None
@@ -85,17 +83,11 @@ class GRPOConfig:
     the k-subset law of the scores is exact. In turn takes memory for each pair of tokens of an image."""
     probes: int = 4
     """Subsets, of the group's, that each of several candidates gets; without effect for one."""
-    min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets differ within a batch."""
-    max_budget: float = 0.5
-    """Largest share of tokens kept in training."""
     budget_tilt: float = 2.0
     """Above 1 draws small budgets more often, which cost less and where choices matter more: a budget is
     min_budget * (max_budget / min_budget) ** (u ** budget_tilt) with u uniform in [0, 1); 1 is log-uniform."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
     temperature: float = 1.0
     """The policy trained is that of the scores divided by this: above 1 it explores more. Subsets are drawn from the
     policy itself, so gradients stay unbiased; what a trained agent keeps does not depend on it."""
@@ -131,21 +123,18 @@ class GRPOConfig:
     """Standard deviation of rewards, in their units, below which a group counts as flat (DAPO, Yu et al. 2025: 0)."""
     value_learning_rate: float = 1e-3
     """Peak learning rate of the learned baseline (Williams 1992); decays as that of the scorer."""
-    warmup_steps: int = 120
-    """Supervised steps before the first reward; 0 starts from uniform sampling."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the warm-up."""
-    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
-    """Whose choices the warm-up imitates; see ImitationConfig."""
-    teacher_cells: int = 6
-    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
+
+
+@dataclass
+class GRPOConfig(OnNaNOptions, WarmUpOptions, _Updates):
+    """Group-relative policy optimisation (GRPO)."""
+
+    instances: int = 24
+    """Examples per step (B)."""
     pool: int = 1024
     """Encoded training examples held in memory."""
     reuse: int = 12
     """About how often each is used before a new one takes its place."""
-    on_nan: OnNaN = "stop"
-    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
-    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
 
     def objective(self) -> Objective:
         """Return what is maximised: the options given, and those of the preset for the others.

@@ -7,79 +7,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 
-from agents.learning import (
-    Learner,
-    Metrics,
-    OnNaN,
+from agents.learning import Learner, Metrics, draw_counts, finite_rows
+from agents.pool import ExamplePool
+from agents.scorer import Scorer
+from agents.training.options import (
+    ImitationConfig,
+    WarmUpOptions,
     check_batch,
     check_budgets,
     check_numbers,
     check_on_nan,
-    draw_counts,
-    finite_rows,
 )
-from agents.pool import ExamplePool
-from agents.scorer import Scorer
 from agents.training.teachers import make_teacher, warmup_loss
 from grip_env.common.finite import named_step
 from grip_env.rewards.parsing import resolve_reward
 from grip_env.rewards.terms import Reward
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["Imitation", "ImitationConfig", "WarmUpOptions", "as_warm_up"]
-
-
-@dataclass
-class ImitationConfig:
-    """Supervised imitation of a teacher's choices (behaviour cloning; Pomerleau, "ALVINN", NeurIPS 1988)."""
-
-    steps: int = 520
-    """Supervised steps; the default is as many as GRPO takes with its warm-up."""
-    instances: int = 32
-    """Examples per step (B)."""
-    min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
-    max_budget: float = 0.5
-    """Largest share of tokens kept in training."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Whether the learning rate decays to 2% of its peak along a cosine (Loshchilov & Hutter, ICLR 2017)."""
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
-    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
-    """Whose choices are imitated: gradient x token (Shrikumar et al. 2016; 3 forwards per example), the vision tower's
-    CLS attention (no forwards), the ground truth where there is one, or the drop in log-likelihood when a token is
-    taken out (Zeiler & Fergus 2014; a forward for each cell of the image)."""
-    teacher_cells: int = 6
-    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
-    pool: int = 768
-    """Encoded training examples held in memory."""
-    reuse: int = 4
-    """About how often each is used before a new one takes its place."""
-    on_nan: OnNaN = "stop"
-    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
-    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
-
-
-class WarmUpOptions(Protocol):
-    """Options of an algorithm that begins with a warm-up; what they mean, :class:`ImitationConfig` says."""
-
-    warmup_steps: int
-    warmup_learning_rate: float
-    instances: int
-    min_budget: float
-    max_budget: float
-    max_gradient_norm: float
-    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"]
-    teacher_cells: int
-    pool: int
-    reuse: int
+__all__ = ["Imitation", "WarmUpOptions", "as_warm_up"]
 
 
 def as_warm_up(options: WarmUpOptions) -> ImitationConfig:

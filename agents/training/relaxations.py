@@ -18,28 +18,23 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from agents.base import top_k
-from agents.learning import (
-    Learner,
-    Metrics,
-    OnNaN,
-    check_batch,
-    check_budgets,
-    check_numbers,
-    check_on_nan,
-    draw_counts,
-    finite_rows,
-    lowest_eighth,
-)
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.training.imitation import Imitation, as_warm_up
+from agents.training.options import (
+    RelaxedConfig,
+    SigmoidGatesConfig,
+    check_batch,
+    check_budgets,
+    check_numbers,
+    check_on_nan,
+)
 from agents.training.soft_gates import (
     CLOSED_BELOW,
     binary_gates,
@@ -55,88 +50,7 @@ from grip_env.rewards.terms import AnswerLogLikelihood, Reward
 from grip_env.vlms.base import FrozenVLM
 from grip_env.vlms.gated import check_gates, gated_log_likelihood
 
-__all__ = [
-    "GumbelTopK",
-    "GumbelTopKConfig",
-    "RelaxedConfig",
-    "SigmoidGates",
-    "SigmoidGatesConfig",
-    "SoftTopK",
-    "SoftTopKConfig",
-]
-
-
-@dataclass
-class RelaxedConfig:
-    """What all relaxations have in common."""
-
-    steps: int = 740
-    """Updates by back-propagation; the default takes about as long as GRPO's, with the embedded model on a CPU. As many
-    forward-equivalents as GRPO's would be 2,600."""
-    instances: int = 32
-    """Examples per step (B)."""
-    samples: int = 1
-    """Sets of gates drawn for each example; their gradients are averaged."""
-    min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets differ within a batch."""
-    max_budget: float = 0.5
-    """Largest share of tokens kept in training."""
-    budget_tilt: float = 2.0
-    """Above 1 draws small budgets more often; see GRPOConfig."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW; decays to 2% of it along a cosine."""
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    temperature: float = 1.0
-    """How soft the relaxation is at first (Jang et al. 2017; Maddison et al. 2017)."""
-    final_temperature: float = 1.0
-    """How soft it is in the end; in between, the logarithm falls evenly (annealing: Jang et al. 2017)."""
-    noisy: bool = True
-    """Draw gates at random; otherwise they follow from the scores."""
-    hard: bool = True
-    """Use gates of 0 and 1 in the forward pass, and soft ones for the gradient only (straight-through: Bengio et al.
-    2013)."""
-    leak: float = 0.03
-    """What a closed gate lets through at first. At 0 the forward pass is that of the pruned model, but slopes are
-    extreme."""
-    final_leak: float = 0.0
-    """What it lets through in the end; in between, evenly less."""
-    in_turn: bool = False
-    """Choose tokens one after another once trained, as GRPO's agent does (see agents.ordered_subset). No gradient
-    reaches what a choice takes from the scores of others: it stays as it was at first."""
-    warmup_steps: int = 120
-    """Supervised steps before the first gate, as many as GRPO's; 0 starts from equal scores."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the warm-up."""
-    teacher: Literal["gradient", "attention", "relevance", "leave_one_out"] = "gradient"
-    """Whose choices the warm-up imitates; see ImitationConfig."""
-    teacher_cells: int = 6
-    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
-    pool: int = 768
-    """Encoded training examples held in memory."""
-    reuse: int = 4
-    """About how often each is used before a new one takes its place."""
-    on_nan: OnNaN = "stop"
-    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
-    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
-
-
-@dataclass
-class GumbelTopKConfig(RelaxedConfig):
-    """Straight-through Gumbel top-k (Jang et al. 2017; Maddison et al. 2017; Kool et al. 2019; Xie & Ermon 2019)."""
-
-
-@dataclass
-class SigmoidGatesConfig(RelaxedConfig):
-    """Sigmoid gates with a budget penalty (hard concrete; Louizos et al. 2018)."""
-
-    penalty: float = 1.0
-    """Weight of the penalty for opening more or fewer gates than the budget has room for."""
-
-
-@dataclass
-class SoftTopKConfig(RelaxedConfig):
-    """Soft top-k through the marginals of the k-subset distribution (SIMPLE; Ahmed et al. 2023)."""
+__all__ = ["GumbelTopK", "SigmoidGates", "SoftTopK"]
 
 
 class Relaxation(ABC):

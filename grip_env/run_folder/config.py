@@ -36,8 +36,8 @@ class ModelConfig:
 
 
 @dataclass
-class Config(ModelConfig):
-    """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
+class TrainOptions:
+    """What this command alone asks."""
 
     algo: str = "grpo"
     """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, ppo, a2c,
@@ -68,6 +68,11 @@ class Config(ModelConfig):
     options: Annotated[Any, tyro.conf.Suppress] = None
     """Hyperparameters of the algorithm, of its class ``Options``; its defaults if ``None``. On the command line they
     have the algorithm's name, as in --grpo.steps."""
+
+
+@dataclass
+class Config(ModelConfig, TrainOptions):  # fields of the last base come first
+    """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
 
 
 def options_name(algo: str) -> str:

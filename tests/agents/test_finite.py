@@ -19,8 +19,9 @@ from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
 from agents.subset import KSubset
-from agents.training.imitation import Imitation, ImitationConfig
-from agents.training.relaxations import SoftTopK, SoftTopKConfig
+from agents.training.imitation import Imitation
+from agents.training.options import ImitationConfig, SoftTopKConfig
+from agents.training.relaxations import SoftTopK
 from grip_env.common.finite import NonFiniteError
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, Scores

@@ -10,7 +10,8 @@ import torch
 from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool, ForwardCounter
 from agents.scorer import Scorer, ScorerConfig
-from agents.training.imitation import Imitation, ImitationConfig
+from agents.training.imitation import Imitation
+from agents.training.options import ImitationConfig
 from grip_env.vlms.base import Encoded, Scores
 from tests.fakes import WIDTH, FakeTask, FakeVLM
 

@@ -442,7 +442,7 @@ def test_sb3_agents_survive_an_interrupt_in_the_librarys_update(
 ) -> None:
     from agents.sb3.agents import PPOAgent, PPOOptions
 
-    options = PPOOptions(steps=3, num_envs=2, n_steps=2, batch_size=4, n_epochs=1, warmup_steps=0, instances=4, pool=4)
+    options = PPOOptions(steps=3, num_envs=2, n_steps=2, batch_size=4, epochs=1, warmup_steps=0, instances=4, pool=4)
     learn = PPOAgent.learn
 
     def interrupted(self: Any) -> Iterator[Metrics]:

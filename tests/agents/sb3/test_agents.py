@@ -162,7 +162,7 @@ def test_update_by_update_is_one_long_training(name: str) -> None:
         learning_rate=settings.learning_rate,
         n_steps=4,
         batch_size=8,
-        n_epochs=settings.n_epochs,
+        n_epochs=settings.epochs,
         gamma=1.0,
         gae_lambda=settings.gae_lambda,
         max_grad_norm=settings.max_gradient_norm,

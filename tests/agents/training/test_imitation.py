@@ -13,7 +13,8 @@ from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool, ForwardCounter
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
-from agents.training.imitation import Imitation, ImitationConfig
+from agents.training.imitation import Imitation
+from agents.training.options import ImitationConfig
 from agents.training.teachers import TEACHERS, LeaveOneOut, Remembered, gradient_saliency, warmup_loss
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded

@@ -17,16 +17,8 @@ from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
-from agents.training.relaxations import (
-    GumbelTopK,
-    GumbelTopKConfig,
-    Relaxation,
-    RelaxedConfig,
-    SigmoidGates,
-    SigmoidGatesConfig,
-    SoftTopK,
-    SoftTopKConfig,
-)
+from agents.training.options import GumbelTopKConfig, RelaxedConfig, SigmoidGatesConfig, SoftTopKConfig
+from agents.training.relaxations import GumbelTopK, Relaxation, SigmoidGates, SoftTopK
 from agents.training.soft_gates import binary_gates, budget_penalty, gumbel_noise, relaxed_top_k
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.base import Encoded
