@@ -69,10 +69,12 @@ class Setting:
     """The part of the task that training may look at."""
     seed: int = 0
     """Decides everything random."""
+    progress: bool = False
+    """Show a progress bar while examples are encoded before the first step."""
 
     def pool(self, size: int = 768, reuse: int = 4) -> ExamplePool:
         """Return encoded training examples in batches, see :class:`~agents.pool.ExamplePool`."""
-        return ExamplePool(self.vlm, self.task, self.split, size, reuse, self.seed)
+        return ExamplePool(self.vlm, self.task, self.split, size, reuse, self.seed, self.progress)
 
     def make_vec(self, name: str = "GRIP/TokenSelection-v0", num_envs: int = 16, **options: Any) -> Any:
         """Return a vector environment on the training examples.

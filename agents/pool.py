@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tqdm import tqdm
 
 from grip_env.rewards.judging import full_scores
 from grip_env.tasks.base import Task
@@ -64,6 +65,7 @@ class ExamplePool:
         size: Examples held at a time.
         reuse: About how often each is used before it makes room for a new one.
         seed: Decides the order of examples.
+        progress: Show a progress bar while the first ``size`` examples are encoded.
 
     The scores with all tokens kept are held as well; with their first tokens' distributions, which :meth:`batch` has to
     be asked for, that is another V float32 numbers for each example, with V the size of the vocabulary.
@@ -72,11 +74,19 @@ class ExamplePool:
     """
 
     def __init__(
-        self, vlm: FrozenVLM, task: Task, split: str = "train", size: int = 768, reuse: int = 4, seed: int = 0
+        self,
+        vlm: FrozenVLM,
+        task: Task,
+        split: str = "train",
+        size: int = 768,
+        reuse: int = 4,
+        seed: int = 0,
+        progress: bool = False,
     ) -> None:
         if size < 1 or reuse < 1:
             raise ValueError(f"size and reuse must be at least 1; got size={size}, reuse={reuse}")
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
+        self._progress = progress
         self.compute = ForwardCounter()
         """What all who train on this pool have spent, the pool included: 1 for each example scored with all tokens."""
         self._generator = torch.Generator().manual_seed(seed)
@@ -92,7 +102,14 @@ class ExamplePool:
     def _draw(self, count: int) -> tuple[Encoded, Scores]:
         indices = torch.randint(self.task.size(self.split), (count,), generator=self._generator)
         parts, full = [], []
-        for rows in indices.split(PART):
+        bar = tqdm(
+            indices.split(PART),
+            desc="encoding examples",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not self._progress or self._held is not None,
+        )
+        for rows in bar:
             encoded = self.vlm.encode([self.task.example(self.split, int(index)) for index in rows])
             full.append(self._score(encoded))
             parts.append(encoded)

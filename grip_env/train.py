@@ -131,7 +131,7 @@ def _train(config: Config) -> Path:
     if Path(config.vlm).is_dir() and config.vlm != "tiny":
         config = dataclasses.replace(config, vlm=str(Path(config.vlm).absolute()))
     try:
-        agent = algorithm(Setting(vlm, task, reward, seed=config.seed), options)
+        agent = algorithm(Setting(vlm, task, reward, seed=config.seed, progress=config.progress), options)
         look = "validation" if task.size("validation") else "train"  # few images of one's own may leave it empty
         shown = vlm.encode([task.example(look, index) for index in range(min(6, task.size(look)))])
     except (ValueError, NotImplementedError) as error:

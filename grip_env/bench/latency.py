@@ -27,6 +27,7 @@ from grip_env.cli import (
     print_verdicts,
 )
 from grip_env.common.errors import CommandError
+from grip_env.common.output import progress_bar
 from grip_env.run_folder.folder import versions
 from grip_env.vlms.flops import encoder_flops, prefill_flops
 
@@ -231,7 +232,7 @@ def measure(
         return selector(vlm, encoded, torch.full((len(encoded),), count), generator)[:, None]
 
     times: list[dict[str, list[float]]] = [{stage: [] for stage in STAGES} for _ in variants]
-    for turn in range(1 + repeats):
+    for turn in progress_bar(range(1 + repeats), "rounds"):
         for row, count in zip(times, variants, strict=True):
             marks = [time.perf_counter()]
             encoded = vlm.encode(examples)

@@ -29,6 +29,7 @@ from grip_env.cli import (
 )
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
+from grip_env.common.output import progress_bar
 from grip_env.run_folder.folder import versions
 from grip_env.tasks.subset import TaskSubset
 
@@ -187,7 +188,7 @@ def measure(config: Config) -> Measured:
     counts: dict[str, float] = {}
     infos = envs.reset(seed=0)[1]
     kept = int(infos["k"][0])
-    for turn in range(config.rounds):
+    for turn in progress_bar(range(config.rounds), "rounds"):
         selection = _subsets(config.num_envs, encoded.tokens.shape[1], kept, generator)
         action = selection.numpy().astype(np.int8)
         batch = encoded[torch.as_tensor(infos["index"])]

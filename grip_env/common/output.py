@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO, TypeVar
 
-__all__ = ["choose_output", "end_output", "print_result", "say", "silenced"]
+__all__ = ["choose_output", "end_output", "print_result", "progress_bar", "say"]
+
+_T = TypeVar("_T")
 
 
 class _Mode:
@@ -43,9 +46,11 @@ def end_output() -> None:
     _Mode.quiet = _Mode.json = False
 
 
-def silenced() -> bool:
-    """Return whether the command that runs shows no progress."""
-    return _Mode.quiet
+def progress_bar(items: Sequence[_T], what: str) -> Iterable[_T]:
+    """Return ``items`` behind a progress bar, which is shown on a terminal unless the command is to be quiet."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=_Mode.quiet or None)
 
 
 def print_result(content: dict[str, Any]) -> None:
