@@ -231,10 +231,14 @@ class GRPO:
         check_batch(config.instances, pool.size, self.settings.candidates)
         self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
         self.reward = resolve_reward(reward)
-        self.rewards = RewardScorer(vlm, self.reward)
         self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
         self._generator = self._warm_up.generator
         self._reference: Scorer | None = None
+
+    @property
+    def rewards(self) -> RewardScorer:
+        """The frozen model and what its scores are worth."""
+        return RewardScorer(self.vlm, self.reward)
 
     def train(self) -> Iterator[Metrics]:
         """Run warm-up and policy optimisation, yielding after every step; the scorer is usable at any point."""

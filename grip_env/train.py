@@ -30,6 +30,7 @@ from grip_env.cli import (
 from grip_env.common import stopping
 from grip_env.common.atomic_files import remove, write_atomically
 from grip_env.common.errors import CommandError
+from grip_env.common.output import unread
 from grip_env.run_folder.config import Config, options_name
 from grip_env.run_folder.folder import RunFolder, free_folder
 from grip_env.run_folder.status import RunStatus
@@ -268,19 +269,19 @@ class _Training:
         stopping.acknowledge()
         self._close_bars()
         interrupted = isinstance(error, KeyboardInterrupt)
-        unread = isinstance(error, BrokenPipeError) and _unread()
+        unheard = isinstance(error, BrokenPipeError) and unread()
         reason = str(error) or ("SIGINT" if interrupted else type(error).__name__)
-        if unread:
+        if unheard:
             reason = "nobody read its output any more"
         elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | SystemExit):
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         reason = " ".join(reason.split())
-        status = RunStatus("interrupted" if interrupted or unread else "failed", reason=reason)
+        status = RunStatus("interrupted" if interrupted or unheard else "failed", reason=reason)
         if isinstance(error, NonFiniteError):  # what the agent has become since the last checkpoint may be worthless
             saved = f"the agent of the last checkpoint, {self._leave(status)}, is in {self.run.path}"
         else:
             saved = self._save_what_can_be(status)
-        if unread:
+        if unheard:
             quieten()
             raise SystemExit(141) from None
         if isinstance(error, SystemExit):
@@ -369,15 +370,6 @@ class _Training:
         with contextlib.suppress(OSError):  # the terminal may have gone
             for bar in self.bars.values():
                 bar.close()
-
-
-def _unread() -> bool:
-    """Return whether it is the reader of this process's output that has gone."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 def saved_config(config: Config) -> dict[str, Any]:

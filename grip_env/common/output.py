@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO, TypeVar
 
-__all__ = ["choose_output", "end_output", "print_result", "progress_bar", "say"]
+__all__ = ["choose_output", "end_output", "print_result", "progress_bar", "say", "unread"]
 
 _T = TypeVar("_T")
 
@@ -63,3 +63,12 @@ def say(line: str, error: bool = False) -> None:
     """Print a line, on standard error or output; where nobody can read it any more, go on without."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def unread() -> bool:
+    """Return whether it is the reader of this process's output that has gone."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False

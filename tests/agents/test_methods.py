@@ -16,7 +16,7 @@ from agents.heuristics import BASELINES
 from agents.heuristics.inside_llm import InsidePruner
 from agents.methods import METHODS, MethodResult, find_method, methods_table, run_method
 from grip_env import evaluate
-from grip_env.run_folder.config import Config as TrainConfig
+from grip_env.run_folder.config import TrainOptions
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms.blocks import BlockVLM
 from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -106,5 +106,5 @@ def test_the_command_and_the_readme_name_every_method_and_algorithm() -> None:
         assert re.search(rf"\b{name}\b", said), f"--policies does not tell of {name}"
         assert f"`{name}`" in readme
     for name in ALGORITHMS:
-        assert re.search(rf"\b{name}\b", inspect.getsource(TrainConfig)), f"--algo does not tell of {name}"
+        assert re.search(rf"\b{name}\b", inspect.getsource(TrainOptions)), f"--algo does not tell of {name}"
         assert f"`{name}`" in readme
