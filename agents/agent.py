@@ -19,7 +19,7 @@ from agents.base import Policy, PolicySelector, Selector
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
-from agents.training.options import OPTIONS
+from agents.training.options import OPTIONS, options_of
 from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM
@@ -197,7 +197,7 @@ def _register_own(name: str) -> None:
     if name not in SCORERS:
         importlib.import_module("agents.sb3.agents")
         return
-    algorithm, options = (pkgutil.resolve_name(places[name]) for places in (SCORERS, OPTIONS))
+    algorithm, options = pkgutil.resolve_name(SCORERS[name]), options_of(name)
     said = f"A scorer trained by :class:`~{algorithm.__module__}.{algorithm.__name__}`."
     parts = {"Algorithm": algorithm, "Options": options, "__doc__": said, "__module__": __name__}
     register(name)(type(f"{algorithm.__name__}Agent", (ScorerAgent,), parts))

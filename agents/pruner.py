@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from agents.base import Selector, budget_to_count
-from agents.saved import load_saved, options_of
+from agents.saved import load_saved
 from agents.scorer import Scorer
 from agents.selectors import ScorerSelector
+from agents.training.options import options_of
 from grip_env.common.atomic_files import folder_on_disk
 from grip_env.run_folder.config import read_run_config
 from grip_env.run_folder.status import unfinished

@@ -11,14 +11,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from agents.agent import ALGORITHMS, Agent, as_selector, find_algorithm
+from agents.agent import Agent, as_selector, find_algorithm
 from agents.base import Selector
 from grip_env.common.atomic_files import folder_on_disk
 from grip_env.common.plugins import importable_from_here
 from grip_env.run_folder.config import consent_needed
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["folder_of", "load_saved", "options_of"]
+__all__ = ["folder_of", "load_saved"]
 
 
 def load_saved(
@@ -65,11 +65,6 @@ def load_saved(
         except Exception as error:  # whatever a class of the user's raises
             reason = " ".join(str(error).split())
             raise ValueError(f"{name} cannot load {folder / part} ({type(error).__name__}: {reason})") from error
-
-
-def options_of(name: str) -> type | None:
-    """Return the dataclass of an algorithm's options; ``None`` where it has none, or does not come with the package."""
-    return getattr(find_algorithm(name), "Options", None) if name in ALGORITHMS else None
 
 
 def folder_of(name: str) -> str | None:

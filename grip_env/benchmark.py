@@ -226,9 +226,7 @@ def _run(config: Config) -> None:
         for method, row in table.items():
             print(f"| {method} | " + " | ".join(f"{row[b][key][0]:.3f} ({row[b][key][1]:.3f})" for b in budgets) + " |")
     print()
-    checked = promises(reports, spent / scoring)
-    print_verdicts(checked)
-    print_result({"table": table, "verdicts": [{"text": text, "holds": holds} for text, holds in checked]})
+    print_result({"table": table, "verdicts": print_verdicts(promises(reports, spent / scoring))})
     if minutes:
         print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")
     if config.drawing:

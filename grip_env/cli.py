@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ from grip_env.common import stopping
 from grip_env.common.arguments import plain_arguments
 from grip_env.common.atomic_files import write_atomically
 from grip_env.common.errors import CommandError
-from grip_env.common.output import choose_output, end_output, print_result, say
+from grip_env.common.output import choose_output, end_output, print_result, quieten, say
 from grip_env.common.plugins import importable_from_here
 from grip_env.run_folder.config import ModelConfig
 from grip_env.run_folder.folder import make_folder, versions
@@ -152,14 +153,21 @@ def check_out(path: Path | None) -> None:
     """Stop with one line unless files can be written in the folder of ``--out``, which need not be there yet."""
     if path is None:
         return
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "cannot be written to" if there.is_dir() else "is no folder"
         raise CommandError(f"--out {path}: {there} {reason}; choose another folder")
 
 
-def give_numbers(content: dict[str, Any], out: Path | None, name: str) -> None:
-    """Give all numbers of a command to programs: with ``--json``, and as a file called ``name`` in ``--out``."""
+def give_numbers(config: Any, numbers: dict[str, Any], name: str) -> None:
+    """Give all numbers of a command to programs: with ``--json``, and as a file in ``--out``.
+
+    Args:
+        config: The command's options, a dataclass with ``out``; they and the versions come first.
+        numbers: What was measured.
+        name: Of the file.
+    """
+    content, out = {"config": asdict(config), "versions": versions(), **numbers}, config.out
     print_result(content)
     if out is not None:
         make_folder(out)
@@ -168,12 +176,17 @@ def give_numbers(content: dict[str, Any], out: Path | None, name: str) -> None:
         print(f"wrote {out / name}")
 
 
-def print_verdicts(checked: Sequence[tuple[str, bool]]) -> None:
-    """Print a line for each statement, and whether it holds; the command ends with exit code 1 where one does not."""
+def print_verdicts(checked: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """Print a line for each statement, and whether it holds; the command ends with exit code 1 where one does not.
+
+    Returns:
+        The same for JSON.
+    """
     for text, holds in checked:
         print(("holds   " if holds else "MISSED  ") + text)
         if not holds:
             _missed.append(text)
+    return [{"text": text, "holds": holds} for text, holds in checked]
 
 
 _missed: list[str] = []
@@ -238,8 +251,8 @@ def interruptible(said: str) -> Iterator[None]:
                 code = end.code if isinstance(end.code, int) else 1
                 raise
             finally:
-                quieten()
                 end_output()
+                quieten()
     finally:
         stopping.end_soon(code)
 
@@ -253,18 +266,6 @@ def say_unfinished(agent: Path | None) -> None:
     described = None if agent is None else unfinished(Path(agent))
     if described is not None:
         say(f"note: {described}", error=True)
-
-
-def quieten() -> None:
-    """Let Python not complain at its exit where the output's reader has gone."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except ValueError:  # closed
-            pass
 
 
 def load_model(config: ModelConfig) -> HuggingFaceVLM:

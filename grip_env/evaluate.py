@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -294,7 +293,7 @@ def evaluate(config: Config) -> Comparison:
         raise CommandError(str(error)) from None
     if vlm.cache is not None:
         print(vlm.cache.describe())
-    print_result(json.loads((out / "report.json").read_text(encoding="utf-8")))
+    print_result(comparison.plain())
     return comparison
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
@@ -29,7 +29,6 @@ from grip_env.cli import (
 )
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
-from grip_env.run_folder.folder import versions
 
 if TYPE_CHECKING:
     import torch
@@ -221,17 +220,14 @@ def _run(config: Config) -> None:
         raise CommandError(str(error)) from None
     count = len(values[HONEST][config.budgets[0]])
     print(f"{count} examples of the {config.split} split\n\n{table(values)}\n")
-    checked = verdicts(values)
-    print_verdicts(checked)
-    content: dict[str, Any] = {
-        "config": asdict(config),
-        "versions": versions(),
+    checked = print_verdicts(verdicts(values))
+    numbers = {
         "values": {
             name: {str(budget): column.tolist() for budget, column in row.items()} for name, row in values.items()
         },
-        "verdicts": [{"text": text, "holds": holds} for text, holds in checked],
+        "verdicts": checked,
     }
-    give_numbers(content, config.out, "probe.json")
+    give_numbers(config, numbers, "probe.json")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pkgutil
 import sys
 import tempfile
 import time
@@ -69,9 +68,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 def _options_of(name: str) -> type[Any]:
     """Return the dataclass of an algorithm's options; of those in the package without loading what they need."""
     check_agents_package()
-    from agents.training.options import OPTIONS
+    from agents.training.options import options_of
 
-    return pkgutil.resolve_name(OPTIONS[name]) if name in OPTIONS else _options_class(find_algorithm(name))
+    return options_of(name) or _options_class(find_algorithm(name))
 
 
 def _options_class(algorithm: type[Agent]) -> type[Any]:

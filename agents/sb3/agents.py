@@ -144,8 +144,13 @@ class _LibraryAgent(ABC):
         return {"policy_kwargs": {"log_std_init": self.options.log_std_init}}
 
     def _clipping(self) -> dict[str, Any]:
-        names = {"batch_size": "batch_size", "n_epochs": "epochs", "clip_range": "clip_range", "target_kl": "target_kl"}
-        return {theirs: getattr(self.options, ours) for theirs, ours in names.items()}
+        own = self.options
+        return {
+            "batch_size": own.batch_size,
+            "n_epochs": own.epochs,
+            "clip_range": own.clip_range,
+            "target_kl": own.target_kl,
+        }
 
     def _longest_episode(self, tokens: int) -> int:
         return 1

@@ -5,6 +5,7 @@ GRPO's warm-up is a short one; trained for as long as GRPO, it is a rival that s
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.training.options import (
     ImitationConfig,
+    SharedOptions,
     WarmUpOptions,
     check_batch,
     check_budgets,
@@ -27,24 +29,18 @@ from grip_env.rewards.parsing import resolve_reward
 from grip_env.rewards.terms import Reward
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["Imitation", "WarmUpOptions", "as_warm_up"]
+__all__ = ["Imitation", "as_warm_up"]
 
 
 def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
     """Return the warm-up of an algorithm as what it is: a short imitation at a constant learning rate."""
+    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(SharedOptions)}
     return ImitationConfig(
         steps=options.warmup_steps,
-        instances=options.instances,
-        min_budget=options.min_budget,
-        max_budget=options.max_budget,
         learning_rate=options.warmup_learning_rate,
         schedule="constant",
-        max_gradient_norm=options.max_gradient_norm,
-        teacher=options.teacher,
-        teacher_cells=options.teacher_cells,
-        pool=options.pool,
-        reuse=options.reuse,
         on_nan=getattr(options, "on_nan", "stop"),
+        **shared,
     )
 
 

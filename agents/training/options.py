@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -14,6 +15,7 @@ __all__ = [
     "OnNaN",
     "OnNaNOptions",
     "RelaxedConfig",
+    "SharedOptions",
     "SigmoidGatesConfig",
     "SoftTopKConfig",
     "TeacherName",
@@ -22,6 +24,7 @@ __all__ = [
     "check_budgets",
     "check_numbers",
     "check_on_nan",
+    "options_of",
 ]
 
 OPTIONS: dict[str, str] = {
@@ -37,6 +40,12 @@ OPTIONS: dict[str, str] = {
     "maskable-ppo": "agents.sb3.options:MaskablePPOOptions",
 }
 """Where the options of each algorithm that comes with the package are, so that a command can show them at once."""
+
+
+def options_of(name: str) -> type | None:
+    """Return the dataclass of an algorithm's options; ``None`` where it does not come with the package."""
+    return pkgutil.resolve_name(OPTIONS[name]) if name in OPTIONS else None
+
 
 TeacherName: TypeAlias = Literal["gradient", "attention", "relevance", "leave_one_out"]
 """Whose choices a scorer imitates: see :class:`ImitationConfig`."""
@@ -100,8 +109,17 @@ def check_batch(instances: int, pool: int, candidates: int = 1) -> None:
 
 
 @dataclass
-class WarmUpOptions:
-    """Options of every algorithm that begins with a supervised warm-up."""
+class OnNaNOptions:
+    """What becomes of numbers that are none."""
+
+    on_nan: OnNaN = "stop"
+    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
+    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
+
+
+@dataclass
+class SharedOptions:
+    """Options of every algorithm that imitates a teacher, in its warm-up or altogether."""
 
     instances: int = 32
     """Examples per step (B)."""
@@ -109,38 +127,6 @@ class WarmUpOptions:
     """Smallest share of tokens kept in training; budgets differ within a batch."""
     max_budget: float = 0.5
     """Largest share of tokens kept in training."""
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
-    warmup_steps: int = 120
-    """Supervised steps before the first reward; 0 starts from uniform sampling."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the warm-up."""
-    teacher: TeacherName = "gradient"
-    """Whose choices the warm-up imitates; see ImitationConfig."""
-    teacher_cells: int = 6
-    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
-    pool: int = 768
-    """Encoded training examples held in memory."""
-    reuse: int = 4
-    """About how often each is used before a new one takes its place."""
-
-
-@dataclass
-class ImitationConfig:
-    """Supervised imitation of a teacher's choices (behaviour cloning; Pomerleau, "ALVINN", NeurIPS 1988)."""
-
-    steps: int = 520
-    """Supervised steps; the default is as many as GRPO takes with its warm-up."""
-    instances: int = 32
-    """Examples per step (B)."""
-    min_budget: float = 0.03
-    """Smallest share of tokens kept in training; budgets are log-uniform and differ within a batch."""
-    max_budget: float = 0.5
-    """Largest share of tokens kept in training."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Whether the learning rate decays to 2% of its peak along a cosine (Loshchilov & Hutter, ICLR 2017)."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
     teacher: TeacherName = "gradient"
@@ -153,9 +139,33 @@ class ImitationConfig:
     """Encoded training examples held in memory."""
     reuse: int = 4
     """About how often each is used before a new one takes its place."""
-    on_nan: OnNaN = "stop"
-    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
-    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
+
+
+@dataclass
+class WarmUpOptions(SharedOptions):
+    """Options of every algorithm that begins with a supervised warm-up."""
+
+    warmup_steps: int = 120
+    """Supervised steps before the first reward; 0 starts from uniform sampling."""
+    warmup_learning_rate: float = 1e-3
+    """Learning rate of the warm-up."""
+
+
+@dataclass
+class _Imitation:
+    """What imitation has of its own."""
+
+    steps: int = 520
+    """Supervised steps; the default is as many as GRPO takes with its warm-up."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Whether the learning rate decays to 2% of its peak along a cosine (Loshchilov & Hutter, ICLR 2017)."""
+
+
+@dataclass
+class ImitationConfig(OnNaNOptions, SharedOptions, _Imitation):
+    """Supervised imitation of a teacher's choices (behaviour cloning; Pomerleau, "ALVINN", NeurIPS 1988)."""
 
 
 @dataclass
@@ -188,15 +198,6 @@ class _Relaxed:
     in_turn: bool = False
     """Choose tokens one after another once trained, as GRPO's agent does (see agents.ordered_subset). No gradient
     reaches what a choice takes from the scores of others: it stays as it was at first."""
-
-
-@dataclass
-class OnNaNOptions:
-    """What becomes of numbers that are none."""
-
-    on_nan: OnNaN = "stop"
-    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
-    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
 
 
 @dataclass

@@ -28,7 +28,6 @@ from grip_env.cli import (
 )
 from grip_env.common.errors import CommandError
 from grip_env.common.output import progress_bar
-from grip_env.run_folder.folder import versions
 from grip_env.vlms.flops import encoder_flops, prefill_flops
 
 if TYPE_CHECKING:
@@ -360,14 +359,11 @@ def _run(config: Config) -> None:
                 f"{best:.3f} of fastest stages"
             )
         print(flush=True)
-    checked = [bar for rows in tables for bar in bars(rows)]
-    print_verdicts(checked)
-    content = {
-        "config": asdict(config),
-        "versions": versions(),
+    checked = print_verdicts([bar for rows in tables for bar in bars(rows)])
+    numbers = {
         "threads": torch.get_num_threads(),
         "parameters": sizes,
         "rows": [asdict(row) for rows in tables for row in rows],
-        "bars": [{"text": text, "holds": holds} for text, holds in checked],
+        "bars": checked,
     }
-    give_numbers(content, config.out, "latency.json")
+    give_numbers(config, numbers, "latency.json")

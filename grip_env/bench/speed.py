@@ -30,7 +30,6 @@ from grip_env.cli import (
 from grip_env.common.atomic_files import content_of, write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.common.output import progress_bar
-from grip_env.run_folder.folder import versions
 from grip_env.tasks.subset import TaskSubset
 
 if TYPE_CHECKING:
@@ -350,16 +349,14 @@ def _run(config: Config) -> None:
     grown = scaling(config) if config.scaling else {}
     for key, row in grown.items():
         print(f"ms a step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
-    print_verdicts(found.bars())
-    content = {
-        "config": asdict(config),
-        "versions": versions(),
+    checked = print_verdicts(found.bars())
+    numbers = {
         "threads": torch.get_num_threads(),
         **asdict(found),
         "scaling": grown,
-        "bars": [{"text": text, "holds": holds} for text, holds in found.bars()],
+        "bars": checked,
     }
-    give_numbers(content, config.out, "speed.json")
+    give_numbers(config, numbers, "speed.json")
     if config.out is not None and grown:
         picture = config.out / "speed.png"
         with writing(picture):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO, TypeVar
 
-__all__ = ["choose_output", "end_output", "print_result", "progress_bar", "say", "unread"]
+__all__ = ["choose_output", "end_output", "print_result", "progress_bar", "quieten", "say", "unread"]
 
 _T = TypeVar("_T")
 
@@ -72,3 +72,15 @@ def unread() -> bool:
     except OSError:
         return True
     return False
+
+
+def quieten() -> None:
+    """Let Python not complain at its exit where the output's reader has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:  # closed
+            pass

@@ -135,10 +135,9 @@ class Comparison:
         """Return a table of what ``method`` gains on each of the others, with 95% intervals."""
         return margin_table(self, method)
 
-    def save(self, folder: Path) -> None:
-        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
-        write_atomically(folder / "report.md", self.markdown() + "\n")
-        plain = {
+    def plain(self) -> dict[str, Any]:
+        """Return what ``report.json`` has: all but the numbers of single examples."""
+        return {
             "split": self.split,
             "examples": self.examples,
             "tokens": self.tokens,
@@ -147,13 +146,17 @@ class Comparison:
             "training": self.training,
             "positions": self.positions,
         }
+
+    def save(self, folder: Path) -> None:
+        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
+        write_atomically(folder / "report.md", self.markdown() + "\n")
         arrays = {
             f"{name}@{budget}": np.ascontiguousarray(values[0] if len(values) == 1 else values)
             for name, row in self.log_likelihoods.items()
             for budget, values in row.items()
         }
         write_atomically(folder / "report.safetensors", save(arrays))
-        write_atomically(folder / "report.json", json.dumps(plain, indent=2) + "\n")
+        write_atomically(folder / "report.json", json.dumps(self.plain(), indent=2) + "\n")
 
 
 def _mean(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def load_run(path: Path) -> Run:
     """Return the run in a folder, or stop and say what is wrong."""
-    from agents.saved import options_of
+    from agents.training.options import options_of
 
     try:
         run = Run(path, read_run_config(path, options_of))

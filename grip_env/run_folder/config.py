@@ -12,7 +12,7 @@ import tyro
 
 from grip_env.common.json_types import check_keys, check_types
 
-__all__ = ["Config", "ModelConfig", "consent_needed", "read_run_config"]
+__all__ = ["Config", "ModelConfig", "TrainOptions", "consent_needed", "read_run_config"]
 
 
 @dataclass
@@ -89,7 +89,7 @@ def read_run_config(folder: Path, options_of: Callable[[str], Any]) -> dict[str,
     Args:
         folder: Of the run.
         options_of: Returns the dataclass of an algorithm's options, by its name, or ``None`` where they are not to be
-            looked at; :func:`agents.saved.options_of` knows those that come with the package.
+            looked at; :func:`agents.training.options.options_of` knows those that come with the package.
 
     Raises:
         FileNotFoundError: If there is no such file.

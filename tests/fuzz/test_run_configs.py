@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.pruner import load_agent
-from agents.saved import options_of
 from agents.scorer import Scorer, ScorerConfig
+from agents.training.options import options_of
 from grip_env import evaluate, train
 from grip_env.common.errors import CommandError
 from grip_env.reports import saved_runs
