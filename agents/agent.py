@@ -256,10 +256,10 @@ class ScorerAgent:
         return ScorerSelector(scorer.to(device_of(vlm)))
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens as the scorer would; see :class:`agents.base.Selector`."""
-        return ScorerSelector(self.scorer)(vlm, encoded, kept, generator)
+        return ScorerSelector(self.scorer)(vlm, encoded, counts, generator)
 
 
 def device_of(vlm: FrozenVLM) -> torch.device:

@@ -28,18 +28,18 @@ class Selector(Protocol):
     """Anything that picks tokens for a batch of encoded examples at once."""
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens.
 
         Args:
             vlm: The model the examples were encoded with.
             encoded: B examples.
-            kept: How many tokens to keep of each, long (B,).
+            counts: How many tokens to keep of each, long (B,).
             generator: Source of any randomness, on the CPU.
 
         Returns:
-            bool (B, N) with at most ``kept`` True in each row.
+            bool (B, N) with at most ``counts`` True in each row.
         """
         ...
 
@@ -54,28 +54,28 @@ def budget_to_count(encoded: Encoded, budget: float | Sequence[float]) -> torch.
     Raises:
         ValueError: If a budget is outside (0, 1], or there are not as many as examples.
     """
-    counts = encoded.token_mask.sum(1).tolist()
+    totals = encoded.token_mask.sum(1).tolist()
     try:
         budgets = np.asarray(budget, dtype=float).reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
             f"a budget is a share of the visual tokens, in (0, 1], or a list of such; got {budget!r}"
         ) from None
-    budgets = budgets * len(counts) if np.ndim(budget) == 0 else budgets
-    if len(budgets) != len(counts):
-        raise ValueError(f"{len(budgets)} budgets for {len(counts)} images: give one for all, or one for each")
+    budgets = budgets * len(totals) if np.ndim(budget) == 0 else budgets
+    if len(budgets) != len(totals):
+        raise ValueError(f"{len(budgets)} budgets for {len(totals)} images: give one for all, or one for each")
     for share in budgets:
         check_budget(share)
-    kept = [tokens_in_budget(share, count) for share, count in zip(budgets, counts, strict=True)]
-    return torch.tensor(kept, device=encoded.token_mask.device)
+    counts = [tokens_in_budget(share, count) for share, count in zip(budgets, totals, strict=True)]
+    return torch.tensor(counts, device=encoded.token_mask.device)
 
 
-def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Keep the best-scoring tokens; of equals, the one with the lower index.
 
     Args:
         scores: float (B, N).
-        kept: long (B,).
+        counts: long (B,).
         mask: Which tokens are real, bool (B, N).
 
     Returns:
@@ -91,12 +91,12 @@ def top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch
         raise ValueError(f"scores must be numbers; got NaN for {int((scores.isnan() & mask).sum())} tokens")
     order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
-    return (rank < kept[:, None]) & mask
+    return (rank < counts[:, None]) & mask
 
 
-def observations(encoded: Encoded, kept: torch.Tensor) -> list[dict[str, np.ndarray]]:
+def observations(encoded: Encoded, counts: torch.Tensor) -> list[dict[str, np.ndarray]]:
     """Return what the environment would show of each example at the given counts."""
-    shares = kept / encoded.token_mask.sum(1)
+    shares = counts / encoded.token_mask.sum(1)
     return [
         {
             "tokens": encoded.tokens[row].float().cpu().numpy().copy(),
@@ -124,8 +124,8 @@ def keep_best(scores: np.ndarray, observation: Mapping[str, np.ndarray]) -> np.n
     array([ True, False, False])
     """
     mask = torch.as_tensor(observation["token_mask"], dtype=torch.bool)
-    kept = tokens_in_budget(float(observation["budget"][0]), int(mask.sum()))
-    return top_k(torch.as_tensor(scores)[None], torch.tensor([kept]), mask[None])[0].numpy()
+    k = tokens_in_budget(float(observation["budget"][0]), int(mask.sum()))
+    return top_k(torch.as_tensor(scores)[None], torch.tensor([k]), mask[None])[0].numpy()
 
 
 class PolicySelector:
@@ -141,11 +141,11 @@ class PolicySelector:
         self.policy = policy
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens one example at a time; see :class:`Selector`."""
         rows: list[Any] = []
-        for observation in observations(encoded, kept):
+        for observation in observations(encoded, counts):
             mask = np.asarray(self.policy.select(observation))
             if mask.shape != observation["token_mask"].shape or mask.dtype != bool:
                 raise ValueError(
@@ -155,4 +155,4 @@ class PolicySelector:
             rows.append(torch.from_numpy(mask))
         chosen = torch.stack(rows).to(encoded.token_mask.device)
         luck = torch.rand(chosen.shape, generator=generator).to(chosen.device)
-        return top_k(luck, kept, chosen & encoded.token_mask)
+        return top_k(luck, counts, chosen & encoded.token_mask)

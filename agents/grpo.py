@@ -148,7 +148,7 @@ class Rollouts(NamedTuple):
 
     encoded: Encoded
     """B examples."""
-    kept: torch.Tensor
+    counts: torch.Tensor
     """Subset sizes, long (B,)."""
     policy: KSubset | OrderedSubset
     """Over the subsets of the examples."""
@@ -164,9 +164,9 @@ class Rollouts(NamedTuple):
     """Examples that were left out, as a score or reward was not finite."""
 
 
-def _seen(scores: Scores, reward: torch.Tensor, kept: torch.Tensor, flat_below: float) -> dict[str, float]:
+def _seen(scores: Scores, reward: torch.Tensor, counts: torch.Tensor, flat_below: float) -> dict[str, float]:
     """Return what the log says of rewards, (B, G)."""
-    small = lowest_eighth(kept)
+    small = lowest_eighth(counts)
     groups = {}
     if reward.shape[1] > 1:
         spread = reward.std(1)
@@ -254,8 +254,8 @@ class GRPO:
         config = self.config
         return draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
 
-    def _policy(self, scorer: Scorer, encoded: Encoded, kept: torch.Tensor) -> KSubset | OrderedSubset:
-        return scorer.policy(encoded, kept, self.config.temperature)
+    def _policy(self, scorer: Scorer, encoded: Encoded, counts: torch.Tensor) -> KSubset | OrderedSubset:
+        return scorer.policy(encoded, counts, self.config.temperature)
 
     def _score(self, encoded: Encoded, full: Scores, actions: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
         """Return scores and rewards, (B, G), of what was drawn, and the seconds that scoring took."""
@@ -273,9 +273,9 @@ class GRPO:
         """
         config, candidates = self.config, self.settings.candidates
         encoded, full = self.pool.batch(config.instances * candidates, self.rewards.agreement)
-        kept = self.draw_counts(encoded)
+        counts = self.draw_counts(encoded)
         with torch.set_grad_enabled(candidates == 1):
-            policy = self._policy(self.scorer, encoded, kept)
+            policy = self._policy(self.scorer, encoded, counts)
         first = config.probes if candidates > 1 else config.group
         actions = policy.sample(torch.Size((first,)), generator=self._generator)
         scores, reward, seconds = self._score(encoded, full, actions)
@@ -284,18 +284,18 @@ class GRPO:
         if skipped:
             if not len(good):
                 return None
-            encoded, full, kept, scores, reward = encoded[good], full[good], kept[good], scores[good], reward[good]
-            actions = self._only(actions, good, kept)
+            encoded, full, counts, scores, reward = encoded[good], full[good], counts[good], scores[good], reward[good]
+            actions = self._only(actions, good, counts)
             if candidates == 1:  # of several, the policy is made anew below
-                policy = self._policy(self.scorer, encoded, kept)
-        seen = _seen(scores, reward, kept, config.flat_below)
+                policy = self._policy(self.scorer, encoded, counts)
+        seen = _seen(scores, reward, counts, config.flat_below)
         if candidates > 1:
             rows = reward.std(1).argsort(descending=True, stable=True)[: config.instances].sort().values
-            encoded, full, kept = encoded[rows], full[rows], kept[rows]
-            policy = self._policy(self.scorer, encoded, kept)
+            encoded, full, counts = encoded[rows], full[rows], counts[rows]
+            policy = self._policy(self.scorer, encoded, counts)
             more = policy.sample(torch.Size((config.group - first,)), generator=self._generator)
             scores, its, longer = self._score(encoded, full, more)
-            actions = torch.cat([self._only(actions, rows, kept), more])
+            actions = torch.cat([self._only(actions, rows, counts), more])
             reward = torch.cat([reward[rows], its], 1)
             seconds += longer
             good = self._good(encoded, scores, full, reward)
@@ -303,19 +303,19 @@ class GRPO:
                 if not len(good):
                     return None
                 skipped += len(encoded) - len(good)
-                encoded, kept, reward = encoded[good], kept[good], reward[good]
-                actions = self._only(actions, good, kept)
-                policy = self._policy(self.scorer, encoded, kept)
-        return Rollouts(encoded, kept, policy, actions, reward, seen, seconds, skipped)
+                encoded, counts, reward = encoded[good], counts[good], reward[good]
+                actions = self._only(actions, good, counts)
+                policy = self._policy(self.scorer, encoded, counts)
+        return Rollouts(encoded, counts, policy, actions, reward, seen, seconds, skipped)
 
     def _good(self, encoded: Encoded, scores: Scores, full: Scores, reward: torch.Tensor) -> torch.Tensor:
         """Return the rows whose scores and rewards are all finite, long."""
         known = torch.cat([scores.log_likelihood, full.log_likelihood, reward.to(scores.log_likelihood)], 1)
         return finite_rows(known, "the reward, or a log-likelihood,", encoded, self.config.on_nan).nonzero()[:, 0]
 
-    def _only(self, actions: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Return what was drawn for some rows, which keep ``kept``, long (R,): orders are as long as their longest."""
-        return actions[:, rows, : int(kept.max())] if self.settings.in_turn else actions[:, rows]
+    def _only(self, actions: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Return what was drawn for some rows, which keep ``counts`` tokens, long (R,): orders end with the longest."""
+        return actions[:, rows, : int(counts.max())] if self.settings.in_turn else actions[:, rows]
 
     def _optimise(self) -> Iterator[Metrics]:
         config, settings = self.config, self.settings
@@ -333,24 +333,24 @@ class GRPO:
                 drawn = self._draw()
             if drawn is None:
                 continue
-            encoded, kept, policy, actions, reward, seen, scoring, skipped = drawn
-            value = None if critic is None else critic.predict(encoded, kept)
+            encoded, counts, policy, actions, reward, seen, scoring, skipped = drawn
+            value = None if critic is None else critic.predict(encoded, counts)
             advantage = advantages(reward, settings.scale, settings.std_floor, settings.baseline, value).T  # (G, B)
             counted = reward.std(1) >= config.flat_below if settings.drop_flat else None
             old: torch.Tensor | None = None
             for epoch in range(settings.epochs):
                 if epoch:
-                    policy = self._policy(self.scorer, encoded, kept)
+                    policy = self._policy(self.scorer, encoded, counts)
                 log_prob = policy.log_prob(actions)  # (G, B)
                 old = log_prob.detach() if old is None else old
                 reference = None
                 if self._reference is not None:
                     with torch.no_grad():
-                        reference = self._policy(self._reference, encoded, kept)
+                        reference = self._policy(self._reference, encoded, counts)
                 objective = policy_objective(policy, log_prob, old, advantage, settings, counted, reference)
                 with named_step(self.phase, step):
                     norm = learner.minimise(-objective)
-            value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, kept, reward, step)}
+            value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, counts, reward, step)}
             with torch.no_grad():
                 assert old is not None  # there is one epoch at least
                 entropy = policy.entropy() if isinstance(policy, KSubset) else -old.mean(0)
@@ -360,7 +360,7 @@ class GRPO:
                 {
                     **seen,
                     **value_loss,
-                    "entropy_per_token": float((entropy / kept).mean()),
+                    "entropy_per_token": float((entropy / counts).mean()),
                     "gradient_norm": norm,
                     **({"skipped": skipped} if config.on_nan == "skip" else {}),
                     "learning_rate": learner.learning_rate,

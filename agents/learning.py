@@ -119,6 +119,6 @@ def draw_counts(
     return torch.tensor([tokens_in_budget(*pair) for pair in pairs], device=encoded.tokens.device)
 
 
-def lowest_eighth(kept: torch.Tensor) -> torch.Tensor:
+def lowest_eighth(counts: torch.Tensor) -> torch.Tensor:
     """Return which subset sizes, long (B,), are among the lowest eighth, bool (B,): the log tells of them apart."""
-    return kept <= kept.float().quantile(0.125)
+    return counts <= counts.float().quantile(0.125)

@@ -53,7 +53,7 @@ class MethodResult:
 
 
 def run_method(
-    method: Runnable, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    method: Runnable, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor | MethodResult:
     """Let a method have its way with B examples.
 
@@ -61,7 +61,7 @@ def run_method(
         method: The method.
         vlm: The frozen model.
         encoded: B examples.
-        kept: How many tokens each may keep, long (B,).
+        counts: How many tokens each may keep, long (B,).
         generator: Source of any randomness, on the CPU.
 
     Returns:
@@ -72,12 +72,12 @@ def run_method(
     """
     if isinstance(method, InsidePruner):
         try:
-            result = method.score(vlm, encoded, kept, generator)
+            result = method.score(vlm, encoded, counts, generator)
         except ValueError as error:
             raise BudgetError(str(error)) from None
         spent = {"tokens": result.kept, "layer_average": result.layer_average, "flops": result.flops}
         return MethodResult(result.scores.log_likelihood[:, 0], result.scores.correct[:, 0], spent)
-    chosen = method(vlm, encoded, kept, generator)
+    chosen = method(vlm, encoded, counts, generator)
     if not isinstance(chosen, Replacement):
         return chosen
     scores = vlm.score(chosen.encoded, chosen.selection[:, None])

@@ -145,10 +145,10 @@ class Pruner:
         Raises:
             ValueError: If one is outside (0, 1], or there are not as many as examples.
         """
-        kept = budget_to_count(encoded, budget)
-        if bool((kept == encoded.token_mask.sum(1)).all()):
+        counts = budget_to_count(encoded, budget)
+        if bool((counts == encoded.token_mask.sum(1)).all()):
             return encoded.token_mask.clone()
-        return self.selector(self.vlm, encoded, kept, torch.Generator().manual_seed(0))
+        return self.selector(self.vlm, encoded, counts, torch.Generator().manual_seed(0))
 
     def answers(
         self,

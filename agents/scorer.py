@@ -85,7 +85,7 @@ class ScorerInputs(NamedTuple):
     budget: torch.Tensor
 
     @classmethod
-    def of(cls, encoded: Encoded, kept: torch.Tensor) -> ScorerInputs:
+    def of(cls, encoded: Encoded, counts: torch.Tensor) -> ScorerInputs:
         """Return those of encoded examples at the given counts, long (B,)."""
         return cls(
             encoded.tokens.float(),
@@ -93,7 +93,7 @@ class ScorerInputs(NamedTuple):
             encoded.token_mask,
             encoded.question.float(),
             encoded.question_mask,
-            (kept / encoded.token_mask.sum(1)).float(),
+            (counts / encoded.token_mask.sum(1)).float(),
         )
 
 
@@ -251,30 +251,30 @@ class Scorer(nn.Module):
             x = block(x, memory, tgt_key_padding_mask=padding, memory_key_padding_mask=hidden)
         return x
 
-    def score(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
+    def score(self, encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
         """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
-        return self(*ScorerInputs.of(encoded, kept))
+        return self(*ScorerInputs.of(encoded, counts))
 
-    def policy(self, encoded: Encoded, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
+    def policy(self, encoded: Encoded, counts: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
         """Return the distribution over selections of encoded examples at the given counts (B,), as ``in_turn`` says.
 
         Args:
             encoded: B examples.
-            kept: Tokens to keep, long (B,).
+            counts: Tokens to keep, long (B,).
             temperature: What scores, and what choices take from them, are divided by.
         """
-        return self.decide(ScorerInputs.of(encoded, kept), kept, temperature)
+        return self.decide(ScorerInputs.of(encoded, counts), counts, temperature)
 
-    def decide(self, inputs: ScorerInputs, kept: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
+    def decide(self, inputs: ScorerInputs, counts: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
         """Return the same from what the scorer reads; see :meth:`policy`."""
         features = self.features(*inputs)
         scores = self.rate(features, inputs.token_mask) / temperature
         if not bool(scores.detach().isfinite().all()):
             raise NonFiniteError("scores of the scorer are NaN or infinite: look at its weights and at what it reads")
         if self.interaction is None:
-            return KSubset(scores, kept, mask=inputs.token_mask, validate_args=False)
+            return KSubset(scores, counts, mask=inputs.token_mask, validate_args=False)
         return OrderedSubset(
-            scores, self.interaction(features, inputs.positions) / temperature, kept, inputs.token_mask
+            scores, self.interaction(features, inputs.positions) / temperature, counts, inputs.token_mask
         )
 
     def check_in_turn(self, wanted: bool) -> None:
@@ -334,9 +334,9 @@ def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:
     """FLOPs of the scorer over ``tokens`` visual tokens and a question of ``words`` tokens."""
     width, memory = config.width, words + 1
     embed = 2 * (tokens + words) * config.token_width * width
-    places = 2 * tokens * (24 * width + width**2) + 2 * (2 * width + width**2)
+    positions = 2 * tokens * (24 * width + width**2) + 2 * (2 * width + width**2)
     question = layer_flops(memory, width, 4 * width)
     cross = 2 * (2 * tokens + 2 * memory) * width**2 + 4 * tokens * memory * width
     blocks = config.blocks * (layer_flops(tokens, width, 4 * width) + cross)
     pairs = 2 * tokens * (width + 2 * width * config.pair_width + tokens * config.pair_width) * config.in_turn
-    return embed + places + question + blocks + pairs + 2 * tokens * width
+    return embed + positions + question + blocks + pairs + 2 * tokens * width

@@ -29,14 +29,14 @@ class ScorerSelector:
 
     @torch.no_grad()
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
         rows = len(encoded)
         if self.scorer.config.in_turn:
             rows = max(1, MOST_PAIRS // encoded.token_mask.shape[1] ** 2)
         parts = [slice(start, start + rows) for start in range(0, len(encoded), rows)]
-        return torch.cat([self.scorer.policy(encoded[part], kept[part]).mode for part in parts])
+        return torch.cat([self.scorer.policy(encoded[part], counts[part]).mode for part in parts])
 
 
 class ScorerPolicy:
@@ -60,8 +60,8 @@ class ScorerPolicy:
 
         mask = row("token_mask").bool()
         budget = row("budget")[:, 0]
-        kept = tokens_in_budget(float(budget), int(mask.sum()))
+        k = tokens_in_budget(float(budget), int(mask.sum()))
         inputs = ScorerInputs(
             row("tokens"), row("positions"), mask, row("question"), row("question_mask").bool(), budget
         )
-        return self.scorer.decide(inputs, torch.tensor([kept], device=device)).mode[0].cpu().numpy()
+        return self.scorer.decide(inputs, torch.tensor([k], device=device)).mode[0].cpu().numpy()

@@ -130,8 +130,8 @@ def survey(
             for name, selector in selectors.items():
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {index} {name} {k}".encode()))
                 rows = encoded[[0] * (ORACLE_DRAWS if name == "oracle" else 1)]
-                kept = torch.full((len(rows),), k, device=rows.tokens.device)
-                selections[name] = selector(vlm, rows, kept, generator).cpu().numpy()
+                counts = torch.full((len(rows),), k, device=rows.tokens.device)
+                selections[name] = selector(vlm, rows, counts, generator).cpu().numpy()
             terrains.append(explore(tables[: k + 1], index, encoded.examples[0].family, selections))
     return terrains
 

@@ -100,10 +100,10 @@ def landscape(vlm: HuggingFaceVLM, split: str, count: int, budget: float = 0.1) 
         encoded = vlm.encode([task.example(split, index) for index in range(start, min(start + 100, count))])
         answers += [example.answer for example in encoded.examples]
         families += [example.family for example in encoded.examples]
-        kept = budget_to_count(encoded, budget)
+        counts = budget_to_count(encoded, budget)
         for name in LANDSCAPE:
             selector = all_tokens if name == "all tokens" else BASELINES[name]
-            selection = selector(vlm, encoded, kept, generator)
+            selection = selector(vlm, encoded, counts, generator)
             right[name] += vlm.score(encoded, selection[:, None]).correct[:, 0].tolist()
     table: dict[str, dict[str, float]] = {}
     for family in (*FAMILIES, "all"):

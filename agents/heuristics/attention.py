@@ -11,7 +11,7 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 __all__ = ["VisPruner", "cls_attention", "received_attention"]
 
 
-def cls_attention(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def cls_attention(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep the tokens the vision tower's CLS token attends to most, at the layer the features come from.
 
     The same rule is FasterVLM's and that of VisionZip's dominant tokens: sum and mean over heads rank alike.
@@ -21,18 +21,18 @@ def cls_attention(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generato
     Raises:
         NotImplementedError: If the model's tower has no CLS token that stands beside its visual tokens.
     """
-    return top_k(vlm.attention(encoded, "cls"), kept, encoded.token_mask)
+    return top_k(vlm.attention(encoded, "cls"), counts, encoded.token_mask)
 
 
 def received_attention(
-    vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+    vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """Keep the tokens that the vision tower's patches attend to most, on average: for towers without a CLS token.
 
     Raises:
         NotImplementedError: If the model's attention is not known for each visual token.
     """
-    return top_k(vlm.attention(encoded, "received"), kept, encoded.token_mask)
+    return top_k(vlm.attention(encoded, "received"), counts, encoded.token_mask)
 
 
 class VisPruner:
@@ -71,7 +71,7 @@ class VisPruner:
         self.ratio, self.pace, self.kind = ratio, pace, kind
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`.
 
@@ -85,7 +85,7 @@ class VisPruner:
         features = _compared(vlm, encoded)
         similarity = cosine(features, features)  # (B, N, N)
         chosen = torch.zeros_like(mask)
-        for row, count in enumerate(torch.minimum(kept, mask.sum(1)).tolist()):
+        for row, count in enumerate(torch.minimum(counts, mask.sum(1)).tolist()):
             first = int(count * self.ratio)
             chosen[row, order[row, :first]] = True
             listed = listing[row]

@@ -12,13 +12,13 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 __all__ = ["all_tokens", "feature_norm", "oracle", "random_tokens", "uniform_grid"]
 
 
-def random_tokens(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def random_tokens(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep uniformly random tokens."""
     luck = torch.rand(encoded.token_mask.shape, generator=generator).to(encoded.tokens.device)
-    return top_k(luck, kept, encoded.token_mask)
+    return top_k(luck, counts, encoded.token_mask)
 
 
-def uniform_grid(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def uniform_grid(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep tokens spread evenly over the image: k lattice points, each taken by the nearest token still free.
 
     Of equally near ones, the one with the lower index. Where tokens are is all that counts, so that the choice moves
@@ -26,15 +26,15 @@ def uniform_grid(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator
     """
     cache: dict[tuple[int, bytes], torch.Tensor] = {}
     chosen = torch.zeros_like(encoded.token_mask)
-    limits = torch.minimum(kept, encoded.token_mask.sum(1))
+    limits = torch.minimum(counts, encoded.token_mask.sum(1))
     for row, count in enumerate(limits.tolist()):
         if not count:
             continue
         real = encoded.token_mask[row]
-        places = encoded.positions[row][real]
-        key = (count, places.cpu().numpy().tobytes())
+        positions = encoded.positions[row][real]
+        key = (count, positions.cpu().numpy().tobytes())
         if key not in cache:
-            cache[key] = _nearest_free(places.cpu().double(), _lattice(count)).to(places.device)
+            cache[key] = _nearest_free(positions.cpu().double(), _lattice(count)).to(positions.device)
         chosen[row, real.nonzero().flatten()[cache[key]]] = True
     return chosen
 
@@ -49,9 +49,9 @@ def _lattice(count: int) -> torch.Tensor:
     return torch.tensor(points, dtype=torch.float64)
 
 
-def _nearest_free(places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _nearest_free(positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     # a lattice point in the middle of four tokens is common: rounding must not choose among them
-    distance = (targets[:, None] - places[None]).square().sum(-1).round(decimals=7)
+    distance = (targets[:, None] - positions[None]).square().sum(-1).round(decimals=7)
     taken: list[int] = []
     for row in distance:
         row = row.clone()
@@ -60,12 +60,12 @@ def _nearest_free(places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.tensor(taken)
 
 
-def feature_norm(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def feature_norm(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep the tokens of largest Euclidean norm, as the language model gets them: behind the projector."""
-    return top_k(encoded.tokens.float().norm(dim=-1), kept, encoded.token_mask)
+    return top_k(encoded.tokens.float().norm(dim=-1), counts, encoded.token_mask)
 
 
-def oracle(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def oracle(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep the ground-truth relevant tokens, best first, and fill up with random ones. Uses the answer's place.
 
     Raises:
@@ -75,9 +75,9 @@ def oracle(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torc
     if relevance is None:
         raise ValueError("the oracle needs examples with ground-truth relevance, as the scenes task gives them")
     luck = torch.rand(encoded.token_mask.shape, generator=generator).to(encoded.tokens.device)
-    return top_k(torch.where(relevance > 0, 1 + relevance, luck), kept, encoded.token_mask)
+    return top_k(torch.where(relevance > 0, 1 + relevance, luck), counts, encoded.token_mask)
 
 
-def all_tokens(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def all_tokens(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Keep everything, whatever the budget: the model without pruning."""
     return encoded.token_mask.clone()

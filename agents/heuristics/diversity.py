@@ -29,7 +29,9 @@ def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (normalize(left.to(kind), dim=-1) @ normalize(right.to(kind), dim=-1).mT).round(decimals=9)
 
 
-def max_min_diversity(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def max_min_diversity(
+    vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Greedily keep the token farthest, in cosine distance, from its nearest kept one.
 
     The first pick is the token whose distance to its nearest neighbour is largest. Ties go to the lower index: two
@@ -38,16 +40,16 @@ def max_min_diversity(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, gene
     Source: Alvar et al., "DivPrune: diversity-based visual token pruning for large multimodal models", CVPR 2025.
     """
     mask = encoded.token_mask
-    kept = torch.minimum(kept, mask.sum(1))
+    counts = torch.minimum(counts, mask.sum(1))
     distance = 1 - cosine(encoded.tokens, encoded.tokens)  # (B, N, N)
     batch = torch.arange(len(encoded), device=mask.device)
     itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     others = distance.masked_fill(itself | ~mask[:, None], torch.inf)
     nearest = others.amin(2)  # (B, N)
     chosen = torch.zeros_like(mask)
-    for step in range(int(kept.max())):
+    for step in range(int(counts.max())):
         pick = nearest.masked_fill(chosen | ~mask, -torch.inf).argmax(1)  # (B,)
-        going_on = step < kept
+        going_on = step < counts
         chosen[batch[going_on], pick[going_on]] = True
         reached = distance[batch, pick]
         nearest = reached if step == 0 else torch.minimum(nearest, reached)
@@ -105,22 +107,22 @@ class CDPruner:
         self.sign = sign
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
         mask = encoded.token_mask
-        kept = torch.minimum(kept, mask.sum(1))
+        counts = torch.minimum(counts, mask.sum(1))
         relevance = question_relevance(encoded, self.sign)  # (B, N)
         kernel = relevance[:, :, None] * cosine(encoded.tokens, encoded.tokens) * relevance[:, None]
         batch = torch.arange(len(encoded), device=mask.device)
-        steps = int(kept.max())
+        steps = int(counts.max())
         volume = kernel.diagonal(dim1=1, dim2=2).clone()  # what each token would add, squared, (B, N)
         factors = kernel.new_zeros(len(encoded), steps, mask.shape[1])  # rows of the Cholesky factor
         chosen = torch.zeros_like(mask)
         for step in range(steps):
             score = torch.where(volume > NO_VOLUME, volume, relevance - 2).round(decimals=9)
             pick = score.masked_fill(chosen | ~mask, -torch.inf).argmax(1)  # (B,)
-            going_on = step < kept
+            going_on = step < counts
             chosen[batch[going_on], pick[going_on]] = True
             own = volume[batch, pick][:, None]
             earlier = factors[:, :step]

@@ -44,7 +44,7 @@ class InsideScores:
     """How a model answers that drops tokens between its layers, and what that cost."""
 
     scores: Scores
-    """Fields of shape (B, 1); ``kept`` is the mean over the layers of the share of the tokens present."""
+    """Fields of shape (B, 1); ``kept_fraction`` is the mean over the layers of the share of the tokens present."""
     selection: torch.Tensor
     """Which visual tokens are left at the end, bool (B, N)."""
     layer_average: torch.Tensor
@@ -64,13 +64,13 @@ class InsideScores:
 class InsidePruner(Protocol):
     """Anything that drops tokens while the language model runs: it cannot be a selector, so it scores by itself."""
 
-    def score(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> InsideScores:
+    def score(self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> InsideScores:
         """Answer under a budget.
 
         Args:
             vlm: The model the examples were encoded with.
             encoded: B examples, with answers.
-            kept: How many tokens the budget allows of each, long (B,); what that counts is for the method to say.
+            counts: How many tokens the budget allows of each, long (B,); what that counts is for the method to say.
             generator: Source of any randomness, on the CPU.
 
         Raises:
@@ -98,35 +98,35 @@ class FastV:
     position_policy: PositionPolicy = "original"
     """Whether what stays keeps its position, or is renumbered at the drop."""
 
-    def plan(self, layers: int, count: int, kept: int) -> tuple[int, ...]:
+    def plan(self, layers: int, count: int, k: int) -> tuple[int, ...]:
         """Return how many tokens stay after the drop, as a tuple of one.
 
         Args:
             layers: Of the language model.
             count: n, visual tokens of the image.
-            kept: The budget.
+            k: The budget.
 
         Raises:
             ValueError: If ``budget_of`` is "layers" and the layers before the drop spend it; if K is no such layer.
 
-        >>> FastV().plan(layers=32, count=576, kept=192)  # (32 * 192 - 2 * 576) / 30
+        >>> FastV().plan(layers=32, count=576, k=192)  # (32 * 192 - 2 * 576) / 30
         (166,)
-        >>> FastV(budget_of="kept").plan(layers=32, count=576, kept=192)
+        >>> FastV(budget_of="kept").plan(layers=32, count=576, k=192)
         (192,)
         """
         _check_drops("FastV", (self.layer,), layers)
         _check_budget_of(self.budget_of)
         if self.budget_of == "kept":
-            return (min(kept, count),)
+            return (min(k, count),)
         schedule = PruningSchedule((self.layer,), layers)
-        _check_total("FastV", schedule, kept, count)
-        return (schedule.allowance(count, kept, []),)
+        _check_total("FastV", schedule, k, count)
+        return (schedule.allowance(count, k, []),)
 
     @torch.no_grad()
-    def score(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> InsideScores:
+    def score(self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> InsideScores:
         """Answer under a budget; see :class:`InsidePruner`."""
         run = _begin("FastV", vlm, encoded, self.position_policy)
-        plans = _plans(encoded, kept, lambda count, budget: self.plan(run.layers, count, budget))
+        plans = _plans(encoded, counts, lambda count, budget: self.plan(run.layers, count, budget))
         run.advance(self.layer - 1)
         seen = run.attention()  # of layer K - 1, before it runs: the states that go into it
         run.advance(self.layer)
@@ -170,22 +170,22 @@ class PyramidDrop:
         quarters = {(2 * layers * part + 4) // 8 for part in (1, 2, 3)}
         return tuple(sorted({min(max(layer, 1), layers - 1) for layer in quarters}))
 
-    def plan(self, layers: int, count: int, kept: int) -> tuple[int, ...]:
+    def plan(self, layers: int, count: int, k: int) -> tuple[int, ...]:
         """Return how many tokens stay after each drop.
 
         Args:
             layers: Of the language model.
             count: n, visual tokens of the image.
-            kept: The budget.
+            k: The budget.
 
         Raises:
             ValueError: If the budget cannot be kept; if layers or ratios are none.
 
-        >>> PyramidDrop(ratios=(0.5, 0.25, 0.125)).plan(layers=32, count=576, kept=288)
+        >>> PyramidDrop(ratios=(0.5, 0.25, 0.125)).plan(layers=32, count=576, k=288)
         (288, 144, 72)
-        >>> PyramidDrop().plan(layers=32, count=576, kept=192)
+        >>> PyramidDrop().plan(layers=32, count=576, k=192)
         (146, 37, 9)
-        >>> PyramidDrop(budget_of="kept").plan(layers=32, count=576, kept=72)
+        >>> PyramidDrop(budget_of="kept").plan(layers=32, count=576, k=72)
         (288, 144, 72)
         """
         stages = self.stages(layers)
@@ -196,43 +196,43 @@ class PyramidDrop:
         except ValueError as error:
             raise ValueError(f"PyramidDrop cannot have the layers {stages} and ratios {self.ratios}: {error}") from None
         if self.ratios is not None:
-            return self._fixed(schedule, count, kept)
+            return self._fixed(schedule, count, k)
         if self.budget_of == "kept":
-            kept = min(kept, count)
-            share = (kept / count) ** (1 / len(stages))
-            return (*_geometric(count, share, len(stages) - 1), kept)
-        _check_total("PyramidDrop", schedule, kept, count)
-        if count <= kept:
+            k = min(k, count)
+            share = (k / count) ** (1 / len(stages))
+            return (*_geometric(count, share, len(stages) - 1), k)
+        _check_total("PyramidDrop", schedule, k, count)
+        if count <= k:
             return (count,) * len(stages)
         low, high = 0.0, 1.0  # the share each drop leaves of what is there
         for _ in range(60):
             middle = (low + high) / 2
-            fits = schedule.spent(count, _geometric(count, middle, len(stages))) <= layers * kept
+            fits = schedule.spent(count, _geometric(count, middle, len(stages))) <= layers * k
             low, high = (middle, high) if fits else (low, middle)
         return tuple(_geometric(count, low, len(stages)))
 
-    def _fixed(self, schedule: PruningSchedule, count: int, kept: int) -> tuple[int, ...]:
+    def _fixed(self, schedule: PruningSchedule, count: int, k: int) -> tuple[int, ...]:
         assert self.ratios is not None
         stay = tuple(max(1, math.floor(ratio * count)) for ratio in self.ratios)
         spent = schedule.spent(count, stay)
-        if self.budget_of == "layers" and spent > schedule.layers * kept:
+        if self.budget_of == "layers" and spent > schedule.layers * k:
             raise ValueError(
                 f"PyramidDrop with the ratios {self.ratios} before the layers {schedule.stages} of {schedule.layers} "
                 f"has {spent / schedule.layers:.4g} of {count} visual tokens present on average, more than the budget "
-                f"of {kept}: give another budget or other ratios, or none, which fits them to the budget"
+                f"of {k}: give another budget or other ratios, or none, which fits them to the budget"
             )
-        if self.budget_of == "kept" and stay[-1] > kept:
+        if self.budget_of == "kept" and stay[-1] > k:
             raise ValueError(
                 f"PyramidDrop with the ratios {self.ratios} leaves {stay[-1]} of {count} visual tokens, more than the "
-                f"budget of {kept}: give another budget or other ratios, or none, which fits them to the budget"
+                f"budget of {k}: give another budget or other ratios, or none, which fits them to the budget"
             )
         return stay
 
     @torch.no_grad()
-    def score(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> InsideScores:
+    def score(self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> InsideScores:
         """Answer under a budget; see :class:`InsidePruner`."""
         run = _begin("PyramidDrop", vlm, encoded, self.position_policy)
-        plans = _plans(encoded, kept, lambda count, budget: self.plan(run.layers, count, budget))
+        plans = _plans(encoded, counts, lambda count, budget: self.plan(run.layers, count, budget))
         stages = self.stages(run.layers)
         for stage, layer in enumerate(stages):
             run.advance(layer)
@@ -259,9 +259,9 @@ def _check_drops(name: str, stages: Sequence[int], layers: int) -> None:
         )
 
 
-def _check_total(name: str, schedule: PruningSchedule, kept: int, count: int) -> None:
+def _check_total(name: str, schedule: PruningSchedule, k: int, count: int) -> None:
     try:
-        schedule.check_total(kept, count)
+        schedule.check_total(k, count)
     except ValueError as error:
         raise ValueError(
             f"{name} cannot keep this budget: {error}; or count what is left at the end, budget_of='kept' "
@@ -281,9 +281,9 @@ def _begin(name: str, vlm: FrozenVLM, encoded: Encoded, position_policy: Positio
         raise NotImplementedError(f"{name}: {error}") from None
 
 
-def _plans(encoded: Encoded, kept: torch.Tensor, plan: Callable[[int, int], tuple[int, ...]]) -> torch.Tensor:
+def _plans(encoded: Encoded, counts: torch.Tensor, plan: Callable[[int, int], tuple[int, ...]]) -> torch.Tensor:
     """Return how many tokens of each example stay after each drop, long (B, T)."""
-    pairs = list(zip(encoded.token_mask.sum(1).tolist(), kept.tolist(), strict=True))
+    pairs = list(zip(encoded.token_mask.sum(1).tolist(), counts.tolist(), strict=True))
     known = {pair: plan(*pair) for pair in set(pairs)}
     return torch.tensor([known[pair] for pair in pairs], device=encoded.token_mask.device)
 
@@ -292,9 +292,9 @@ def _finish(
     run: StagedForward, vlm: Any, encoded: Encoded, schedule: PruningSchedule, plans: torch.Tensor
 ) -> InsideScores:
     """Run what is left, score the answers and count what it cost."""
-    scores, counts = run.finish(), encoded.token_mask.sum(1)
+    scores, totals = run.finish(), encoded.token_mask.sum(1)
     prompts = (encoded.lengths - encoded.answer_lengths).tolist()
-    rows = list(zip(prompts, counts.tolist(), plans.tolist(), strict=True))
+    rows = list(zip(prompts, totals.tolist(), plans.tolist(), strict=True))
     saved = [
         flops_saved(vlm.model.config, prompt, schedule.lengths(prompt - count, count, stay))
         for prompt, count, stay in rows
@@ -302,6 +302,6 @@ def _finish(
     return InsideScores(
         scores=scores,
         selection=run.alive,
-        layer_average=scores.kept[:, 0] * counts,
-        flops=1 - torch.tensor(saved, device=counts.device),
+        layer_average=scores.kept_fraction[:, 0] * totals,
+        flops=1 - torch.tensor(saved, device=totals.device),
     )

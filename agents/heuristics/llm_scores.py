@@ -44,11 +44,11 @@ class FastVScore:
     """K, at least 1: before which layer FastV would drop; K - 1 layers and one attention are looked at."""
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
         run = _look("FastV score", vlm, encoded, self.layer - 1)
-        return top_k(run.attention(), kept, encoded.token_mask)
+        return top_k(run.attention(), counts, encoded.token_mask)
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class SparseVLMScore:
     """In which layer, counted from 0, the words attend."""
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
         _check_questions("SparseVLM score", encoded)
         run = _look("SparseVLM score", vlm, encoded, 0)
         raters = text_raters(run.hidden(), run.hidden("words"), encoded.token_mask, run.words)
         _advance("SparseVLM score", run, self.layer)
-        return top_k(run.attention(raters), kept, encoded.token_mask)
+        return top_k(run.attention(raters), counts, encoded.token_mask)
 
 
 def text_raters(
@@ -136,7 +136,7 @@ class DARTScore:
     """Most words that are pivots."""
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`."""
         _check_questions("DART score", encoded)
@@ -145,8 +145,8 @@ class DARTScore:
         run.advance(self.layer)
         tokens, words = (F.normalize(run.hidden(part, normed=True).float(), dim=-1) for part in ("tokens", "words"))
         mask = encoded.token_mask
-        chosen = top_k(sizes[0], kept.clamp_max(self.token_pivots), mask)
-        chosen_words = top_k(sizes[1], torch.full_like(kept, self.word_pivots), run.words)
+        chosen = top_k(sizes[0], counts.clamp_max(self.token_pivots), mask)
+        chosen_words = top_k(sizes[1], torch.full_like(counts, self.word_pivots), run.words)
         pivots = torch.cat(
             [
                 _first(tokens, sizes[0], chosen, self.token_pivots),
@@ -162,7 +162,7 @@ class DARTScore:
             1,
         )  # (B, P)
         similarity = pivots @ tokens.transpose(1, 2)  # (B, P, N)
-        rest, count = kept - chosen.sum(1), there.sum(1).clamp_min(1)
+        rest, count = counts - chosen.sum(1), there.sum(1).clamp_min(1)
         turn = there.cumsum(1) - 1  # the how manieth pivot of its row
         share = (rest // count)[:, None] + (turn < (rest % count)[:, None])
         for pivot in range(there.shape[1]):

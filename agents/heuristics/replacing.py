@@ -31,20 +31,22 @@ class Replacement:
     selection: torch.Tensor
     """Which of them are there, bool (B, K): no more than were asked for in each row, ``selection.sum(1)`` exactly.
 
-    ``Scores.kept`` is a share of these tokens, not of those they replace."""
+    ``Scores.kept_fraction`` is a share of these tokens, not of those they replace."""
 
 
 @runtime_checkable
 class Replacer(Protocol):
     """Anything that puts fewer tokens in the place of those of a batch of examples."""
 
-    def __call__(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
+    ) -> Replacement:
         """Return the examples with no more tokens than are asked for.
 
         Args:
             vlm: The model the examples were encoded with.
             encoded: B examples, whose images are known.
-            kept: How many tokens to use of each at most, from 1 to all, long (B,).
+            counts: How many tokens to use of each at most, from 1 to all, long (B,).
             generator: Source of any randomness, on the CPU.
 
         Raises:
@@ -81,13 +83,15 @@ class VisionZip:
         self.merged = merged
 
     @torch.no_grad()
-    def __call__(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
-        """Return the examples with exactly ``kept`` tokens each; see :class:`Replacer`."""
+    def __call__(
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
+    ) -> Replacement:
+        """Return the examples with exactly ``counts`` tokens each; see :class:`Replacer`."""
         model = _adapter(vlm, "VisionZip")
-        counts = _counts(encoded, kept)
+        sizes = _checked(encoded, counts)
         views = model.family.views(known_images(encoded.examples))
         pictures, origins = [], []
-        for row, (view, count) in enumerate(zip(views, counts, strict=True)):
+        for row, (view, count) in enumerate(zip(views, sizes, strict=True)):
             features, origin = self._merge(view, count)
             positions = encoded.positions[row, origin].clone()
             positions[0] = 0.5  # the CLS token shows the whole image
@@ -118,11 +122,13 @@ class VisionZip:
 
 
 @torch.no_grad()
-def downsampled_image(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> Replacement:
-    """Encode the image once more, made so small that it gives no more than ``kept`` tokens.
+def downsampled_image(
+    vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
+) -> Replacement:
+    """Encode the image once more, made so small that it gives no more than ``counts`` tokens.
 
-    The tokens form a grid (:func:`grip_env.vlms.families.base.grid_within`), so that often some fewer than ``kept`` are
-    used: the selection tells how many. Towers for images of one size (CLIP, SigLIP) interpolate their position
+    The tokens form a grid (:func:`grip_env.vlms.families.base.grid_within`), so often fewer than ``counts`` are used:
+    the selection tells how many. Towers for images of one size (CLIP, SigLIP) interpolate their position
     embeddings. The prompt is as short as the tokens are few, and its positions are those of a prompt of this length.
 
     Raises:
@@ -130,8 +136,8 @@ def downsampled_image(vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, gene
         ValueError: If an image is not known, or a count is out of range.
     """
     model = _adapter(vlm, "a down-sampled image")
-    counts = _counts(encoded, kept)
-    return _replace(model, encoded, model.family.shrunk(known_images(encoded.examples), counts))
+    sizes = _checked(encoded, counts)
+    return _replace(model, encoded, model.family.shrunk(known_images(encoded.examples), sizes))
 
 
 def _adapter(vlm: FrozenVLM, method: str) -> HuggingFaceVLM:
@@ -144,14 +150,14 @@ def _adapter(vlm: FrozenVLM, method: str) -> HuggingFaceVLM:
     return vlm
 
 
-def _counts(encoded: Encoded, kept: torch.Tensor) -> list[int]:
+def _checked(encoded: Encoded, counts: torch.Tensor) -> list[int]:
     real = encoded.token_mask.sum(1)
-    if bool((kept < 1).any()) or bool((kept > real).any()):
+    if bool((counts < 1).any()) or bool((counts > real).any()):
         raise ValueError(
-            f"cannot make {kept.tolist()} tokens of images with {real.tolist()}: ask for 1 to all of each image's"
+            f"cannot make {counts.tolist()} tokens of images with {real.tolist()}: ask for 1 to all of each image's"
         )
-    counts: list[int] = kept.tolist()
-    return counts
+    sizes: list[int] = counts.tolist()
+    return sizes
 
 
 def _picture(tokens: torch.Tensor, positions: torch.Tensor) -> Picture:
@@ -172,17 +178,17 @@ def _replace(
         origins: Which token each new one has the position of, long (K,); those of a shorter prompt if not given.
     """
     image = vlm.family.image_token_id
-    ids, places = [], []
+    ids, position_ids = [], []
     for row, picture in enumerate(pictures):
         old = encoded.input_ids[row, : int(encoded.lengths[row])]
         visual = (old == image).nonzero().flatten()
         before, after = old[: visual[0]], old[visual[-1] + 1 :]
         ids.append(torch.cat([before, old.new_full((len(picture.tokens),), image), after]))
-        if origins is not None and encoded.places is not None:
-            place = encoded.places[row, : len(old)]
-            places.append(torch.cat([place[: visual[0]], place[visual[origins[row]]], place[visual[-1] + 1 :]]))
+        if origins is not None and encoded.position_ids is not None:
+            place = encoded.position_ids[row, : len(old)]
+            position_ids.append(torch.cat([place[: visual[0]], place[visual[origins[row]]], place[visual[-1] + 1 :]]))
     questions = [words[mask] for words, mask in zip(encoded.question, encoded.question_mask, strict=True)]
     new = vlm.assemble(encoded.examples, pictures, ids, encoded.answer_lengths.tolist(), questions)
-    if places:
-        new.places = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
+    if position_ids:
+        new.position_ids = torch.nn.utils.rnn.pad_sequence(position_ids, batch_first=True)
     return Replacement(new, new.token_mask.clone())

@@ -253,10 +253,10 @@ class _LibraryAgent(ABC):
         return ScorerSelector(scorer.to(device_of(vlm)))
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose the most likely tokens; see :class:`agents.base.Selector`."""
-        return ScorerSelector(self.scorer)(vlm, encoded, kept, generator)
+        return ScorerSelector(self.scorer)(vlm, encoded, counts, generator)
 
 
 @register("a2c")
@@ -340,7 +340,7 @@ class MaskablePPOAgent(_LibraryAgent):
         return SequentialSelector(network.to(device_of(vlm)).eval())
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Add the most likely token until the budget is used; see :class:`agents.base.Selector`."""
-        return SequentialSelector(self.network)(vlm, encoded, kept, generator)
+        return SequentialSelector(self.network)(vlm, encoded, counts, generator)

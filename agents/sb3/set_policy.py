@@ -48,7 +48,7 @@ class SetFeatures(NamedTuple):
     """Which tokens are real, bool (B, N)."""
     selected: torch.Tensor
     """Which are in already, bool (B, N)."""
-    kept: torch.Tensor
+    counts: torch.Tensor
     """How many the budget allows, long (B,)."""
 
 
@@ -78,8 +78,8 @@ class SetNetwork(nn.Module):
         """Read B examples; the arguments are those of the scorer, and ``selected``, bool (B, N)."""
         more = selected[..., None] * self.selected_in
         features = self.scorer.features(tokens, positions, token_mask, question, question_mask, budget, more)
-        kept = (budget * token_mask.sum(1)).round().long().clamp_min(1)
-        return SetFeatures(self.scorer.rate(features, token_mask), features, token_mask, selected, kept)
+        counts = (budget * token_mask.sum(1)).round().long().clamp_min(1)
+        return SetFeatures(self.scorer.rate(features, token_mask), features, token_mask, selected, counts)
 
 
 class SetExtractor(BaseFeaturesExtractor):
@@ -131,15 +131,15 @@ def _length(mask: torch.Tensor) -> int:
     return int(used[-1]) + 1 if len(used) else 0
 
 
-def expecting(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Shift the scores of each row so that independent coins with these logits show ``kept`` heads on average.
+def expecting(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Shift the scores of each row so that independent coins with these logits show ``counts`` heads on average.
 
     Given that k coins are heads, they have the k-subset law of the scores (:class:`~agents.subset.KSubset`), so that a
     policy of coins starts out from a warmed-up scorer as GRPO's does. Gradients flow through the shift as well.
 
     Args:
         scores: float (B, N).
-        kept: long (B,).
+        counts: long (B,).
         mask: Which tokens are real, bool (B, N).
 
     Returns:
@@ -151,7 +151,7 @@ def expecting(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> t
     >>> [round(float(coin), 3) for coin in logits.sigmoid()[0]]
     [0.383, 0.628, 0.989, 0.0]
     """
-    target = torch.minimum(kept.to(scores.dtype), mask.sum(1) - 0.5)[:, None]  # (B, 1)
+    target = torch.minimum(counts.to(scores.dtype), mask.sum(1) - 0.5)[:, None]  # (B, 1)
     fixed = scores.detach()
     low = -fixed.masked_fill(~mask, -torch.inf).amax(1, keepdim=True) - 20
     high = -fixed.masked_fill(~mask, torch.inf).amin(1, keepdim=True) + 20
@@ -170,13 +170,13 @@ def expecting(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> t
 class _Coins(BernoulliDistribution):
     """A coin for each token; the mode keeps exactly as many as the budget allows."""
 
-    kept: torch.Tensor
+    counts: torch.Tensor
     mask: torch.Tensor
 
     def mode(self) -> torch.Tensor:
         """Return the best selection within the budget, float (B, N) of 0 and 1."""
         logits: torch.Tensor = self.distribution.logits
-        return top_k(logits, self.kept, self.mask).to(logits.dtype)
+        return top_k(logits, self.counts, self.mask).to(logits.dtype)
 
 
 class _KeepHead(nn.Module):
@@ -188,8 +188,8 @@ class _KeepHead(nn.Module):
         self.lean = nn.Parameter(torch.zeros(()))
 
     def forward(self, features: SetFeatures, distribution: _Coins) -> Distribution:
-        distribution.kept, distribution.mask = features.kept, features.mask
-        logits = expecting(features.scores, features.kept, features.mask) + self.lean
+        distribution.counts, distribution.mask = features.counts, features.mask
+        logits = expecting(features.scores, features.counts, features.mask) + self.lean
         return distribution.proba_distribution(logits.masked_fill(~features.mask, _NEVER))
 
 
@@ -309,14 +309,14 @@ class SequentialSelector:
 
     @torch.no_grad()
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Choose tokens; see :class:`agents.base.Selector`. Takes max(kept) passes of the network."""
         mask = encoded.token_mask
-        chosen, one = torch.zeros_like(mask), torch.ones_like(kept)
+        chosen, one = torch.zeros_like(mask), torch.ones_like(counts)
         seen = (encoded.tokens.float(), encoded.positions.float(), mask, encoded.question.float())
-        budget = (kept / mask.sum(1)).float()
-        for step in range(int(kept.max())):
+        budget = (counts / mask.sum(1)).float()
+        for step in range(int(counts.max())):
             features: SetFeatures = self.network(*seen, encoded.question_mask, budget, chosen)
-            chosen = chosen | top_k(features.scores, one, mask & ~chosen) & (step < kept)[:, None]
+            chosen = chosen | top_k(features.scores, one, mask & ~chosen) & (step < counts)[:, None]
         return chosen

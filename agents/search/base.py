@@ -16,11 +16,11 @@ from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 __all__ = ["ScoredCandidates", "Search", "SearchResult", "check_batch", "leading"]
 
 
-def check_batch(encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens a search is to keep of each example, long (B,): ``kept``, or all where there are fewer.
+def check_batch(encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens a search is to keep of each example, long (B,): ``counts``, or all where there are fewer.
 
     Raises:
-        ValueError: If an example has no answer, or ``kept`` is not B integers of at least 1.
+        ValueError: If an example has no answer, or ``counts`` is not B integers of at least 1.
     """
     unanswered = (encoded.answer_lengths == 0).nonzero().flatten().tolist()
     if unanswered:
@@ -28,14 +28,19 @@ def check_batch(encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
             f"a search uses the answer, and example {unanswered[0]} of the batch has none: encode the examples with "
             "their answers, or choose a selector that does not need them"
         )
-    if kept.shape != (len(encoded),) or kept.is_floating_point() or kept.is_complex() or kept.dtype == torch.bool:
+    if (
+        counts.shape != (len(encoded),)
+        or counts.is_floating_point()
+        or counts.is_complex()
+        or counts.dtype == torch.bool
+    ):
         raise ValueError(
-            f"kept must be integers of shape ({len(encoded)},), one for each example; got {kept.dtype} of shape "
-            f"{tuple(kept.shape)}"
+            f"counts must be integers of shape ({len(encoded)},), one for each example; got {counts.dtype} of shape "
+            f"{tuple(counts.shape)}"
         )
-    if int(kept.min()) < 1:
-        raise ValueError(f"a search keeps at least 1 token of each example; got {int(kept.min())}")
-    return kept.long().to(encoded.token_mask.device).minimum(encoded.token_mask.sum(1))
+    if int(counts.min()) < 1:
+        raise ValueError(f"a search keeps at least 1 token of each example; got {int(counts.min())}")
+    return counts.long().to(encoded.token_mask.device).minimum(encoded.token_mask.sum(1))
 
 
 def leading(counts: torch.Tensor) -> torch.Tensor:
@@ -53,7 +58,7 @@ class ScoredCandidates:
     Args:
         vlm: The frozen model.
         encoded: B examples.
-        kept: How many tokens to keep of each, as :func:`check_batch` returns it.
+        counts: How many tokens to keep of each, as :func:`check_batch` returns it.
         reward: What is to be maximised; ``None`` for the mean log-likelihood of the answer's tokens, in nats. A reward
             is told of the full image as well, which takes a call of each example.
         calls: Most calls for each example.
@@ -62,20 +67,20 @@ class ScoredCandidates:
     """
 
     def __init__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, reward: Reward | str | None, calls: int
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, reward: Reward | str | None, calls: int
     ) -> None:
-        self.vlm, self.encoded, self.kept = vlm, encoded, kept
+        self.vlm, self.encoded, self.counts = vlm, encoded, counts
         self.mask = encoded.token_mask  # (B, N)
-        self.used = torch.zeros_like(kept)  # (B,)
+        self.used = torch.zeros_like(counts)  # (B,)
         self.best = torch.zeros_like(self.mask)  # (B, N)
-        self.value = torch.full(kept.shape, -torch.inf, device=kept.device)  # (B,)
+        self.value = torch.full(counts.shape, -torch.inf, device=counts.device)  # (B,)
         self._rewards = None if reward is None else RewardScorer(vlm, resolve_reward(reward))
         self._full: Scores | None = None
         self._calls = calls
         if self._rewards is not None:
             self._full = self._rewards.full(encoded).cpu()
             self.used += 1
-        self.forced = kept == self.mask.sum(1)  # (B,)
+        self.forced = counts == self.mask.sum(1)  # (B,)
         if self.forced.any():
             self.score(encoded.full_selection(), self.forced[:, None])
 
@@ -128,7 +133,7 @@ class ScoredCandidates:
         if not bool(values[valid].isfinite().all()):
             raise ValueError("the reward of a selection is not finite: check the reward, or the model's precision")
         self.used += asked
-        self._remember(candidates, values.masked_fill(candidates.sum(-1) != self.kept[:, None], -torch.inf))
+        self._remember(candidates, values.masked_fill(candidates.sum(-1) != self.counts[:, None], -torch.inf))
         return values
 
     def record(self, row: int, selection: torch.Tensor, value: float, calls: int) -> None:
@@ -172,7 +177,7 @@ class Search(ABC):
 
     Raises:
         ValueError: If ``calls`` is too small for anything to be scored; when called, if an example has no answer,
-            ``kept`` is not B integers of at least 1, or a reward is not finite.
+            ``counts`` is not B integers of at least 1, or a reward is not finite.
         TypeError: If the reward is none.
     """
 
@@ -197,10 +202,12 @@ class Search(ABC):
         return f"{self.title} (uses the answer)"
 
     @torch.no_grad()
-    def search(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> SearchResult:
+    def search(
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
+    ) -> SearchResult:
         """Search, and tell what it took; the arguments are those of a :class:`~agents.base.Selector`."""
-        kept = check_batch(encoded, kept)
-        trials = ScoredCandidates(vlm, encoded, kept, self.reward, self.calls)
+        counts = check_batch(encoded, counts)
+        trials = ScoredCandidates(vlm, encoded, counts, self.reward, self.calls)
         done = self._run(trials, generator).tolist()
         reasons = [
             "only choice" if forced else self.finish if ended else "budget"
@@ -209,10 +216,10 @@ class Search(ABC):
         return SearchResult(trials.best, trials.value, trials.used, tuple(reasons))
 
     def __call__(
-        self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Return the selection that was found, bool (B, N), of exactly k real tokens in each row."""
-        return self.search(vlm, encoded, kept, generator).selection
+        return self.search(vlm, encoded, counts, generator).selection
 
     def _overhead(self) -> int:
         return int(self.reward is not None)

@@ -14,7 +14,7 @@ __all__ = ["CrossEntropy", "fit_marginals"]
 
 
 def fit_marginals(
-    target: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, theta: torch.Tensor, rounds: int = 20
+    target: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, theta: torch.Tensor, rounds: int = 20
 ) -> torch.Tensor:
     """Return scores under which the k-subset law keeps each token as often as asked.
 
@@ -34,7 +34,7 @@ def fit_marginals(
         Finite scores, float32 (B, N).
     """
     for _ in range(rounds):
-        marginals = KSubset(theta, kept, mask=mask, validate_args=False).marginals
+        marginals = KSubset(theta, counts, mask=mask, validate_args=False).marginals
         if bool(((marginals - target).abs() < 1e-3).all()):
             break
         theta = theta + (target.logit(1e-4) - marginals.logit(1e-4)) / 2
@@ -74,13 +74,13 @@ class CrossEntropy(Search):
             )
 
     def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
-        mask, kept = trials.mask, trials.kept
-        marginals = mask * (kept / mask.sum(1))[:, None]  # (B, N)
+        mask, counts = trials.mask, trials.counts
+        marginals = mask * (counts / mask.sum(1))[:, None]  # (B, N)
         theta = torch.zeros_like(marginals)
         converged = torch.zeros_like(trials.forced)
         while (left := trials.left.masked_fill(converged, 0)).any():
             valid = leading(left.clamp_max(self.group))  # (B, G)
-            law = KSubset(theta, kept, mask=mask, validate_args=False)
+            law = KSubset(theta, counts, mask=mask, validate_args=False)
             drawn = law.sample((valid.shape[1],), generator=generator).transpose(0, 1)  # (B, G, N)
             values = trials.score(drawn, valid)
             if valid.shape[1] < self.group:
@@ -88,6 +88,6 @@ class CrossEntropy(Search):
             best = values.argsort(dim=1, descending=True, stable=True)[:, : max(1, round(self.elite * self.group))]
             elite = drawn.gather(1, best[..., None].expand(-1, -1, mask.shape[1])).float().mean(1)  # (B, N)
             marginals = marginals + self.smoothing * (elite - marginals)
-            theta = fit_marginals(marginals, kept, mask, theta)
+            theta = fit_marginals(marginals, counts, mask, theta)
             converged |= (drawn == drawn[:, :1]).flatten(1).all(1) & ~trials.forced
         return converged

@@ -30,10 +30,10 @@ def _luck(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(like.shape, generator=generator).to(like.device)
 
 
-def _single(places: torch.Tensor, count: int) -> torch.Tensor:
-    """Return places, long (B, G), as selections of one token, bool (B, G, count)."""
-    none = torch.zeros(*places.shape, count, dtype=torch.bool, device=places.device)
-    return none.scatter_(2, places[..., None], True)
+def _single(indices: torch.Tensor, count: int) -> torch.Tensor:
+    """Return indices, long (B, G), as selections of one token, bool (B, G, count)."""
+    none = torch.zeros(*indices.shape, count, dtype=torch.bool, device=indices.device)
+    return none.scatter_(2, indices[..., None], True)
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class RandomSearch(Search):
         while trials.left.any():
             valid = leading(trials.left.clamp_max(DRAWN_AT_ONCE))  # (B, G)
             mask = trials.mask[:, None].expand(-1, valid.shape[1], -1)  # (B, G, N)
-            kept = trials.kept[:, None].expand_as(valid)
-            drawn = top_k(_luck(mask, generator).flatten(0, 1), kept.flatten(), mask.flatten(0, 1))
+            counts = trials.counts[:, None].expand_as(valid)
+            drawn = top_k(_luck(mask, generator).flatten(0, 1), counts.flatten(), mask.flatten(0, 1))
             trials.score(drawn.view(mask.shape), valid)
         return torch.zeros_like(trials.forced)
 
@@ -71,10 +71,10 @@ class GreedyForward(Search):
     finish: ClassVar[str] = "complete"
 
     def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
-        mask, batch = trials.mask, torch.arange(len(trials.kept), device=trials.mask.device)
-        rounds = trials.kept.minimum((trials.left // 2).clamp_min(1)).masked_fill(trials.forced, 0)  # (B,)
-        chosen = top_k(_luck(mask, generator), trials.kept - rounds, mask)  # (B, N)
-        complete = rounds == trials.kept
+        mask, batch = trials.mask, torch.arange(len(trials.counts), device=trials.mask.device)
+        rounds = trials.counts.minimum((trials.left // 2).clamp_min(1)).masked_fill(trials.forced, 0)  # (B,)
+        chosen = top_k(_luck(mask, generator), trials.counts - rounds, mask)  # (B, N)
+        complete = rounds == trials.counts
         for step in range(int(rounds.max())):
             going = (rounds - step).clamp_min(0)  # rounds to go, this one among them, (B,)
             free = mask & ~chosen
@@ -147,7 +147,7 @@ class GreedyBackward(Search):
 
     def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
         mask = trials.mask
-        sizes = zip(mask.sum(1).tolist(), trials.kept.tolist(), trials.left.tolist(), strict=True)
+        sizes = zip(mask.sum(1).tolist(), trials.counts.tolist(), trials.left.tolist(), strict=True)
         plans = [removal_plan(count, k, calls) if calls else (count, []) for count, k, calls in sizes]
         start = torch.tensor([count for count, _ in plans], device=mask.device)
         chosen = top_k(_luck(mask, generator), start, mask)  # (B, N)
@@ -209,7 +209,7 @@ class SwapSearch(Search):
         self._begin(trials, rows, generator)
         untried = {row: self._swaps(trials, row, generator) for row in rows}
         while True:
-            counts = torch.zeros_like(trials.kept)
+            counts = torch.zeros_like(trials.counts)
             for row, left in zip(rows, trials.left[rows].tolist(), strict=True):
                 counts[row] = min(self.group, left, len(untried[row]))
             if not counts.any():
@@ -229,16 +229,16 @@ class SwapSearch(Search):
 
     def _begin(self, trials: ScoredCandidates, rows: list[int], generator: torch.Generator) -> None:
         """Score what the search of some examples starts from."""
-        part, kept = trials.encoded[rows], trials.kept[rows]
+        part, counts = trials.encoded[rows], trials.counts[rows]
         start = GreedyForward(self.calls // 2, self.reward) if self.start is None else self.start
         if isinstance(start, Search):
-            found = start.search(trials.vlm, part, kept, generator)
+            found = start.search(trials.vlm, part, counts, generator)
             trials.used[rows] += found.calls
             given = found.selection
         else:
-            given = start(trials.vlm, part, kept, generator)
+            given = start(trials.vlm, part, counts, generator)
         begin = torch.zeros_like(trials.mask)
-        begin[rows] = top_k(_luck(given, generator) + given, kept, part.token_mask)
+        begin[rows] = top_k(_luck(given, generator) + given, counts, part.token_mask)
         trials.score(begin[:, None], ~trials.forced[:, None])
 
     @staticmethod
@@ -247,7 +247,7 @@ class SwapSearch(Search):
 
     def _swaps(self, trials: ScoredCandidates, row: int, generator: torch.Generator) -> torch.Tensor:
         """Return all swaps of the best set of an example in random order, as place of the kept * free + of the free."""
-        count = int(trials.kept[row]) * int(self._free(trials, row).sum())
+        count = int(trials.counts[row]) * int(self._free(trials, row).sum())
         return torch.randperm(count, generator=generator).to(trials.mask.device)
 
 
@@ -268,10 +268,12 @@ class ExactEnumeration(Search):
     title: ClassVar[str] = "exact enumeration"
     finish: ClassVar[str] = "optimum"
 
-    def search(self, vlm: FrozenVLM, encoded: Encoded, kept: torch.Tensor, generator: torch.Generator) -> SearchResult:
+    def search(
+        self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
+    ) -> SearchResult:
         """Search, and tell what it took; the arguments are those of a :class:`~agents.base.Selector`."""
-        counts = encoded.token_mask.sum(1).tolist()
-        for row, (count, k) in enumerate(zip(counts, check_batch(encoded, kept).tolist(), strict=True)):
+        totals = encoded.token_mask.sum(1).tolist()
+        for row, (count, k) in enumerate(zip(totals, check_batch(encoded, counts).tolist(), strict=True)):
             subsets = count_subsets(count, k)
             if subsets + self._overhead() > self.calls:
                 full = " and the full image" * self._overhead()
@@ -279,11 +281,11 @@ class ExactEnumeration(Search):
                     f"example {row} of the batch has C({count}, {k}) = {subsets:,} selections{full} to score, more "
                     f"than the budget of {self.calls:,} calls: raise calls (to at most {MAX_SUBSETS:,}), or lower k"
                 )
-        return super().search(vlm, encoded, kept, generator)
+        return super().search(vlm, encoded, counts, generator)
 
     def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
         for row in (~trials.forced).nonzero().flatten().tolist():
-            index, k = torch.tensor([row]), int(trials.kept[row])
+            index, k = torch.tensor([row]), int(trials.counts[row])
             alone = trials.encoded[index]
             scores = score_subsets(trials.vlm, alone, k, reference=trials.reference(index))
             masks = subset_masks(alone.token_mask[0].nonzero().flatten().tolist(), k)

@@ -116,14 +116,14 @@ class Imitation:
         config = self.config
         encoded, _ = self.pool.batch(config.instances, first_token)
         teacher = self.teacher(self.vlm, encoded, self.pool.compute)
-        kept = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
+        counts = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
         good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "what the teacher says", encoded, config.on_nan)
         skipped = len(encoded) - int(good.sum())
         if skipped == len(encoded):
             return 0.0, 0.0, skipped
         if skipped:
             rows = good.nonzero()[:, 0]
-            encoded, teacher, kept = encoded[rows], teacher[rows], kept[rows]
-        loss = warmup_loss(self.scorer, encoded, teacher, kept)
+            encoded, teacher, counts = encoded[rows], teacher[rows], counts[rows]
+        loss = warmup_loss(self.scorer, encoded, teacher, counts)
         norm = learner.minimise(loss)
         return float(loss.detach()), norm, skipped

@@ -107,13 +107,13 @@ class Relaxation(ABC):
 
     @abstractmethod
     def gates(
-        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw gates.
 
         Args:
             scores: The scorer's, float (B, N).
-            kept: How many tokens the budget has room for, long (B,).
+            counts: How many tokens the budget has room for, long (B,).
             mask: Which tokens are real, bool (B, N).
             temperature: How soft the relaxation is.
 
@@ -141,8 +141,8 @@ class Relaxation(ABC):
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
             leak = config.leak * (1 - annealed) + config.final_leak * annealed
             encoded, full = self.pool.batch(config.instances)
-            kept = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
-            gates, cost = self.gates(self.scorer.score(encoded, kept), kept, encoded.token_mask, temperature)
+            counts = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
+            gates, cost = self.gates(self.scorer.score(encoded, counts), counts, encoded.token_mask, temperature)
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
             likelihood = gated_log_likelihood(self._gated, encoded, gates)  # (B, S)
             self.pool.compute.add(likelihood.numel(), backward=True)
@@ -152,15 +152,15 @@ class Relaxation(ABC):
                 good = finite_rows(both, "the answer's log-likelihood", encoded, config.on_nan).nonzero()[:, 0]
                 skipped = len(encoded) - len(good)
                 if skipped:
-                    encoded, kept, full, gates = encoded[good], kept[good], full[good], gates[good]
+                    encoded, counts, full, gates = encoded[good], counts[good], full[good], gates[good]
                     cost, likelihood = cost[good], likelihood[good]
                 if len(good):
                     norm = learner.minimise((cost - likelihood.mean(1)).mean())
             if not len(good):
                 continue
             gain = (likelihood.detach() - full.log_likelihood).mean(1)
-            small = lowest_eighth(kept)
-            opened = ((gates.detach() > 0.5) & encoded.token_mask[:, None]).sum(-1) / kept[:, None]
+            small = lowest_eighth(counts)
+            opened = ((gates.detach() > 0.5) & encoded.token_mask[:, None]).sum(-1) / counts[:, None]
             values = {
                 "reward": float(gain.mean()),
                 "reward_smallest_budgets": float(gain[small].mean()),
@@ -189,15 +189,15 @@ class GumbelTopK(Relaxation):
     phase = "gumbel"
 
     def gates(
-        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw gates; see :meth:`Relaxation.gates`."""
         samples = self.config.samples
         noise = gumbel_noise(scores, samples, self._generator) if self.config.noisy else scores.new_zeros(1, 1, 1)
         noisy = scores + noise  # (S, B, N)
-        soft = relaxed_top_k(noisy, kept, mask, temperature)
+        soft = relaxed_top_k(noisy, counts, mask, temperature)
         if self.config.hard:
-            gates = straight_through(torch.stack([top_k(part, kept, mask) for part in noisy.detach()]), soft)
+            gates = straight_through(torch.stack([top_k(part, counts, mask) for part in noisy.detach()]), soft)
         else:
             gates = soft.clamp_max(1)
         return gates, scores.new_zeros(len(scores))
@@ -232,14 +232,14 @@ class SigmoidGates(Relaxation):
         self._offset: float | None = None
 
     def gates(
-        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw gates; see :meth:`Relaxation.gates`."""
         config = self.config
-        share = (kept / mask.sum(1)).clamp_max(1 - 1e-4)
+        share = (counts / mask.sum(1)).clamp_max(1 - 1e-4)
         logits = scores + share.logit()[:, None]
         if self._offset is None:
-            self._offset = budget_offset(logits.detach(), kept, mask)
+            self._offset = budget_offset(logits.detach(), counts, mask)
         logits = logits + self._offset  # of a gate being open
         # a hard gate is open above 1/2, a stretched one above 0
         shift = 0.0 if config.hard else temperature * CLOSED_BELOW
@@ -247,7 +247,7 @@ class SigmoidGates(Relaxation):
         uniform = torch.rand(shape, generator=self._generator) if config.noisy else torch.full(shape, 0.5)
         soft = binary_gates(logits + shift, uniform.to(scores.device), temperature, not config.hard)
         gates = straight_through(soft > 0.5, soft) if config.hard else soft
-        return gates * mask, config.penalty * budget_penalty(logits, kept, mask)
+        return gates * mask, config.penalty * budget_penalty(logits, counts, mask)
 
 
 class SoftTopK(Relaxation):
@@ -261,10 +261,10 @@ class SoftTopK(Relaxation):
     phase = "soft_top_k"
 
     def gates(
-        self, scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw gates; see :meth:`Relaxation.gates`."""
-        policy = KSubset(scores / temperature, kept, mask, validate_args=False)
+        policy = KSubset(scores / temperature, counts, mask, validate_args=False)
         gates = policy.marginals[None]  # (1, B, N)
         if self.config.hard:
             draws = torch.Size((self.config.samples,))

@@ -33,17 +33,17 @@ def gumbel_noise(scores: torch.Tensor, samples: int, generator: torch.Generator)
     return -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
 
 
-def relaxed_top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
+def relaxed_top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return a soft mask over the best-scoring tokens: k softmaxes in turn, each without what those before have taken.
 
     Args:
         scores: float (..., B, N).
-        kept: How many tokens are wanted, long (B,).
+        counts: How many tokens are wanted, long (B,).
         mask: Which tokens are real, bool (B, N).
         temperature: Above 0; near 0 the mask is that of :func:`agents.base.top_k`.
 
     Returns:
-        float (..., B, N), at least 0, with the sum ``kept`` in each row; of tokens far ahead of all others it takes
+        float (..., B, N), at least 0, with the sum ``counts`` in each row; of tokens far ahead of all others it takes
         more than 1.
 
     Source: Xie & Ermon, "Reparameterizable subset sampling via continuous relaxations", IJCAI 2019 (after Plötz & Roth,
@@ -55,10 +55,10 @@ def relaxed_top_k(scores: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor, 
     """
     left = scores.masked_fill(~mask, -1e9)  # finite, so that rows that run out of tokens give no NaN
     total = torch.zeros_like(scores)
-    for taken in range(int(kept.max())):
+    for taken in range(int(counts.max())):
         logits = left / temperature
         share = logits.softmax(-1)
-        total = total + share * (taken < kept)[:, None]
+        total = total + share * (taken < counts)[:, None]
         # log(1 - share) loses its digits at the one token whose share may be near 1: there it is taken from the others
         largest = torch.zeros_like(share, dtype=torch.bool).scatter(-1, logits.argmax(-1, keepdim=True), True)
         others = logits.masked_fill(largest, -1e9 / temperature).logsumexp(-1) - logits.logsumexp(-1)
@@ -83,7 +83,7 @@ def binary_gates(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
     return (gates * (high - low) + low).clamp(0, 1) if stretch else gates
 
 
-def budget_penalty(open_logits: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def budget_penalty(open_logits: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return how far the expected number of open gates is from k: the squared logarithm of their ratio, (B,).
 
     Args:
@@ -92,15 +92,15 @@ def budget_penalty(open_logits: torch.Tensor, kept: torch.Tensor, mask: torch.Te
         mask: Which tokens are real, bool (B, N).
     """
     expected = (open_logits.sigmoid() * mask).sum(1)
-    return (expected / kept).clamp_min(1e-6).log().square()
+    return (expected / counts).clamp_min(1e-6).log().square()
 
 
-def budget_offset(logits: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> float:
+def budget_offset(logits: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> float:
     """Return what to add to all logits (B, N) so that the expected share of the budgets in use is 1 on average."""
     low, high = -50.0, 50.0
     for _ in range(40):
         middle = (low + high) / 2
-        used = ((logits + middle).sigmoid() * mask).sum(1) / kept
+        used = ((logits + middle).sigmoid() * mask).sum(1) / counts
         low, high = (low, middle) if float(used.mean()) > 1 else (middle, high)
     return (low + high) / 2
 

@@ -176,15 +176,15 @@ def make_teacher(name: str, cells: int, remember: int) -> Teacher:
     return Remembered(LeaveOneOut(cells), remember) if name == "leave_one_out" else TEACHERS[name]
 
 
-def warmup_loss(scorer: Scorer, encoded: Encoded, teacher: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def warmup_loss(scorer: Scorer, encoded: Encoded, teacher: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood, per kept token, of the teacher's top-k subset.
 
     Args:
         scorer: What is trained.
         encoded: B examples.
         teacher: The teacher's scores, (B, N).
-        kept: Subset sizes, long (B,).
+        counts: Subset sizes, long (B,).
     """
-    target = top_k(teacher, kept, encoded.token_mask)
-    policy = KSubset(scorer.score(encoded, kept), kept, mask=encoded.token_mask, validate_args=False)
-    return -(policy.log_prob(target) / kept).mean()
+    target = top_k(teacher, counts, encoded.token_mask)
+    policy = KSubset(scorer.score(encoded, counts), counts, mask=encoded.token_mask, validate_args=False)
+    return -(policy.log_prob(target) / counts).mean()

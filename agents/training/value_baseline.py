@@ -46,17 +46,17 @@ class ValueBaseline:
             self.network = Scorer(dataclasses.replace(config, blocks=1, in_turn=False)).to(device)
         self._learner = Learner(self.network, learning_rate, max_gradient_norm, decay_over)
 
-    def _values(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
-        return self.network.score(encoded, kept).sum(1) / encoded.token_mask.sum(1)  # padding scores 0
+    def _values(self, encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
+        return self.network.score(encoded, counts).sum(1) / encoded.token_mask.sum(1)  # padding scores 0
 
     @torch.no_grad()
-    def predict(self, encoded: Encoded, kept: torch.Tensor) -> torch.Tensor:
-        """Return the predicted reward, float (B,), of subsets of size ``kept``, long (B,)."""
-        return self._values(encoded, kept)
+    def predict(self, encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
+        """Return the predicted reward, float (B,), of subsets of size ``counts``, long (B,)."""
+        return self._values(encoded, counts)
 
-    def learn(self, encoded: Encoded, kept: torch.Tensor, rewards: torch.Tensor, step: int) -> float:
+    def learn(self, encoded: Encoded, counts: torch.Tensor, rewards: torch.Tensor, step: int) -> float:
         """Take one step towards the rewards (B, G) that were earned; returns the mean squared error before it."""
         self._learner.begin(step)
-        loss = (self._values(encoded, kept)[:, None] - rewards).square().mean()
+        loss = (self._values(encoded, counts)[:, None] - rewards).square().mean()
         self._learner.minimise(loss)
         return float(loss.detach())

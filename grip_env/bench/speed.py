@@ -96,12 +96,12 @@ def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torc
     values = []
     # as many tokens in a call as the model takes when it scores, and logits only where they are read
     for rows in torch.arange(len(ids)).split(max(1, vlm.token_budget // ids.shape[1])):
-        assert encoded.places is not None
+        assert encoded.position_ids is not None
         with torch.no_grad():
             output = vlm.model(
                 input_ids=ids[rows],
                 attention_mask=mask[rows].long(),
-                position_ids=encoded.places[rows],
+                position_ids=encoded.position_ids[rows],
                 use_cache=False,
                 logits_to_keep=ids.shape[1] - first,
                 mm_encoder_outputs={"image": vlm.family.outputs(encoded.tokens[rows].flatten(0, 1), None)},
@@ -186,9 +186,9 @@ def measure(config: Config) -> Measured:
     times: dict[str, list[float]] = {}
     counts: dict[str, float] = {}
     infos = envs.reset(seed=0)[1]
-    kept = int(infos["k"][0])
+    k = int(infos["k"][0])
     for turn in progress_bar(range(config.rounds), "rounds"):
-        selection = _subsets(config.num_envs, encoded.tokens.shape[1], kept, generator)
+        selection = _subsets(config.num_envs, encoded.tokens.shape[1], k, generator)
         action = selection.numpy().astype(np.int8)
         batch = encoded[torch.as_tensor(infos["index"])]
         rows = [(batch[[row]], selection[[row], None]) for row in range(len(batch))]
@@ -225,11 +225,11 @@ def measure(config: Config) -> Measured:
     return Measured(times, counts)
 
 
-def _subsets(rows: int, count: int, kept: int, generator: torch.Generator) -> torch.Tensor:
-    """Return random subsets of ``kept`` of ``count`` tokens, bool (rows, count)."""
+def _subsets(rows: int, count: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random subsets of ``k`` of ``count`` tokens, bool (rows, count)."""
     import torch
 
-    return torch.rand(rows, count, generator=generator).argsort(1).argsort(1) < kept
+    return torch.rand(rows, count, generator=generator).argsort(1).argsort(1) < k
 
 
 def _subset_work(count: int, generator: torch.Generator) -> Callable[[], None]:
@@ -241,10 +241,10 @@ def _subset_work(count: int, generator: torch.Generator) -> Callable[[], None]:
     theta = torch.randn(32, count, generator=generator).requires_grad_()
     low, high = np.log([0.03, 0.5])
     budgets = (low + (high - low) * (torch.arange(32) + 0.5) / 32).exp()
-    kept = (budgets * count).round().long()
+    counts = (budgets * count).round().long()
 
     def work() -> None:
-        law = KSubset(theta, kept, validate_args=False)
+        law = KSubset(theta, counts, validate_args=False)
         law.log_prob(law.sample((16,), generator=generator)).mean().backward()
 
     return work
@@ -281,8 +281,8 @@ def scaling(config: Config) -> dict[str, dict[float, float]]:
         envs: Any = gymnasium.make_vec("GRIP/TokenSelection-v0", count, vlm=vlm, task=task, budget=budget)
         for index in range(IMAGES):
             infos = envs.reset(seed=0, options={"index": index})[1]
-        kept = int(infos["k"][0])
-        action = _subsets(count, envs.rules.max_tokens, kept, torch.Generator().manual_seed(0)).numpy().astype(np.int8)
+        k = int(infos["k"][0])
+        action = _subsets(count, envs.rules.max_tokens, k, torch.Generator().manual_seed(0)).numpy().astype(np.int8)
         times = [clock(lambda: envs.step(action)) for _ in range(1 + max(3, config.rounds // 2))]
         return statistics.median(times[1:])
 

@@ -64,7 +64,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     | attention | Box [0, 1] | float32 (N,) | only with ``attention=True``; see below |
 
     At layer 0 ``tokens`` are the visual tokens themselves. ``feature_dim`` and ``obs_dtype`` make ``tokens`` and
-    ``question`` smaller, as in :class:`~grip_env.TokenSelectionEnv`. ``remaining`` counts places, one for each token in
+    ``question`` smaller, as in :class:`~grip_env.TokenSelectionEnv`. ``remaining`` counts slots, one for each token in
     each layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention``
     is what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models
     are causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
@@ -207,7 +207,7 @@ def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
     assert instance.full is not None
     example, real = instance.example, instance.real
     cells = None if instance.cells is None else instance.cells[real]
-    places, marked, caption = instance.positions[real], None, f"{instance.count} tokens"
+    centres, marked, caption = instance.positions[real], None, f"{instance.count} tokens"
     full, reached, status = float(instance.full.log_likelihood.exp()), None, ["", ""]
     if episode.outcome is not None:
         end = rules.savings(episode)
@@ -219,7 +219,7 @@ def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
             f'p = {reached:.2f} (all tokens: {full:.2f}) for the answer "{example.answer}"',
         ]
         marked = None if instance.relevant is None else instance.relevant[real]
-    plain = draw_selection(example.image, places, size=_PANEL, cells=cells, square=True)
+    plain = draw_selection(example.image, centres, size=_PANEL, cells=cells, square=True)
     panels: list[Panel | np.ndarray | None] = [Panel(plain, caption)]
     for stage, layer in enumerate(rules.schedule.stages):
         survivors, caption = np.zeros_like(real), f"layer {layer}"
@@ -229,7 +229,7 @@ def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
         elif stage == len(episode.stages):
             caption = f"layer {layer}: at most {rules.allowance(episode)}"
         shown = survivors[real]
-        picture = draw_selection(example.image, places, shown, (), marked, _PANEL, cells, square=True)
+        picture = draw_selection(example.image, centres, shown, (), marked, _PANEL, cells, square=True)
         panels.append(Panel(picture, caption))
     rows = [panels[start : start + _ACROSS] for start in range(0, len(panels), _ACROSS)]
     return captioned(gallery(rows, size=_PANEL), [example.question], status, likelihood=(reached, full))

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from grip_env.envs.core.checks import check_flag
 from grip_env.envs.core.instances import fit, to_array
-from grip_env.envs.core.rules import Decision, Episode, Fixed, Observation, Outcome, joined_full
+from grip_env.envs.core.rules import Decision, Episode, Fixed, Observation, Outcome, stack_full_scores
 from grip_env.envs.core.sampling import Budget, tokens_in_budget
 from grip_env.envs.pruning_schedule import PruningSchedule, total_budget
 from grip_env.envs.selection import SelectionRules
@@ -65,7 +65,7 @@ class StagedEpisode(Episode):
         self.selection = self.instance.real
 
     @property
-    def kept(self) -> list[int]:
+    def kept_per_stage(self) -> list[int]:
         """How many tokens survived each stage so far."""
         return [int(stage.selection.sum()) for stage in self.stages]
 
@@ -134,7 +134,7 @@ class StageRules(SelectionRules):
 
     def allowance(self, episode: StagedEpisode) -> int:
         """Return how many tokens may survive the next stage."""
-        return self.schedule.allowance(episode.instance.count, episode.k, episode.kept)
+        return self.schedule.allowance(episode.instance.count, episode.k, episode.kept_per_stage)
 
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
         """Turn a checked action (N,) into a selection of surviving tokens; the episode stays as it is.
@@ -203,7 +203,7 @@ class StageRules(SelectionRules):
         if stage < len(self.schedule):
             run.advance(self.schedule.stages[stage])
             return self._seen(run), [None] * len(decisions)
-        end, full = self._seen(run)._replace(run=None), joined_full(episodes)
+        end, full = self._seen(run)._replace(run=None), stack_full_scores(episodes)
         assert full is not None
         return end, list(self._judge(run.finish(full.first_token).cpu(), full))
 
@@ -221,7 +221,7 @@ class StageRules(SelectionRules):
 
     # -- what the agent is told --------------------------------------------------------------------------
 
-    def view(self, episode: Episode) -> Observation:
+    def shared_view(self, episode: Episode) -> Observation:
         """Return an observation of an episode that shares memory with others."""
         assert isinstance(episode, StagedEpisode)
         assert episode.boundary is not None
@@ -230,8 +230,8 @@ class StageRules(SelectionRules):
         if number < len(self.schedule):
             stage[number] = 1
             budget = self.allowance(episode) / max(1, int(alive.sum()))
-        remaining = self.schedule.remaining(instance.count, episode.k, episode.kept)
-        observation = super().view(episode) | {
+        remaining = self.schedule.remaining(instance.count, episode.k, episode.kept_per_stage)
+        observation = super().shared_view(episode) | {
             "tokens": episode.boundary.tokens[episode.row],
             "token_mask": alive.astype(np.int8),
             "positions": instance.positions * alive[:, None],
@@ -247,23 +247,23 @@ class StageRules(SelectionRules):
         """Return the info of a reset, which tells of the first stage, or of a step: of the one decided last."""
         assert isinstance(episode, StagedEpisode)
         number, decided = max(0, len(episode.stages) - 1), episode.stages[-1] if episode.stages else None
-        places = self.schedule.places(episode.instance.count, episode.k)
+        slots = self.schedule.slots(episode.instance.count, episode.k)
         return super().info(episode) | {
             "stage_index": number,
             "layer": self.schedule.stages[number],
             "k": self.allowance(episode) if decided is None else decided.k,
             "over_budget": 0 if decided is None else decided.over_budget,
-            "layer_average_budget": places / self.schedule.layers,
+            "layer_average_budget": slots / self.schedule.layers,
             **(self.savings(episode) if episode.over else {"layer_average_tokens": 0.0, "flops_saved": 0.0}),
         }
 
     def savings(self, episode: StagedEpisode) -> dict[str, float]:
         """Return ``layer_average_tokens`` and ``flops_saved`` of an episode that is over."""
-        encoded, count, kept = episode.instance.encoded, episode.instance.count, episode.kept
+        encoded, count, kept_per_stage = episode.instance.encoded, episode.instance.count, episode.kept_per_stage
         words = int(encoded.lengths[0] - encoded.answer_lengths[0]) - count
-        lengths = self.schedule.lengths(words, count, kept)
+        lengths = self.schedule.lengths(words, count, kept_per_stage)
         return {
-            "layer_average_tokens": self.schedule.spent(count, kept) / self.schedule.layers,
+            "layer_average_tokens": self.schedule.spent(count, kept_per_stage) / self.schedule.layers,
             "flops_saved": flops_saved(self.model.model.config, words + count, lengths),
         }
 

@@ -18,8 +18,8 @@ class PruningSchedule:
     from stage t to the next, in ``spans[t]`` layers, those are that survived it.
 
     - With ``shares``, max(1, round(share * n)) tokens may survive each stage.
-    - Without, an episode's budget holds for the mean over all layers: k tokens on average, k * layers places in all. A
-      stage may keep as many as the places that are left allow if every later layer is to have one token at least.
+    - Without, an episode's budget holds for the mean over all layers: k tokens on average, k * layers slots in all. A
+      stage may keep as many as the slots that are left allow if every later layer is to have one token at least.
 
     Args:
         stages: Decoder layers before which a stage is, strictly increasing; 0 is before the first.
@@ -30,9 +30,9 @@ class PruningSchedule:
         ValueError: If stages or shares are none of that.
 
     >>> schedule = PruningSchedule((0, 1, 2), layers=4)
-    >>> schedule.allowance(144, total=14, kept=[])  # of 4 x 14 places, 3 must be left for the 3 layers after it
+    >>> schedule.allowance(144, 14, [])  # of 4 x 14 slots, 3 must be left for the 3 layers after it
     53
-    >>> schedule.allowance(144, total=14, kept=[30]), schedule.allowance(144, total=14, kept=[30, 20])
+    >>> schedule.allowance(144, 14, [30]), schedule.allowance(144, 14, [30, 20])
     (24, 3)
     """
 
@@ -87,53 +87,55 @@ class PruningSchedule:
         enough = -(-least // self.layers)
         raise ValueError(
             f"a budget of {total} of {count} visual tokens, on average over {self.layers} layers, has {self.layers} x "
-            f"{total} = {self.layers * total} places, but with the first stage at layer {first} all tokens take "
+            f"{total} = {self.layers * total} slots, but with the first stage at layer {first} all tokens take "
             f"{first} x {count} = {first * count} before it, and one token in each of the {self.layers - first} layers "
             f"after it makes {least}: begin earlier or give a budget of {enough / count:.4g} or more"
         )
 
-    def spent(self, count: int, kept: Sequence[int]) -> int:
-        """Return how many places are taken in the layers before the next stage, or in all after the last.
+    def spent(self, count: int, kept_per_stage: Sequence[int]) -> int:
+        """Return how many slots are taken in the layers before the next stage, or in all after the last.
 
         Args:
             count: n, tokens of the image.
-            kept: How many survived each stage so far.
+            kept_per_stage: How many survived each stage so far.
         """
-        return self.stages[0] * count + sum(span * number for span, number in zip(self.spans, kept, strict=False))
+        return self.stages[0] * count + sum(
+            span * number for span, number in zip(self.spans, kept_per_stage, strict=False)
+        )
 
-    def places(self, count: int, total: int) -> int:
-        """Return how many places there are in all: the most that may be taken."""
+    def slots(self, count: int, total: int) -> int:
+        """Return how many slots there are in all: the most that may be taken."""
         if self.shares is None:
             return self.layers * total
         return self.spent(count, [tokens_in_budget(share, count) for share in self.shares])
 
-    def allowance(self, count: int, total: int, kept: Sequence[int]) -> int:
+    def allowance(self, count: int, total: int, kept_per_stage: Sequence[int]) -> int:
         """Return how many tokens may survive the next stage; never more than there are.
 
         Args:
             count: n, tokens of the image.
             total: k, tokens a layer on average; of no effect where each stage has a share.
-            kept: How many survived each stage so far.
+            kept_per_stage: How many survived each stage so far.
         """
-        stage = len(kept)
-        alive = kept[-1] if kept else count
+        stage = len(kept_per_stage)
+        alive = kept_per_stage[-1] if kept_per_stage else count
         if self.shares is not None:
             return min(alive, tokens_in_budget(self.shares[stage], count))
         later = self.layers - self.stages[stage] - self.spans[stage]
-        return min(alive, (self.layers * total - self.spent(count, kept) - later) // self.spans[stage])
+        return min(alive, (self.layers * total - self.spent(count, kept_per_stage) - later) // self.spans[stage])
 
-    def remaining(self, count: int, total: int, kept: Sequence[int]) -> float:
-        """Return the places left as a share of all in the layers left, at most 1; 0 after the last stage."""
-        if len(kept) == len(self):
+    def remaining(self, count: int, total: int, kept_per_stage: Sequence[int]) -> float:
+        """Return the slots left as a share of all in the layers left, at most 1; 0 after the last stage."""
+        if len(kept_per_stage) == len(self):
             return 0.0
-        ahead = count * (self.layers - self.stages[len(kept)])
-        return min(1.0, (self.places(count, total) - self.spent(count, kept)) / ahead)
+        ahead = count * (self.layers - self.stages[len(kept_per_stage)])
+        return min(1.0, (self.slots(count, total) - self.spent(count, kept_per_stage)) / ahead)
 
-    def lengths(self, words: int, count: int, kept: Sequence[int]) -> list[tuple[int, int]]:
+    def lengths(self, words: int, count: int, kept_per_stage: Sequence[int]) -> list[tuple[int, int]]:
         """Return (layers, tokens in the sequence) in turn, as :func:`grip_env.vlms.flops.staged_flops` takes them."""
         return [
             (self.stages[0], words + count),
-            *((span, words + number) for span, number in zip(self.spans, kept, strict=True)),
+            *((span, words + number) for span, number in zip(self.spans, kept_per_stage, strict=True)),
         ]
 
 

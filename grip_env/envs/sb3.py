@@ -88,7 +88,7 @@ class _VectorEnvAsVecEnv(VecEnv):
         """Begin an episode everywhere, with the seeds and options given before, which count once."""
         self._actions = []
         seeds: Any = list(self._seeds)
-        observations, infos = self.envs.reset(seed=seeds, options=self._joined_options())
+        observations, infos = self.envs.reset(seed=seeds, options=self._merged_options())
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = _split(infos, self.num_envs)
@@ -166,7 +166,7 @@ class _VectorEnvAsVecEnv(VecEnv):
         """Return False for each of the instances: they are not environments of their own."""
         return [False for _ in self._get_indices(indices)]
 
-    def _joined_options(self) -> dict[str, Any] | None:
+    def _merged_options(self) -> dict[str, Any] | None:
         keys = {key for options in self._options for key in options}
         return {key: [options.get(key) for options in self._options] for key in keys} or None
 

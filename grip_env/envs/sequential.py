@@ -71,9 +71,9 @@ class SequentialRules(EpisodeRules):
         ends = bool(selection.sum() == episode.k)
         return Decision(episode, selection, scored=self.dense or ends, ends=ends)
 
-    def view(self, episode: Episode) -> Observation:
+    def shared_view(self, episode: Episode) -> Observation:
         """Return an observation of an episode that shares memory with others."""
-        return super().view(episode) | {"selected": episode.selection.astype(np.int8)}
+        return super().shared_view(episode) | {"selected": episode.selection.astype(np.int8)}
 
     def info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset or a step."""

@@ -216,5 +216,5 @@ def explore(
 
 
 def _stand(table: RewardTable, rows: np.ndarray, weights: np.ndarray) -> Standing:
-    gaps, places = table.optimal_reward - table.rewards[rows], table.percentiles(rows)
-    return Standing(*(float(np.average(values, weights=weights)) for values in (gaps, places, gaps <= ROUNDING)))
+    gaps, percentiles = table.optimal_reward - table.rewards[rows], table.percentiles(rows)
+    return Standing(*(float(np.average(values, weights=weights)) for values in (gaps, percentiles, gaps <= ROUNDING)))

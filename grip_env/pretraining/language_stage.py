@@ -171,13 +171,13 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
         found.append(Question("caption", f" {scene.things[card.about[0]].colour} card", card.answer, card.about))
     for group in scene.questions("counting"):
         found.append(Question("caption", " " + plural(scene.things[group.about[0]].kind), group.answer, group.about))
-    places = []
+    sided = []
     for kind in scene.questions("color"):
         thing = scene.things[kind.about[0]]
         if abs(thing.centre[1] - SIDE / 2) >= 6:
             half = "left" if thing.centre[1] < SIDE / 2 else "right"
-            places.append(Question("caption", f" left or right {thing.kind}", half, kind.about))
-    return [rng.choice(places if places and turn % 3 == 0 else found) for turn in range(count)]
+            sided.append(Question("caption", f" left or right {thing.kind}", half, kind.about))
+    return [rng.choice(sided if sided and turn % 3 == 0 else found) for turn in range(count)]
 
 
 def forward_packed(
@@ -200,14 +200,14 @@ def forward_packed(
         Logits at the positions that have a target, (targets, vocabulary), and those targets.
     """
     batch = features.shape[0]
-    places = torch.arange(TOKENS).expand(batch, TOKENS) if kept is None else kept
+    shown = torch.arange(TOKENS).expand(batch, TOKENS) if kept is None else kept
     if kept is not None:
         features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
     visual = model.model.multi_modal_projector(features)  # (B, k, D)
     embed = model.get_input_embeddings()
     start = embed(torch.full((batch, 1), bos))
     inputs = torch.cat([start, visual, embed(text["ids"])], 1)  # (B, L, D)
-    positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), places + 1, text["positions"] + TOKENS + 1], 1)
+    positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), shown + 1, text["positions"] + TOKENS + 1], 1)
     head = 1 + visual.shape[1]
     length = inputs.shape[1]
     segments = torch.cat([torch.full((batch, head), -2), text["segments"]], 1)
@@ -233,8 +233,8 @@ def place_loss(model: LlavaForConditionalGeneration, features: torch.Tensor) -> 
     directions = torch.randn(features.shape[-1], 2, generator=torch.Generator().manual_seed(0))
     directions = torch.linalg.qr(directions).Q  # (D, 2), orthonormal
     axis = torch.linspace(-1, 1, GRID) * 6
-    places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(TOKENS, 2)
-    return (model.model.multi_modal_projector(features) @ directions - places).square().mean()
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(TOKENS, 2)
+    return (model.model.multi_modal_projector(features) @ directions - grid).square().mean()
 
 
 class LanguageStage:

@@ -151,8 +151,8 @@ def build_model(
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_(std=WIDTH**-0.5)
-        places = model.model.vision_tower.embeddings.position_embedding.weight
-        places[1:] = 0.3 * _sincos(grid, WIDTH)
+        table = model.model.vision_tower.embeddings.position_embedding.weight
+        table[1:] = 0.3 * _sincos(grid, WIDTH)
         for layer in model.model.language_model.layers:
             # Queries start out matching keys of like content, and attention passes on what it finds: words name
             # their patches within a few hundred steps instead of thousands. After Trockman & Kolter, "Mimetic

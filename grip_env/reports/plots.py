@@ -99,12 +99,12 @@ def draw_gallery(
     panels: list[list[Panel | np.ndarray | None]] = []
     for row, example in enumerate(encoded.examples):
         real = encoded.token_mask[row].cpu().numpy()
-        places = encoded.positions[row].cpu().numpy()[real]
+        centres = encoded.positions[row].cpu().numpy()[real]
         cells = None if encoded.cells is None else encoded.cells[row].cpu().numpy()[real]
         line: list[Panel | np.ndarray | None] = []
         for column in range(selection.shape[1]):
             kept = None if column == 0 else selection[row, column].cpu().numpy()[real]
-            picture = draw_selection(example.image, places, kept, size=288, cells=cells)
+            picture = draw_selection(example.image, centres, kept, size=288, cells=cells)
             given = answers[row][column]
             verdict = "right" if given == example.answer else f"wrong: {example.answer}"
             caption = f"{given or '(nothing)'} ({verdict}), p = {float(likelihood[row, column]):.2f}"

@@ -68,7 +68,7 @@ class Run:
             forwards = max(forwards, rows[-1]["forwards"])  # counted from the beginning on
         return {"seconds": seconds, "forwards": forwards} if seconds else None
 
-    def joins(self, others: Sequence[Run]) -> bool:
+    def is_another_seed_of(self, others: Sequence[Run]) -> bool:
         """Return whether it is one more seed of others; a run that has not finished is not."""
         if self.mark or others[0].mark:
             return False
@@ -154,7 +154,7 @@ def group_runs(runs: Sequence[Run]) -> Mapping[str, list[str]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        name = next((name for name, members in groups.items() if run.joins(members)), None)
+        name = next((name for name, members in groups.items() if run.is_another_seed_of(members)), None)
         if name is None:
             name = run.label if run.label not in groups else f"{run.label} [{run.path.name}]"
             if name in groups:

@@ -84,27 +84,27 @@ class ComposableReward(ABC):
         return False
 
     def __add__(self, other: Reward | float) -> ComposableReward:
-        return _join(_parts(self), _parts(other))
+        return _combine(_parts(self), _parts(other))
 
     def __radd__(self, other: Reward | float) -> ComposableReward:
-        return _join(_parts(other), _parts(self))
+        return _combine(_parts(other), _parts(self))
 
     def __sub__(self, other: Reward | float) -> ComposableReward:
-        return _join(_parts(self), _parts(other, -1.0))
+        return _combine(_parts(self), _parts(other, -1.0))
 
     def __rsub__(self, other: Reward | float) -> ComposableReward:
-        return _join(_parts(other), _parts(self, -1.0))
+        return _combine(_parts(other), _parts(self, -1.0))
 
     def __mul__(self, number: float) -> ComposableReward:
-        return _join(_parts(self, _number(number, "multiplied")))
+        return _combine(_parts(self, _number(number, "multiplied")))
 
     __rmul__ = __mul__
 
     def __truediv__(self, number: float) -> ComposableReward:
-        return _join(_parts(self, 1 / _number(number, "divided")))
+        return _combine(_parts(self, 1 / _number(number, "divided")))
 
     def __neg__(self) -> ComposableReward:
-        return _join(_parts(self, -1.0))
+        return _combine(_parts(self, -1.0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -250,7 +250,7 @@ class KeptFraction(ComposableReward):
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
         """Return the share, (B, G)."""
-        return scores.kept
+        return scores.kept_fraction
 
 
 REWARDS: dict[str, type[ComposableReward]] = {
@@ -284,7 +284,7 @@ def _parts(operand: object, factor: float = 1.0) -> _Parts:
     return ((factor, check_reward(operand)),), 0.0
 
 
-def _join(*parts: _Parts) -> ComposableReward:
+def _combine(*parts: _Parts) -> ComposableReward:
     """Return the sum of all parts: the reward itself where a single one is left, unweighted."""
     terms = tuple(term for terms, _ in parts for term in terms)
     constant = sum(number for _, number in parts)

@@ -37,7 +37,7 @@ class Encoded:
     """Number of ids of prompt and answer together, long (B,)."""
     answer_lengths: torch.Tensor
     """How many of those are the answer, long (B,)."""
-    places: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
     """Position id of each id in the full sequence: long (B, L), or (B, L, axes) where positions have several axes."""
     deepstack: torch.Tensor | None = None
     """What is added to the visual tokens after each of the language model's first E layers, float (B, N, E, D)."""
@@ -58,21 +58,21 @@ class Encoded:
     @staticmethod
     def concatenate(parts: Sequence[Encoded]) -> Encoded:
         """Join batches, padding each tensor to the longest."""
-        joined: dict[str, Any] = {}
+        padded: dict[str, Any] = {}
         for name, first in vars(parts[0]).items():
             values: list[Any] = [getattr(part, name) for part in parts]
             if isinstance(first, Encoded):  # a batch within the batch, as of blocks of tokens
-                joined[name] = Encoded.concatenate(values)
+                padded[name] = Encoded.concatenate(values)
             if not isinstance(first, torch.Tensor):
                 continue
-            joined[name] = _joined(values)
-        return replace(parts[0], examples=[example for part in parts for example in part.examples], **joined)
+            padded[name] = _padded_cat(values)
+        return replace(parts[0], examples=[example for part in parts for example in part.examples], **padded)
 
     def full_selection(self) -> torch.Tensor:
         """Return the selection that keeps every real token, bool (B, 1, N)."""
         return self.token_mask[:, None].clone()
 
-    def kept_share(self, selection: torch.Tensor) -> torch.Tensor:
+    def kept_fraction(self, selection: torch.Tensor) -> torch.Tensor:
         """Return the share of the real tokens that each selection, bool (B, G, N), keeps: float32 (B, G), in [0, 1]."""
         real = self.token_mask[:, None]
         return (selection & real).sum(-1) / real.sum(-1).clamp_min(1)
@@ -87,7 +87,7 @@ class Encoded:
         return torch.stack(known).to(self.tokens.device) * self.token_mask if len(known) == len(rows) else None
 
 
-def _joined(values: Sequence[torch.Tensor]) -> torch.Tensor:
+def _padded_cat(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return tensors (b, L, ...) in one, with zeros where a row is shorter than the longest."""
     if values[0].dim() < 2 or len({value.shape[1] for value in values}) == 1:
         return torch.cat(list(values))
@@ -105,7 +105,7 @@ class Scores:
     """Mean over the answer's tokens of their log-probability, float (B, G)."""
     correct: torch.Tensor
     """Whether greedy decoding would begin with the answer, bool (B, G); whether it would end there is not looked at."""
-    kept: torch.Tensor
+    kept_fraction: torch.Tensor
     """Share of the real visual tokens that the model saw, float (B, G), in [0, 1]."""
     first_token: torch.Tensor | None = None
     """Log-probability of every token of the vocabulary as the first of the answer, float32 (B, G, V).

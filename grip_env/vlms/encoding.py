@@ -255,7 +255,9 @@ class EncodingVLM:
             input_ids=pad(ids),
             lengths=torch.tensor([len(row) for row in ids], device=self.device),
             answer_lengths=torch.tensor(answers, device=self.device),
-            places=pad([self.family.places(row, picture) for row, picture in zip(ids, pictures, strict=True)]),
+            position_ids=pad(
+                [self.family.position_ids(row, picture) for row, picture in zip(ids, pictures, strict=True)]
+            ),
             deepstack=pad_all([picture.deepstack for picture in pictures]),
             cells=pad_all([picture.cells for picture in pictures]),
         )

@@ -100,7 +100,7 @@ def check_gates(vlm: FrozenVLM) -> HuggingFaceVLM:
 def _likelihood(run: StagedForward, gates: torch.Tensor) -> torch.Tensor:
     """Run all layers under the gates (R, N) and score the answers, float32 (R,)."""
     decoder = decoder_of(run.vlm)
-    hidden, places, token = run._hidden, run._places, run._token
+    hidden, position_ids, token = run._hidden, run._position_ids, run._token
     length = hidden.shape[1]
     let_in = (gates + SMALLEST).log().gather(1, token.clamp_min(0))  # (R, L)
     let_in = torch.where(token >= 0, let_in, 0.0).to(hidden.dtype)
@@ -108,12 +108,12 @@ def _likelihood(run: StagedForward, gates: torch.Tensor) -> torch.Tensor:
     later = torch.ones_like(itself).triu(1)
     # padding ends a row, where no token of the row looks
     bias = torch.where(itself, 0.0, let_in[:, None, None, :]).masked_fill(later, torch.finfo(hidden.dtype).min)
-    rotary = decoder.rotary_emb(hidden, position_ids=places)
+    rotary = decoder.rotary_emb(hidden, position_ids=position_ids)
     narrow = trunk_of(run.vlm.model) is not None  # else somebody has to see all of the last layer
     for block in decoder.layers[:-1] if narrow else decoder.layers:
-        hidden = block(hidden, attention_mask=bias, position_ids=places, position_embeddings=rotary)
+        hidden = block(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotary)
     if narrow:
         read, targets = run._read()
-        return mean_log_likelihood(logits_at(run.vlm.model, hidden, places, read, bias), targets)
+        return mean_log_likelihood(logits_at(run.vlm.model, hidden, position_ids, read, bias), targets)
     run._hidden = hidden
     return mean_log_likelihood(*run._answer())

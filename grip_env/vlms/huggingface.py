@@ -135,8 +135,8 @@ class HuggingFaceVLM(ScoringVLM):
 
     def _kept(self, encoded: Encoded, stays: torch.Tensor, selection: torch.Tensor, example: torch.Tensor) -> Prompts:
         """Return what is kept of prompts, padded on the left; see ``_sequences``."""
-        ids, mask, places = self._compact(encoded, stays, example, left=True)
-        return Prompts(ids, mask, places, self._images(encoded, encoded.tokens, selection, example))
+        ids, mask, position_ids = self._compact(encoded, stays, example, left=True)
+        return Prompts(ids, mask, position_ids, self._images(encoded, encoded.tokens, selection, example))
 
     @torch.no_grad()
     def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:

@@ -56,7 +56,7 @@ class ScoringVLM(EncodingVLM):
         return Scores(
             log_likelihood=likelihood.reshape(shape),
             correct=correct.reshape(shape),
-            kept=encoded.kept_share(selection),
+            kept_fraction=encoded.kept_fraction(selection),
             first_token=None if first is None else first.reshape(*shape, -1),
             agreement=None if agreement is None else agreement.reshape(shape),
         )
@@ -115,7 +115,7 @@ class ScoringVLM(EncodingVLM):
         flat = selection.flatten(0, 1)
         trunk = trunk_of(self.model)
         for rows in _by_length(lengths, self.token_budget):
-            ids, mask, places = self._compact(encoded, stays[rows], example[rows])
+            ids, mask, position_ids = self._compact(encoded, stays[rows], example[rows])
             answer = encoded.answer_lengths[example[rows]]  # (R,)
             before = mask.sum(1) - answer  # (R,), where the prompt ends
             column = torch.arange(ids.shape[1], device=self.device)
@@ -124,7 +124,7 @@ class ScoringVLM(EncodingVLM):
                 # always given: without it, gapped positions are read as packed sequences. Where attention is causal
                 # nothing looks at the padding at the end, and a mask of ones lets fused attention do without any
                 "attention_mask": (mask if trunk is None else torch.ones_like(mask)).long(),
-                "position_ids": places,
+                "position_ids": position_ids,
                 "use_cache": False,
                 **self.family.token_types(ids, column > before[:, None]),
                 **self._images(encoded, features, flat[rows], example[rows]),
@@ -132,7 +132,7 @@ class ScoringVLM(EncodingVLM):
             first = int(before.min())  # logits before this column predict no answer
             read = answer_columns(before, answer, elsewhere=first)[0]
             if trunk is not None:
-                logits = logits_at(self.model, trunk(**inputs).last_hidden_state, places, read)
+                logits = logits_at(self.model, trunk(**inputs).last_hidden_state, position_ids, read)
             else:
                 logits = self.model(**inputs, logits_to_keep=ids.shape[1] - first).logits.float()
                 logits = logits.gather(1, (read - first)[..., None].expand(-1, -1, logits.shape[-1]))
@@ -149,8 +149,8 @@ class ScoringVLM(EncodingVLM):
         if len(example) > 1 or "flash" not in str(self.model.config.get_text_config()._attn_implementation):
             return parts
         # flash attention drops a mask of ones, and then reads gaps in a single row's positions as packed sequences
-        ids, mask, places = (torch.nn.functional.pad(part, (1, 0) if left else (0, 1)) for part in parts)
-        return ids, mask, places
+        ids, mask, position_ids = (torch.nn.functional.pad(part, (1, 0) if left else (0, 1)) for part in parts)
+        return ids, mask, position_ids
 
     def _moved(
         self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor, left: bool
@@ -167,15 +167,19 @@ class ScoringVLM(EncodingVLM):
             mask = column < count[:, None]
         ids = encoded.input_ids[example].gather(1, order)
         ids = ids.masked_fill(~mask, 0)
-        assert encoded.places is not None
+        assert encoded.position_ids is not None
         if self.position_policy == "reindex":
-            places = column + self.family.first_place
+            position_ids = column + self.family.first_position
         elif self.family.axes == 1:
-            places = encoded.places[example].gather(1, order)
+            position_ids = encoded.position_ids[example].gather(1, order)
         else:
             index = order[..., None].expand(-1, -1, self.family.axes)
-            return ids, mask, encoded.places[example].gather(1, index).masked_fill(~mask[..., None], 0).permute(2, 0, 1)
-        return ids, mask, places.masked_fill(~mask, 0)
+            return (
+                ids,
+                mask,
+                encoded.position_ids[example].gather(1, index).masked_fill(~mask[..., None], 0).permute(2, 0, 1),
+            )
+        return ids, mask, position_ids.masked_fill(~mask, 0)
 
     def _images(
         self, encoded: Encoded, features: torch.Tensor, selection: torch.Tensor, example: torch.Tensor

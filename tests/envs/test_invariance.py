@@ -127,7 +127,7 @@ def test_scores_do_not_depend_on_the_batch(
     for at, row in enumerate(rows):
         found = tiny.score(alone[row], selection[at : at + 1])
         torch.testing.assert_close(found.log_likelihood[0], together.log_likelihood[at], atol=1e-4, rtol=0)
-        torch.testing.assert_close(found.kept[0], together.kept[at])
+        torch.testing.assert_close(found.kept_fraction[0], together.kept_fraction[at])
 
 
 @few
@@ -146,7 +146,7 @@ def test_scores_do_not_depend_on_padding_nor_on_what_stands_in_it(
             return torch.cat([value, torch.randint(0, 50, shape, generator=generator)], 1)
         return torch.cat([value, torch.randn(shape, generator=generator)], 1)
 
-    assert plain.places is not None
+    assert plain.position_ids is not None
     padded = dataclasses.replace(
         plain,
         tokens=longer(plain.tokens, visual),
@@ -155,13 +155,13 @@ def test_scores_do_not_depend_on_padding_nor_on_what_stands_in_it(
         question=longer(plain.question, text),
         question_mask=longer(plain.question_mask, text),
         input_ids=longer(plain.input_ids, text),
-        places=longer(plain.places, text),
+        position_ids=longer(plain.position_ids, text),
         cells=None,
     )
     reaching = torch.cat([selection, torch.ones(1, 2, visual, dtype=torch.bool)], 2)  # selects padding too
     expected, found = tiny.score(plain, selection), tiny.score(padded, reaching)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.kept, expected.kept)
+    torch.testing.assert_close(found.kept_fraction, expected.kept_fraction)
 
 
 # -- the order of the tokens -----------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def permuted(encoded: Encoded, order: Sequence[int], image_token_id: int | None 
         if (value := getattr(encoded, name)) is not None
     }
     if image_token_id is not None:
-        assert encoded.places is not None
+        assert encoded.position_ids is not None
         slots = (encoded.input_ids[0] == image_token_id).nonzero().flatten()
-        moved["places"] = encoded.places.clone()
-        moved["places"][:, slots] = encoded.places[:, slots[index]]
+        moved["position_ids"] = encoded.position_ids.clone()
+        moved["position_ids"][:, slots] = encoded.position_ids[:, slots[index]]
     return dataclasses.replace(encoded, **moved)
 
 

@@ -272,7 +272,7 @@ def test_allowance_is_the_largest_number_with_which_the_budget_can_still_be_kept
             if list(kept) == sorted(kept, reverse=True) and sum(presence(stages, layers, count, kept)) <= layers * total
         ]
         if not sets:
-            with pytest.raises(ValueError, match="places"):
+            with pytest.raises(ValueError, match="slots"):
                 schedule.check_total(total, count)
             refused += 1
             continue
@@ -401,7 +401,7 @@ def test_policies_of_the_other_environment_keep_within_the_budget() -> None:
 def test_impossible_budgets_are_refused_with_the_arithmetic_and_a_way_out() -> None:
     arguments: dict[str, Any] = {"stages": (2, 4), "task": FakeTask()}
     with pytest.raises(
-        ValueError, match=r"5 x 4 = 20 places.*2 x 36 = 72 before it.*3 layers after it makes 75"
+        ValueError, match=r"5 x 4 = 20 slots.*2 x 36 = 72 before it.*3 layers after it makes 75"
     ) as error:
         make(budget=0.1, **arguments)
     enough = float(str(error.value).split("budget of ")[-1].split()[0])

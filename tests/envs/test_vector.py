@@ -149,18 +149,18 @@ def test_final_observations_cannot_spoil_what_is_shared() -> None:
 def test_instances_are_joined_once_for_each_list_of_them() -> None:
     store = make(2).rules.store
     one, two, three = store.load([0, 1, 2]).values()
-    batch = store.join([one, two])
-    assert store.join([one, two]) is batch
+    batch = store.collate([one, two])
+    assert store.collate([one, two]) is batch
     for others in ([two, one], [one, three], [one], [one, two, three], [one, two]):
-        joined = store.join(others)
+        joined = store.collate(others)
         expected = Encoded.concatenate([instance.encoded for instance in others])
         assert joined is not batch
         assert [example.key for example in joined.examples] == [instance.example.key for instance in others]
         assert joined.tokens.equal(expected.tokens)
     one.encoded = one.encoded[[0]]  # encoded anew, as after it left the memory
-    again = store.join([one, two])
+    again = store.collate([one, two])
     assert again is not joined
-    assert store.join([one, two]) is again
+    assert store.collate([one, two]) is again
 
 
 def test_final_observations_are_arrays_of_their_own() -> None:

@@ -146,13 +146,13 @@ class InstanceStore:
             jobs: Instances and selections.
             full: Their scores with every token kept, (R, 1), as :meth:`RewardScorer.score` takes them.
         """
-        batch = self.join([instance for instance, _ in jobs])
+        batch = self.collate([instance for instance, _ in jobs])
         length = batch.token_mask.shape[1]
         chosen = torch.from_numpy(fit(np.stack([selection for _, selection in jobs], 1), length).T)[:, None]
         with torch.no_grad():
             return self.rewards.score(batch, chosen.to(batch.token_mask.device), full).cpu()
 
-    def join(self, instances: Sequence[Instance]) -> Encoded:
+    def collate(self, instances: Sequence[Instance]) -> Encoded:
         """Return instances in one batch, which is remembered: all steps of an episode are about the same ones."""
         parts = [instance.encoded for instance in instances]
         if len(parts) != len(self._parts) or any(map(operator.is_not, parts, self._parts)):
@@ -168,7 +168,7 @@ class InstanceStore:
 
         Joining texts of different lengths takes three times as long as joining equal ones; so it happens once.
         """
-        text = {name: getattr(batch, name) for name in ("input_ids", "places", "question", "question_mask")}
+        text = {name: getattr(batch, name) for name in ("input_ids", "position_ids", "question", "question_mask")}
         text = {name: tensor for name, tensor in text.items() if tensor is not None}
         for row, instance in enumerate(instances):
             longer = {

@@ -75,14 +75,16 @@ def draw_selection(
     picture = np.asarray(image)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"image must be uint8 of shape (H, W, 3); got {picture.dtype} of shape {picture.shape}")
-    places = np.asarray(positions, dtype=np.float64)
+    centres = np.asarray(positions, dtype=np.float64)
     for name, mask in (("selection", selection), ("relevant", relevant)):
-        if mask is not None and np.shape(mask) != places.shape[:1]:
-            raise ValueError(f"{name} must have shape {places.shape[:1]}, one entry per position; got {np.shape(mask)}")
-    if cells is not None and np.shape(cells) != places.shape:
-        raise ValueError(f"cells must have shape {places.shape}, as positions have; got {np.shape(cells)}")
+        if mask is not None and np.shape(mask) != centres.shape[:1]:
+            raise ValueError(
+                f"{name} must have shape {centres.shape[:1]}, one entry per position; got {np.shape(mask)}"
+            )
+    if cells is not None and np.shape(cells) != centres.shape:
+        raise ValueError(f"cells must have shape {centres.shape}, as positions have; got {np.shape(cells)}")
     drawn = _resized(picture, size)
-    boxes = _boxes(places, drawn.shape[0], drawn.shape[1], cells)
+    boxes = _boxes(centres, drawn.shape[0], drawn.shape[1], cells)
     if selection is not None:
         drawn = _faded(drawn, boxes[np.asarray(selection, dtype=bool)])
     if relevant is not None:

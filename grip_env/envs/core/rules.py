@@ -41,8 +41,8 @@ __all__ = [
     "Outcome",
     "best_scores",
     "check_penalty",
-    "joined_full",
     "resolve_vlm",
+    "stack_full_scores",
 ]
 
 ActionMode: TypeAlias = Literal["binary", "scores"]
@@ -235,7 +235,7 @@ class EpisodeRules(ABC):
         asked = [decision for decision in decisions if decision.scored]
         jobs = [(decision.episode.instance, decision.selection) for decision in asked]
         whole = [(instance, instance.real) for instance in unscored]
-        full = joined_full(decision.episode for decision in asked)
+        full = stack_full_scores(decision.episode for decision in asked)
         scores: Scores | None = None
         wholes: Scores | None = None
         if full is not None and full.first_token is not None:
@@ -273,17 +273,17 @@ class EpisodeRules(ABC):
 
     # -- what the agent sees and does --------------------------------------------------------------------
 
-    def view(self, episode: Episode) -> Observation:
+    def shared_view(self, episode: Episode) -> Observation:
         """Return an observation of an episode that shares memory with others: to be copied before it is handed out."""
         return episode.instance.observed | {"budget": np.array([episode.k / episode.instance.count], dtype=np.float32)}
 
     def observe(self, episode: Episode) -> Observation:
         """Return a fresh observation of an episode."""
-        return {key: value.copy() for key, value in self.view(episode).items()}
+        return {key: value.copy() for key, value in self.shared_view(episode).items()}
 
-    def glimpse(self, episode: Episode) -> Observation:
+    def read_only_view(self, episode: Episode) -> Observation:
         """Return an observation of an episode that shares memory with others and cannot be written to."""
-        return {key: read_only(value) for key, value in self.view(episode).items()}
+        return {key: read_only(value) for key, value in self.shared_view(episode).items()}
 
     def info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset or a step.
@@ -346,7 +346,7 @@ def check_penalty(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number, at least 0; got {value!r}")
 
 
-def joined_full(episodes: Iterable[Episode]) -> Scores | None:
+def stack_full_scores(episodes: Iterable[Episode]) -> Scores | None:
     """Return the scores with every token kept, fields of shape (R, 1); ``None`` where there are no episodes."""
     rows = [episode.instance.full for episode in episodes]
     known = [scores for scores in rows if scores is not None]

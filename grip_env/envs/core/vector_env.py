@@ -24,7 +24,7 @@ from grip_env.envs.core.sampling import EpisodeStream, FixedEpisodes
 from grip_env.envs.core.single_env import EpisodeEnv, RenderMode
 from grip_env.tasks.base import Example
 
-__all__ = ["EpisodeVectorEnv", "joined_infos", "joined_observations"]
+__all__ = ["EpisodeVectorEnv", "stack_infos", "stack_observations"]
 
 
 class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
@@ -188,7 +188,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         )
         self._ended = self._ended & ~mask
         infos = [self.rules.info(fresh[i]) if i in fresh else None for i in range(self.num_envs)]
-        return self._observe(), joined_infos(infos)
+        return self._observe(), stack_infos(infos)
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Act in every episode, and begin the next one where ``autoreset_mode`` says so.
@@ -229,11 +229,11 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         infos = [self.rules.info(episode) for episode in (stepped if same_step else self._episodes)]
         if same_step:
             for i, episode in fresh.items():
-                final = {"final_obs": self.rules.glimpse(stepped[i]), "final_info": infos[i]}
+                final = {"final_obs": self.rules.read_only_view(stepped[i]), "final_info": infos[i]}
                 infos[i] = final | self.rules.info(episode)
         rewards = np.zeros(self.num_envs)  # (B,)
         rewards[acting] = [stepped[i].reward for i in acting]
-        return self._observe(), rewards, terminated, truncated, joined_infos(infos)
+        return self._observe(), rewards, terminated, truncated, stack_infos(infos)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what the last step decided in each instance (after a reset: the new episodes)."""
@@ -296,7 +296,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self.rules.request(stream, fixed)
 
     def _observe(self) -> Observation:
-        return joined_observations([self.rules.view(episode) for episode in self._episodes])
+        return stack_observations([self.rules.shared_view(episode) for episode in self._episodes])
 
 
 def _with_clock(single: inspect.Signature) -> inspect.Signature:
@@ -340,47 +340,47 @@ def _without(actions: Any, idle: np.ndarray, shape: tuple[int, ...]) -> Any:
     return given
 
 
-def joined_observations(rows: Sequence[Observation]) -> Observation:
+def stack_observations(rows: Sequence[Observation]) -> Observation:
     """Return one array (B, ...) for each key, a fresh copy.
 
-    >>> joined_observations([{"budget": np.array([0.5])}, {"budget": np.array([0.25])}])["budget"].tolist()
+    >>> stack_observations([{"budget": np.array([0.5])}, {"budget": np.array([0.25])}])["budget"].tolist()
     [[0.5], [0.25]]
     """
-    joined: Observation = {}
+    stacked: Observation = {}
     for key, first in rows[0].items():
         column = np.empty((len(rows), *first.shape), dtype=first.dtype)
         for place, row in zip(column, rows, strict=True):
             place[:] = row[key]
-        joined[key] = column
-    return joined
+        stacked[key] = column
+    return stacked
 
 
-def joined_infos(infos: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+def stack_infos(infos: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """Return the infos of a vector environment: an array (B, ...) for each key, and with it a mask ``_key``, bool (B,).
 
-    Numbers and arrays become arrays of their type, 0 where an instance lacks the key; dicts are joined in turn; all
+    Numbers and arrays become arrays of their type, 0 where an instance lacks the key; dicts are stacked in turn; all
     else, and the dicts in ``final_obs``, become arrays of objects: as Gymnasium's ``VectorEnv._add_info`` has it.
 
     Args:
         infos: One for each instance; ``None`` is an empty one. Under each key all values are of one kind.
 
-    >>> joined = joined_infos([{"k": 3}, {"kept": [1, 2]}])
-    >>> joined["k"].tolist(), joined["_k"].tolist(), joined["kept"].tolist()
+    >>> stacked = stack_infos([{"k": 3}, {"kept": [1, 2]}])
+    >>> stacked["k"].tolist(), stacked["_k"].tolist(), stacked["kept"].tolist()
     ([3, 0], [True, False], [None, [1, 2]])
     """
-    joined: dict[str, Any] = {}
+    stacked: dict[str, Any] = {}
     given = [{} if info is None else info for info in infos]
     alike = all(info.keys() == given[0].keys() for info in given)  # as a rule
     for key in given[0] if alike else dict.fromkeys(key for info in given for key in info):
         known = np.ones(len(given), dtype=bool) if alike else np.array([key in info for info in given])
         values = [info[key] for info in given if alike or key in info]
-        joined[key] = (
-            joined_infos([info.get(key) for info in given])
+        stacked[key] = (
+            stack_infos([info.get(key) for info in given])
             if isinstance(values[0], dict) and key != "final_obs"
             else _column(values, known)
         )
-        joined[f"_{key}"] = known
-    return joined
+        stacked[f"_{key}"] = known
+    return stacked
 
 
 def _column(values: list[Any], known: np.ndarray) -> np.ndarray:

@@ -49,7 +49,7 @@ def trunk_of(model: Any) -> Any:
 def logits_at(
     model: Any,
     hidden: torch.Tensor,
-    places: torch.Tensor,
+    position_ids: torch.Tensor,
     columns: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -58,7 +58,7 @@ def logits_at(
     Args:
         model: The model, one that :func:`trunk_of` has a trunk of.
         hidden: What goes into the last layer, (R, L, D).
-        places: Position ids, long (R, L).
+        position_ids: Position ids, long (R, L).
         columns: Which columns are read, long (R, T).
         bias: Added to the attention of each column to each, (R or 1, 1, L, L); by default a column sees itself and
             those before it.
@@ -74,7 +74,7 @@ def logits_at(
         return values.view(*values.shape[:2], -1, attention.head_dim).transpose(1, 2)
 
     normed = block.input_layernorm(hidden)
-    cos, sin = (part.expand(len(hidden), -1, -1) for part in decoder.rotary_emb(hidden, position_ids=places))
+    cos, sin = (part.expand(len(hidden), -1, -1) for part in decoder.rotary_emb(hidden, position_ids=position_ids))
     query = _rotated(heads(attention.q_proj(at(normed))), at(cos), at(sin))  # (R, heads, T, head_dim)
     key, value = _rotated(heads(attention.k_proj(normed)), cos, sin), heads(attention.v_proj(normed))
     if bias is None:

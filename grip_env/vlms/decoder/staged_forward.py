@@ -105,12 +105,12 @@ class StagedForward:
         self.position_policy = vlm.position_policy if position_policy is None else position_policy
         self.layers = len(decoder.layers)
         """How many layers there are."""
-        assert encoded.places is not None
+        assert encoded.position_ids is not None
         self._answers = encoded.answer_lengths if with_answers else torch.zeros_like(encoded.answer_lengths)  # (B,)
         lengths = encoded.lengths - encoded.answer_lengths + self._answers
         longest = int(lengths.max())
         self._ids = encoded.input_ids[:, :longest]  # (B, L)
-        self._places = encoded.places[:, :longest]  # (B, L)
+        self._position_ids = encoded.position_ids[:, :longest]  # (B, L)
         column = torch.arange(longest, device=vlm.device)
         self._present = column < lengths[:, None]  # (B, L)
         visual = (self._ids == vlm.family.image_token_id) & self._present
@@ -195,11 +195,11 @@ class StagedForward:
         fused = decoder.config._attn_implementation == "sdpa"
         parts = []
         for rows in self._chunks():
-            hidden, places = self._hidden[rows], self._places[rows]
+            hidden, position_ids = self._hidden[rows], self._position_ids[rows]
             mask = None if fused else _causal(hidden)
-            rotary = decoder.rotary_emb(hidden, position_ids=places)
+            rotary = decoder.rotary_emb(hidden, position_ids=position_ids)
             for block in decoder.layers[self.layer : layer]:
-                hidden = block(hidden, attention_mask=mask, position_ids=places, position_embeddings=rotary)
+                hidden = block(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
             parts.append(hidden)
         self._hidden = torch.cat(parts)
         self._passed = self._passed + (self._token >= 0).sum(1) * (layer - self.layer)
@@ -228,9 +228,11 @@ class StagedForward:
         self._present = torch.arange(longest, device=order.device) < count[:, None]
         self._ids = self._ids.gather(1, order)
         self._token = self._token.gather(1, order).masked_fill(~self._present, -1)
-        self._places = self._places.gather(1, order)
+        self._position_ids = self._position_ids.gather(1, order)
         if self.position_policy == "reindex":
-            self._places = torch.arange(longest, device=order.device).expand_as(order) + self.vlm.family.first_place
+            self._position_ids = (
+                torch.arange(longest, device=order.device).expand_as(order) + self.vlm.family.first_position
+            )
         self._hidden = self._hidden.gather(1, order[..., None].expand(-1, -1, self._hidden.shape[-1]))
 
     @torch.no_grad()
@@ -301,7 +303,7 @@ class StagedForward:
         shape = (*normed.shape[:2], -1, block.self_attn.head_dim)
         query = block.self_attn.q_proj(normed).view(shape).transpose(1, 2)
         key = block.self_attn.k_proj(normed).view(shape).transpose(1, 2)
-        rotary = decoder.rotary_emb(normed, position_ids=self._places[rows])
+        rotary = decoder.rotary_emb(normed, position_ids=self._position_ids[rows])
         rotated: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(query, key, *rotary)
         return rotated
 
@@ -309,7 +311,7 @@ class StagedForward:
     def finish(self, reference: torch.Tensor | None = None) -> Scores:
         """Run the layers that are left and score the answer; the fields have shape (B, 1).
 
-        ``kept`` is the mean over the layers of the share of the visual tokens that went through.
+        ``kept_fraction`` is the mean over the layers of the share of the visual tokens that went through.
 
         Args:
             reference: See :meth:`~grip_env.vlms.base.FrozenVLM.score`.
@@ -327,7 +329,7 @@ class StagedForward:
         return Scores(
             log_likelihood=mean_log_likelihood(logits, targets)[:, None],
             correct=greedy_finds(logits, targets)[:, None],
-            kept=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
+            kept_fraction=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
             agreement=agreement,
         )
 

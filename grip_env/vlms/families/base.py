@@ -98,7 +98,7 @@ class Family:
     """Whether the model wants visual tokens as one tensor (1, K, D) instead of a list of (K, D)."""
     axes = 1
     """How many numbers say where a token is in the text."""
-    first_place = 0
+    first_position = 0
     """The place of the first token in the text."""
     key: ClassVar[str]
     """What names the family in keys of caches, and stays as it is whatever becomes of the class's module; each class
@@ -143,9 +143,9 @@ class Family:
             )
         )
 
-    def places(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
+    def position_ids(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
         """Return where each of the ids of one whole sequence (L,) is in the text, long (L,) or (L, axes)."""
-        return torch.arange(len(ids), device=ids.device) + self.first_place
+        return torch.arange(len(ids), device=ids.device) + self.first_position
 
     def adds_special_tokens(self, prompt: str) -> bool:
         """Tell whether the tokenizer must add its special tokens: a prompt may already begin with them."""

@@ -96,12 +96,12 @@ class TiledLlavaFamily(Family):
             return torch.cat([whole, ends]), torch.cat([cells, torch.zeros_like(ends)])
         shown = whole.new_tensor(self._shown(size, side))  # of the image's height and width, in all rows and columns
         tiles = centres_of(rows, columns, whole.device).reshape(rows, columns, 2)
-        places = torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)
-        places = ((places - 0.5) * shown + 0.5).clamp(0, 1)
-        places[newline, 1] = 1.0
+        centres = torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)
+        centres = ((centres - 0.5) * shown + 0.5).clamp(0, 1)
+        centres[newline, 1] = 1.0
         spans = (shown / shown.new_tensor([rows, columns])).repeat(len(newline), 1)
         spans[newline] = 0.0  # a newline shows nothing
-        return torch.cat([whole, places]), torch.cat([cells, spans])
+        return torch.cat([whole, centres]), torch.cat([cells, spans])
 
     def _shown(self, size: torch.Tensor, side: int) -> tuple[float, float]:
         """Return the shares of the image's height and width that lie in the patches left when padding is cut off.
@@ -184,14 +184,14 @@ class QwenFamily(Family):
         pixels = self.processor.image_processor(images=small, do_resize=False, **CHANNELS_LAST)
         return self.see(dict(pixels.to(self.model.device)), [image.shape[:2] for image in images])
 
-    def places(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
+    def position_ids(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
         """Return frame, row and column of visual tokens among the places in the text, long (L, 3)."""
         assert picture.grid is not None
         visual = (ids == self.image_token_id).int()
-        places, _ = self.model.model.get_rope_index(
+        position_ids, _ = self.model.model.get_rope_index(
             ids[None], mm_token_type_ids=visual[None], image_grid_thw=picture.grid[None]
         )
-        return places[:, 0].T
+        return position_ids[:, 0].T
 
 
 class Qwen3Family(QwenFamily):
@@ -263,10 +263,8 @@ class SplitFamily(Family):
     def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Add rows and columns of tiles, as the names of their places tell them."""
         names = [" ".join(self.tokenizer.convert_ids_to_tokens(row.tolist())) for row in ids]
-        places = [
-            [(0, 0), *((int(r), int(c)) for r, c in re.findall(r"<row_(\d+)_col_(\d+)>", text))] for text in names
-        ]
-        grids = [max(found) for found in places]  # the last tile is the one of the last row and column
+        cells = [[(0, 0), *((int(r), int(c)) for r, c in re.findall(r"<row_(\d+)_col_(\d+)>", text))] for text in names]
+        grids = [max(found) for found in cells]  # the last tile is the one of the last row and column
         return pixels | {"rows": [[rows] for rows, _ in grids], "cols": [[columns] for _, columns in grids]}
 
 
@@ -333,7 +331,7 @@ class PaliGemmaFamily(Family):
 
     key = "grip_env.vlms.families.PaliGemmaFamily"
     stacked = True
-    first_place = 1
+    first_position = 1
 
     def check(self) -> None:
         """Accept any model: there is no chat template to miss."""

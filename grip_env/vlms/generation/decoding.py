@@ -39,7 +39,7 @@ class Prompts:
     """Long (R, L)."""
     mask: torch.Tensor
     """Which of them are no padding, bool (R, L)."""
-    places: torch.Tensor
+    position_ids: torch.Tensor
     """Position ids, long (R, L) or (axes, R, L)."""
     images: dict[str, Any]
     """What the model is told of the images."""
@@ -47,14 +47,14 @@ class Prompts:
 
 def _steps(model: Any, family: Family, prompts: Prompts, cache: Any, **more: Any) -> Generator[Any, torch.Tensor, None]:
     """Yield what the model returns for the prompts, and then for each token (R,) that is sent."""
-    ids, mask, places, images = prompts.ids, prompts.mask, prompts.places, prompts.images
+    ids, mask, position_ids, images = prompts.ids, prompts.mask, prompts.position_ids, prompts.images
     first = True
     while True:
         inputs = model.prepare_inputs_for_generation(
             ids,
             is_first_iteration=first,
             attention_mask=mask.long(),
-            position_ids=places - family.first_place,  # which it adds itself
+            position_ids=position_ids - family.first_position,  # which it adds itself
             use_cache=True,
             logits_to_keep=1,
             **{CACHE: cache},
@@ -63,7 +63,11 @@ def _steps(model: Any, family: Family, prompts: Prompts, cache: Any, **more: Any
             **more,
         )
         new = yield model(**inputs, return_dict=True)
-        ids, mask, places = new[:, None], torch.nn.functional.pad(mask, (0, 1), value=True), places[..., -1:] + 1
+        ids, mask, position_ids = (
+            new[:, None],
+            torch.nn.functional.pad(mask, (0, 1), value=True),
+            position_ids[..., -1:] + 1,
+        )
         images, first = {}, False
 
 

@@ -84,7 +84,7 @@ def check(
     present = [int(drops[max(at for at in drops if at <= layer)].sum()) if layer >= min(drops) else count
                for layer in range(LAYERS)]  # fmt: skip
     assert float(found.layer_average[row]) == pytest.approx(sum(present) / LAYERS, rel=1e-6)
-    assert float(found.scores.kept[row, 0]) == pytest.approx(sum(present) / LAYERS / count, rel=1e-6)
+    assert float(found.scores.kept_fraction[row, 0]) == pytest.approx(sum(present) / LAYERS / count, rel=1e-6)
     assert int(found.kept[row]) == present[-1]
     spent = staged_flops(vlm.model.config, [(1, prompt - count + tokens) for tokens in present])
     assert float(found.flops[row]) == pytest.approx(spent / prefill_flops(vlm.model.config, prompt), rel=1e-6)
@@ -247,10 +247,10 @@ def test_budgets_that_cannot_be_kept_are_refused_with_the_arithmetic(vlm: Huggin
     counts = encoded.token_mask.sum(1)
     count = int(counts[0])
     with pytest.raises(
-        ValueError, match=rf"FastV cannot keep this budget: .* 4 x 3 = 12 places.* 2 x {count} = {2 * count}"
+        ValueError, match=rf"FastV cannot keep this budget: .* 4 x 3 = 12 slots.* 2 x {count} = {2 * count}"
     ):
         run(FastV(), vlm, encoded, torch.full_like(counts, 3))
-    with pytest.raises(ValueError, match=rf"PyramidDrop cannot keep this budget: .* 4 x 3 = 12 places.* 1 x {count}"):
+    with pytest.raises(ValueError, match=rf"PyramidDrop cannot keep this budget: .* 4 x 3 = 12 slots.* 1 x {count}"):
         run(PyramidDrop(), vlm, encoded, torch.full_like(counts, 3))
 
 

@@ -123,7 +123,7 @@ def test_the_encoder_runs_on_each_missing_image_once(
             assert getattr(found, name) is None
         else:
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=0)
-    for name in ("input_ids", "places", "token_mask", "question"):
+    for name in ("input_ids", "position_ids", "token_mask", "question"):
         assert getattr(found, name).equal(getattr(expected, name))
     selection = subsets(expected)
     torch.testing.assert_close(

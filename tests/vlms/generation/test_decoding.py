@@ -58,8 +58,8 @@ def masked(pruner: Pruner, inputs: dict[str, Any], encoded: Encoded, selection: 
     for row in range(len(ids)):
         visual = (ids[row] == family.image_token_id) & mask[row].bool()
         mask[row][visual] = selection[row][encoded.token_mask[row]].long()
-    assert encoded.places is not None
-    rows = [encoded.places[row, : encoded.lengths[row]] - family.first_place for row in range(len(ids))]
+    assert encoded.position_ids is not None
+    rows = [encoded.position_ids[row, : encoded.lengths[row]] - family.first_position for row in range(len(ids))]
     if family.axes == 1:
         places = torch.stack([left(row, ids.shape[1]) for row in rows])
     else:
@@ -86,7 +86,7 @@ def slow(pruner: Pruner, reference: dict[str, Any], steps: int) -> list[int]:
     """Return the likeliest tokens, each from a run of its own over the whole masked sequence, without any cache."""
     model, family = pruner.vlm.model, pruner.vlm.family
     ids, mask = reference["input_ids"], reference["attention_mask"]
-    places = reference["position_ids"] + family.first_place
+    places = reference["position_ids"] + family.first_position
     images = split_inputs(reference_inputs(reference))[1]
     length = ids.shape[1]
     new: list[int] = []

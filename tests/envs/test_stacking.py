@@ -1,4 +1,4 @@
-"""Joined infos equal what Gymnasium's own vector environments make of the same rows."""
+"""Stacked infos equal what Gymnasium's own vector environments make of the same rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grip_env.envs.core.vector_env import joined_infos, joined_observations
+from grip_env.envs.core.vector_env import stack_infos, stack_observations
 
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "k": st.integers(-5, 5),
@@ -32,23 +32,23 @@ def test_infos_are_joined_as_gymnasium_joins_them(rows: list[dict[str, Any]]) ->
     expected: dict[str, Any] = {}
     for i, row in enumerate(rows):
         expected = envs._add_info(expected, row, i)
-    joined = joined_infos(rows)
-    assert sorted(joined) == sorted(expected)
-    _check_same(joined, expected)
+    stacked = stack_infos(rows)
+    assert sorted(stacked) == sorted(expected)
+    _check_same(stacked, expected)
 
 
-def _check_same(joined: dict[str, Any], expected: dict[str, Any]) -> None:
+def _check_same(stacked: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, column in expected.items():
         if isinstance(column, dict):
-            _check_same(joined[key], column)
+            _check_same(stacked[key], column)
             continue
-        assert joined[key].dtype == column.dtype, key
-        np.testing.assert_array_equal(joined[key], column, strict=True)
+        assert stacked[key].dtype == column.dtype, key
+        np.testing.assert_array_equal(stacked[key], column, strict=True)
 
 
 def test_joined_observations_are_fresh() -> None:
     rows = [{"tokens": np.full((2, 3), value)} for value in (1.0, 2.0)]
-    joined = joined_observations(rows)
-    joined["tokens"][:] = 0
+    stacked = stack_observations(rows)
+    stacked["tokens"][:] = 0
     assert rows[0]["tokens"].all()
-    assert joined["tokens"].shape == (2, 2, 3)
+    assert stacked["tokens"].shape == (2, 2, 3)
