@@ -1,5 +1,6 @@
 # make train   set up, then train the GRPO agent on the embedded model and report (about seven minutes)
-# make test    set up, then run the tests
+# make test    set up, then run the tests, but for the slow ones
+# make test-slow    set up, then run the slow tests: whole commands, one after another
 # make lint    set up, then check style and types
 # make test-floor   the tests with the lowest versions that pyproject.toml allows, in an environment of their own;
 #                   PyPI's torch of that age brings CUDA along (gigabytes), FLOOR_PIP can name another index
@@ -12,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FLOOR := .venv-floor/.ready
 
-.PHONY: train test test-floor fuzz interruptions lint clean
+.PHONY: train test test-slow test-floor fuzz interruptions lint clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -26,7 +27,10 @@ train: $(READY)
 	$(BIN)/python -m grip_env.train --algo grpo $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 $(FLOOR): pyproject.toml .ci/floor.txt
 	$(PYTHON) -m venv .venv-floor

@@ -212,6 +212,7 @@ def test_evaluate_gives_the_numbers_of_the_report(run: Path, tmp_path: Path) -> 
     assert (tmp_path / "again" / "pareto.png").is_file()
 
 
+@pytest.mark.slow
 def test_cache_is_filled_by_one_run_and_read_by_the_next(
     vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_cache_of_impossible_size_is_refused(size: float, tmp_path: Path, caps
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_reward_can_be_a_sum_or_imported_and_is_remembered_as_it_was_written(vlm_folder: Path, tmp_path: Path) -> None:
     """As a user starts it: the module is found in the folder the command is started in."""
     (tmp_path / "mine.py").write_text(
@@ -476,6 +478,7 @@ def test_unknown_algorithms_are_refused_with_the_choices(tmp_path: Path) -> None
 # -- the benchmark ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_benchmark_trains_once_compares_and_refuses_other_settings(
     vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

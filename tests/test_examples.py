@@ -35,6 +35,7 @@ def test_quickstart_plays_an_episode_and_draws_it(tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "quickstart.png")).std() > 10
 
 
+@pytest.mark.slow
 def test_own_policy_trains_and_is_compared(tmp_path: Path) -> None:
     out = run(tmp_path, "own_policy.py", "2")
     assert re.search(r"^step 0: reward -?\d+\.\d+$", out, re.MULTILINE)
@@ -43,6 +44,7 @@ def test_own_policy_trains_and_is_compared(tmp_path: Path) -> None:
     assert "96 examples of the validation split" in out
 
 
+@pytest.mark.slow
 def test_ppo_in_a_single_file_trains_and_is_compared(tmp_path: Path) -> None:
     small = ["--iterations", "2", "--num-envs", "4", "--num-steps", "3", "--budget", "0.02", "--examples", "6"]
     out = run(tmp_path, "ppo_single_file.py", *small)

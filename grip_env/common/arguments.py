@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 __all__ = ["plain_arguments"]
@@ -18,6 +19,14 @@ def _kinds(config: Any, before: str = "") -> dict[str, Any]:
     return found
 
 
+_NO_PATHS = (str, tuple[str, ...], tuple[int, ...], tuple[float, ...])
+"""Options behind whose values a run's folder may follow: it cannot be one more of them."""
+
+
+def _is_run(argument: str) -> bool:
+    return (Path(argument) / "config.json").is_file()
+
+
 def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = ()) -> list[str]:
     """Return arguments as tyro knows them: several values after spaces, booleans without a word after them.
 
@@ -29,6 +38,7 @@ def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = 
     kinds = _kinds(config)
     found: list[str] = []
     option = ""
+    runs: list[str] = []
     for argument in given:
         if argument.startswith("--"):
             option, found = argument[2:].replace("_", "-"), [*found, argument]
@@ -39,10 +49,12 @@ def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = 
             prefix, _, name = option.rpartition(".")
             found[-1] = f"--{prefix}{'.' * bool(prefix)}{'no-' * (argument.lower() == 'false')}{name}"
             option = ""
+        elif _is_run(argument) and found and not found[-1].startswith("--") and kinds.get(option) in _NO_PATHS:
+            runs.append(argument)
         elif option in lists and not found[-1].startswith("--"):
             found[-1] = ",".join([found[-1].rstrip(","), argument.lstrip(",")])
         elif get_origin(kinds.get(option)) is tuple:
             found += [part for part in argument.split(",") if part]
         else:
             found.append(argument)
-    return found
+    return [*runs, *found]

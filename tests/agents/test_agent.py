@@ -175,6 +175,7 @@ def test_an_agent_of_ones_own_goes_through_the_commands(
     assert "wrote" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_that_differ_by_their_seed_share_a_row(
     vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

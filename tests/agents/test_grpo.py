@@ -224,6 +224,7 @@ def test_of_several_candidates_those_whose_rewards_differ_most_are_trained_on(
     assert metrics.values["forwards"] == 32 + 12 * 2 + 3 * 3
 
 
+@pytest.mark.slow
 def test_candidates_learn_too() -> None:
     changes: dict[str, Any] = {"instances": 12, "candidates": 3, "probes": 3, "group": 8, "pool": 64, "scale": "batch"}
     algorithm = trainer(steps=250, warmup_steps=0, learning_rate=3e-3, **changes)

@@ -257,6 +257,7 @@ def test_modules_of_the_current_folder_are_not_run_by_reading_a_run(
 COMMANDS = ("train", "evaluate", "probe", "answer", "landscape", "benchmark", "pretrain_vlm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["module", "package"])
 def test_ones_own_agents_in_the_current_folder_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
     theirs = tmp_path / ("agents.py" if kind == "module" else "agents")
@@ -314,6 +315,7 @@ def test_a_distribution_is_blamed_for_its_own_files_only(tmp_path: Path) -> None
         assert (f"rename {here / 'agents.py'}" in done.stderr) == own
 
 
+@pytest.mark.slow
 def test_the_checkout_may_be_the_current_folder() -> None:
     for folder in (ROOT, ROOT / "examples", ROOT / "grip_env"):
         done = subprocess.run(

@@ -151,6 +151,7 @@ def test_bars_are_held_against_the_fewest_tokens(times: tuple[float, float, floa
     assert all(text.startswith("64 of 576 tokens") for text, _ in latency.bars(rows))
 
 
+@pytest.mark.slow
 def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
     size = (
         "--width",

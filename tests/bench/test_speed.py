@@ -54,6 +54,7 @@ def test_bars_are_held_against_medians_of_ratios(change: dict[str, list[float]],
     assert sum(not holds for _, holds in bars) == len(missed)
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

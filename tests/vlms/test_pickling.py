@@ -88,6 +88,7 @@ def answers_there(stored: bytes, queue: Any) -> None:
     queue.put({key: value.numpy() for key, value in answers(pickle.loads(stored)).items()})
 
 
+@pytest.mark.slow
 def test_a_process_that_never_built_a_model_gets_the_same_answers() -> None:
     vlm = make("llava")
     expected = answers(vlm)

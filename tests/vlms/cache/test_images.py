@@ -627,6 +627,7 @@ print(json.dumps(statistics))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_evict_at_once(tmp_path: Path) -> None:
     vlm = load_vlm(cache=PictureCache(tmp_path / "model"))
     expected = vlm.encode([SceneTask().example("test", index) for index in range(3)])
