@@ -44,7 +44,7 @@ class InsideScores:
     """How a model answers that drops tokens between its layers, and what that cost."""
 
     scores: Scores
-    """Fields of shape (B, 1); ``kept_fraction`` is the mean over the layers of the share of the tokens present."""
+    """Fields of shape (B, 1); ``kept`` is the mean over the layers of the share of the tokens present."""
     selection: torch.Tensor
     """Which visual tokens are left at the end, bool (B, N)."""
     layer_average: torch.Tensor
@@ -302,6 +302,6 @@ def _finish(
     return InsideScores(
         scores=scores,
         selection=run.alive,
-        layer_average=scores.kept_fraction[:, 0] * totals,
+        layer_average=scores.kept[:, 0] * totals,
         flops=1 - torch.tensor(saved, device=totals.device),
     )

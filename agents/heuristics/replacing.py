@@ -31,7 +31,7 @@ class Replacement:
     selection: torch.Tensor
     """Which of them are there, bool (B, K): no more than were asked for in each row, ``selection.sum(1)`` exactly.
 
-    ``Scores.kept_fraction`` is a share of these tokens, not of those they replace."""
+    ``Scores.kept`` is a share of these tokens, not of those they replace."""
 
 
 @runtime_checkable

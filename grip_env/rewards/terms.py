@@ -250,7 +250,7 @@ class KeptFraction(ComposableReward):
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
         """Return the share, (B, G)."""
-        return scores.kept_fraction
+        return scores.kept
 
 
 REWARDS: dict[str, type[ComposableReward]] = {

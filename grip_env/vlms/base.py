@@ -105,7 +105,7 @@ class Scores:
     """Mean over the answer's tokens of their log-probability, float (B, G)."""
     correct: torch.Tensor
     """Whether greedy decoding would begin with the answer, bool (B, G); whether it would end there is not looked at."""
-    kept_fraction: torch.Tensor
+    kept: torch.Tensor
     """Share of the real visual tokens that the model saw, float (B, G), in [0, 1]."""
     first_token: torch.Tensor | None = None
     """Log-probability of every token of the vocabulary as the first of the answer, float32 (B, G, V).

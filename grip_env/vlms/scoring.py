@@ -56,7 +56,7 @@ class ScoringVLM(EncodingVLM):
         return Scores(
             log_likelihood=likelihood.reshape(shape),
             correct=correct.reshape(shape),
-            kept_fraction=encoded.kept_fraction(selection),
+            kept=encoded.kept_fraction(selection),
             first_token=None if first is None else first.reshape(*shape, -1),
             agreement=None if agreement is None else agreement.reshape(shape),
         )

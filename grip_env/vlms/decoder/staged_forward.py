@@ -139,7 +139,7 @@ class StagedForward:
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         index = index.to(self.vlm.device)
         other = copy.copy(self)  # no tensor is ever written to: those of both may be shared
-        for name in ("_ids", "_places", "_answers", "_words", "_present", "_token", "_count", "_passed", "_hidden"):
+        for name in ("_ids", "_position_ids", "_answers", "_words", "_present", "_token", "_count", "_passed", "_hidden"):
             setattr(other, name, getattr(self, name)[index])
         return other
 
@@ -311,7 +311,7 @@ class StagedForward:
     def finish(self, reference: torch.Tensor | None = None) -> Scores:
         """Run the layers that are left and score the answer; the fields have shape (B, 1).
 
-        ``kept_fraction`` is the mean over the layers of the share of the visual tokens that went through.
+        ``kept`` is the mean over the layers of the share of the visual tokens that went through.
 
         Args:
             reference: See :meth:`~grip_env.vlms.base.FrozenVLM.score`.
@@ -329,7 +329,7 @@ class StagedForward:
         return Scores(
             log_likelihood=mean_log_likelihood(logits, targets)[:, None],
             correct=greedy_finds(logits, targets)[:, None],
-            kept_fraction=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
+            kept=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
             agreement=agreement,
         )
 
