@@ -84,7 +84,7 @@ class Picture:
     grid: torch.Tensor | None = None
     """Frames, rows and columns of patches, (3,), if position ids have three axes."""
     cells: torch.Tensor | None = None
-    """Height and width of the region each token shows, as shares of the image, (N, 2), if they differ between tokens."""
+    """Height and width of the region each token shows, as shares of the image, (N, 2), if tokens differ in it."""
 
 
 class Family:
@@ -177,7 +177,7 @@ class Family:
                 raise ValueError(f"the image processor's {name} is {size}, where {self.largest} is the most")
 
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
-        """Wrap the visual tokens (K, D) of all rows of a batch, in order, as the model's encoder does."""
+        """Wrap the visual tokens (K, D) of a batch, row after row, as the model's encoder does."""
         pooled: Any = tokens[None] if self.stacked else [tokens]
         return BaseModelOutputWithPooling(pooler_output=pooled)
 

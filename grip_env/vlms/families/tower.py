@@ -27,7 +27,10 @@ __all__ = [
 
 @dataclass
 class TowerView:
-    """Values of the selected layer of a CLIP vision tower for one image; the CLS token is first."""
+    """Values of the selected layer of a CLIP vision tower for one image.
+
+    The CLS token is first.
+    """
 
     attention: torch.Tensor
     """Attention from the CLS token on each of the N patches, averaged over heads, float (N,)."""
