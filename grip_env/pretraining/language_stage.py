@@ -302,7 +302,7 @@ class LanguageStage:
             count = round(math.exp(rng.uniform(math.log(5), math.log(120))))
             kind = rng.choice(("uniform", "objects", "anchors", "asked", "asked", "asked"))
             if kind == "asked":
-                asked = [questions[:1] for questions in asked]  # the subset shows only what this question needs
+                asked = [questions[:1] for questions in asked]  # the subset is chosen for this question
                 pairs = zip(rows.tolist(), asked, strict=True)
                 grades = np.stack(
                     [pool.scenes[row].relevance(questions[0].about).reshape(-1) for row, questions in pairs]
