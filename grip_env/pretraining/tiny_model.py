@@ -1,4 +1,4 @@
-"""The embedded model before training: a LLaVA in miniature, put together from transformers' own classes."""
+"""The untrained embedded model, a miniature LLaVA built from transformers' own classes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ CHAT_TEMPLATE = (
 
 
 def task_words() -> dict[str, list[str]]:
-    """Return the attribute words the vision stage aligns patches with: shapes and digits, and colours."""
+    """Return the words that the vision stage aligns patches with: kinds and colours.
+
+    Kinds are shapes and digits.
+    """
     return {
         "kind": [f" {shape}" for shape in SHAPES] + [f" {digit}" for digit in range(10)],
         "colour": [f" {colour}" for colour in scenes.COLOURS],
@@ -60,7 +63,10 @@ def _corpus() -> Iterable[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the task's questions: a word is a token, any other text still encodes."""
+    """Train a byte-level BPE tokenizer on the task's questions.
+
+    Each word of the task is one token; any other text can still be encoded.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +88,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(pixels: int = scenes.SIDE) -> LlavaProcessor:
-    """Return the processor of the embedded model: images of 96 x 96 (``pixels``), 8-pixel patches."""
+    """Return the processor of the embedded model for ``pixels`` x ``pixels`` images.
+
+    By default these are 96 x 96; patches are 8 x 8.
+    """
     side = {"height": pixels, "width": pixels}
     image_processor = CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3
@@ -98,7 +107,10 @@ def build_processor(pixels: int = scenes.SIDE) -> LlavaProcessor:
 
 
 def _sincos(side: int, width: int) -> torch.Tensor:
-    """Two-dimensional sine-cosine positions, (side * side, width): neighbours start out alike."""
+    """Return two-dimensional sine-cosine position embeddings, (side * side, width).
+
+    With them, neighbours start out similar.
+    """
     quarter = width // 4
     frequency = torch.from_numpy(np.geomspace(1.0, 1 / 12.0, quarter)).float()
     axis = torch.arange(side)[:, None] * frequency * (torch.pi / 2)
@@ -154,8 +166,8 @@ def build_model(
         table = model.model.vision_tower.embeddings.position_embedding.weight
         table[1:] = 0.3 * _sincos(grid, WIDTH)
         for layer in model.model.language_model.layers:
-            # Queries start out matching keys of like content, and attention passes on what it finds: words name
-            # their patches within a few hundred steps instead of thousands. After Trockman & Kolter, "Mimetic
+            # At the start, queries match keys of similar content, and attention passes on the values it finds: words
+            # find their patches within a few hundred steps, not thousands. After Trockman & Kolter, "Mimetic
             # initialization of self-attention layers", 2023 (who pass on the negative; here tokens share words).
             match, content = (torch.nn.init.orthogonal_(torch.empty(WIDTH, WIDTH)) for _ in range(2))
             layer.self_attn.q_proj.weight.copy_(match)
