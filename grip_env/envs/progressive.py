@@ -108,7 +108,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     | stage_index, layer | int | that stage, counted from 0, and the layer it comes before |
     | layer_average_budget | float | upper bound of ``layer_average_tokens`` |
     | layer_average_tokens | float | mean over all layers of the visual tokens present; 0.0 before the last step |
-    | flops_saved | float | share of the unpruned language model's FLOPs over the prompt; 0.0 before the last step |
+    | flops_saved | float | saved share of the unpruned model's FLOPs over the prompt; 0.0 before the last step |
 
     The agent's own FLOPs are not counted.
 
@@ -138,7 +138,7 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
         feature_dim: F, the width of features in observations, including hidden states, after a fixed random projection;
             D by default.
         obs_dtype: Precision of these features, "float32" or "float16"; see
-        :class:`~grip_env.envs.core.features.Features`.
+            :class:`~grip_env.envs.core.features.Features`.
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
             Starting State of :class:`~grip_env.TokenSelectionEnv`.
 

@@ -162,7 +162,7 @@ class _VectorEnvAsVecEnv(VecEnv):
         """
         if method_name not in _PER_INSTANCE_METHODS:
             raise AttributeError(
-                f"{method_name!r} cannot be called for each instance, as they run together: env_method knows "
+                f"{method_name!r} cannot be called for each instance, as they run together: env_method supports "
                 f"{', '.join(_PER_INSTANCE_METHODS)}"
             )
         results = getattr(self.envs.unwrapped, method_name)(*method_args, **method_kwargs)

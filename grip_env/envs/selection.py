@@ -193,7 +193,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     | relevance_known | bool | whether the task knows the relevant tokens |
     | full_log_likelihood | float | log-likelihood of the answer with every token kept, nats per answer token |
     | scored | bool | whether the model answered in this step, False after ``reset`` |
-    | log_likelihood | float | the same with the kept tokens; 0.0 unless ``scored`` |
+    | log_likelihood | float | log-likelihood of the answer with the kept tokens; 0.0 unless ``scored`` |
     | correct | bool | whether greedy decoding gives the answer; False unless ``scored`` |
     | over_budget | int | number of tokens by which the action was over budget; 0 after ``reset`` |
 
@@ -223,7 +223,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         cache_size: Number of encoded examples to keep in memory; the least recently used are dropped first.
         feature_dim: F, the width of features in observations, after a fixed random projection; D by default.
         obs_dtype: Precision of these features, "float32" or "float16"; see
-        :class:`~grip_env.envs.core.features.Features`.
+            :class:`~grip_env.envs.core.features.Features`.
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
             Starting State.
 

@@ -169,7 +169,7 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         cache_size: Number of encoded examples to keep in memory; the least recently used are dropped first.
         feature_dim: F, the width of features in observations, after a fixed random projection; D by default.
         obs_dtype: Precision of these features, "float32" or "float16"; see
-        :class:`~grip_env.envs.core.features.Features`.
+            :class:`~grip_env.envs.core.features.Features`.
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
             Starting State of :class:`~grip_env.TokenSelectionEnv`.
         dense: Whether every token has a reward, or only the last.

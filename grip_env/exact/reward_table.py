@@ -212,7 +212,7 @@ class RewardTable:
         """Return the selection in a row of the table, bool (N,)."""
         return as_selections(self.masks[[row]], self.count)[0]
 
-    # -- rank of a selection --------------------------------------------------------------------------------
+    # -- rank of a selection ---------------------------------------------------------------------------------
 
     def rows(self, selections: np.ndarray) -> np.ndarray:
         """Return the row numbers of selections, bool (R, N), in the table, int64 (R,).

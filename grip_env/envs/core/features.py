@@ -49,7 +49,7 @@ class Features:
         if feature_dim is not None and not (is_whole(feature_dim) and 1 <= feature_dim <= width):
             raise ValueError(
                 f"feature_dim must be from 1 to {width}, the width of this model's visual tokens; got {feature_dim!r}: "
-                "leave it out to have them as they are"
+                "leave it out for the full width"
             )
         if dtype not in OBS_DTYPES:
             raise ValueError(f"obs_dtype must be 'float32' or 'float16'; got {dtype!r}")

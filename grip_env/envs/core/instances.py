@@ -58,7 +58,7 @@ class Instance:
 
     @cached_property
     def nothing(self) -> np.ndarray:
-        """Empty selection, bool (N,), read-only, with which every episode begins."""
+        """Empty selection, bool (N,), read-only."""
         empty = np.zeros_like(self.real)
         empty.setflags(write=False)
         return empty

@@ -270,7 +270,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             )
         if not self._episodes and not mask.all():
             raise gymnasium.error.ResetNeeded(
-                "there are no episodes yet; call reset() without 'reset_mask' before a reset of some"
+                "there are no episodes yet; call reset() without 'reset_mask' for the first time"
             )
         return mask
 
