@@ -7,7 +7,7 @@ COMMANDS = {
     "evaluate": "compare trained agents and other methods",
     "answer": "ask one question about one image, with few visual tokens and with all",
     "probe": "mislead a trained agent to test whether it looks for evidence",
-    "landscape": "measure how hard small instances are, by scoring every selection",
+    "landscape": "measure how hard selection is on small instances, by scoring every one",
     "benchmark": "train with several seeds and check the claims of the README",
     "benchmark speed": "measure the time of the environments against that of the model",
     "benchmark latency": "measure time, memory and FLOPs of pruning at LLaVA-1.5's shapes",

@@ -128,7 +128,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         ``None`` if the run existed already.
 
     Raises:
-        CommandError: If a run was made with other settings.
+        CommandError: If a run was made with other settings, or ``extra`` gives --data.
     """
     from grip_env import evaluate, train
     from grip_env.reports.saved_runs import load_run
@@ -170,7 +170,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
 
 
 def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float]:
-    """Return milliseconds per example to draw its picture, to make it as a whole, and to score it.
+    """Return milliseconds to draw an example's picture, to make the example, and to score it.
 
     Making includes choosing scene, question and relevance; scoring includes the vision encoder. The times are medians
     over batches. Each kind of work runs separately, because PyTorch's threads keep spinning for a while after work.
