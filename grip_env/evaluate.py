@@ -73,7 +73,7 @@ class Config:
     """The frozen model if no runs are given: "tiny" (the default) or a folder with a saved model."""
     out: Path | None = None
     """Folder for the tables (report.*), pareto.png and kept_tokens.png. By default, RUN/SPLIT-EXAMPLES for one run;
-    for several, comparison-SPLIT-EXAMPLES beside the first; for none, the same in runs."""
+    for several, comparison-SPLIT-EXAMPLES beside the first; for none, the same in the folder runs."""
     device: str = "auto"
     """Device for the model: "cpu", "cuda", "cuda:1", "mps", ...; "auto" takes a CUDA device if there is one."""
     threads: int = 0

@@ -77,7 +77,7 @@ def test_examples_that_are_all_alike_mislead_nobody() -> None:
 
 def test_images_of_different_size_are_refused() -> None:
     vlm, task = FakeVLM(count=lambda example: 12 + int(example.key[-1]) % 2), FakeTask()
-    with pytest.raises(ValueError, match="as many visual tokens"):
+    with pytest.raises(ValueError, match="same number of visual tokens"):
         probe.probe(vlm, task, brightest, "test", 4, (0.1,))
 
 
