@@ -119,7 +119,7 @@ def selections(
     from agents.heuristics import random_tokens
 
     if not bool(encoded.token_mask.all()):
-        raise ValueError("the probes use selections on other images, so all images need the same number of visual tokens")
+        raise ValueError("selections are probed on other images, so all images need the same number of visual tokens")
     asked = partners([example.question for example in encoded.examples])
     seen = partners([example.image.tobytes() for example in encoded.examples])
     question = replace(encoded, question=encoded.question[asked], question_mask=encoded.question_mask[asked])
