@@ -46,8 +46,7 @@ class _Asked:
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, as printed by train; by default, the agent that comes with the package is used."""
     algo: str = ""
-    """Your own class that the agent was trained with, as package.module:Class. Code named in a run's files is only
-    imported if you name it here as well."""
+    """Your own class that the agent was trained with, as package.module:Class; it is only imported if named here."""
     budget: float = 0.1
     """Share of the visual tokens to keep, in (0, 1]."""
     max_new_tokens: int = 16
@@ -126,7 +125,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
         raise CommandError(str(error)) from None
     print(table(pruned, dense))
     if vlm.cache is not None:
-        print(f"{vlm.cache.describe()}; so encode is the time to read it")
+        print(f"{vlm.cache.describe()}; so encode is the time to read from it")
     from grip_env.envs.core.rendering import draw_selection
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']

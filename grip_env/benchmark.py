@@ -243,11 +243,11 @@ def _run(config: Config) -> None:
     print()
     print_result({"table": table, "verdicts": print_verdicts(promises(reports, spent / scoring))})
     if minutes:
-        print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")
+        print(f"minutes per run, including its report: {', '.join(f'{value:.1f}' for value in minutes)}")
     if config.drawing:
         draw, make, score = drawing_speed()
         print(f"scoring an example takes {score:.2f} ms: {score / draw:.1f}x the time to draw its picture, ", end="")
-        print(f"{score / make:.1f}x the time to make all of it")
+        print(f"{score / make:.1f}x the time to make the example")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def check_agents_package() -> None:
     said = f"the {what} 'agents' at {theirs}"
     if installed:
         raise CommandError(
-            f"{said} of the distribution {' and '.join(installed)} shadows the package of grip_env. Use an environment "
-            f"of its own for grip-env, or `pip uninstall {' '.join(installed)}` and reinstall grip-env."
+            f"{said} of the distribution {' and '.join(installed)} shadows the package of grip_env. Use a separate "
+            f"environment for grip-env, or `pip uninstall {' '.join(installed)}` and reinstall grip-env."
         )
     remedy = f"rename {theirs}"
     if theirs.parent.resolve() == Path.cwd():
@@ -155,7 +155,7 @@ def check_out(path: Path | None) -> None:
         return
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        reason = "cannot be written to" if there.is_dir() else "is no folder"
+        reason = "cannot be written to" if there.is_dir() else "is not a folder"
         raise CommandError(f"--out {path}: {there} {reason}; choose another folder")
 
 
@@ -361,7 +361,7 @@ def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
         if not task.size(split):
             raise CommandError(
                 f"the {split} split has no examples: {task.describe()}. The contents of an image decide its split: "
-                f'add images, or choose for each row, with the key "split"'
+                f'add images, or set the split of each row with the key "split"'
                 + (", or pass --examples 0" if split == "test" and "train" in splits else "")
             )
 

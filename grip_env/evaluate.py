@@ -169,7 +169,7 @@ def _own_policy(name: str) -> Runnable:
             return as_selector(pkgutil.resolve_name(name)())
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise CommandError(
-            f"--policies {name}: {error}; give package.module:Class, importable from here and made without arguments"
+            f"--policies {name}: {error}; give package.module:Class, importable from here and without arguments"
         ) from None
 
 
@@ -318,8 +318,8 @@ def _check_algo(algo: str, runs: Sequence[Run]) -> None:
     known = list(dict.fromkeys(run.config["algo"] for run in runs))
     for name in _named(algo):
         if name not in known:
-            theirs = f"they were trained with {', '.join(known)}" if runs else "there is no run"
-            raise CommandError(f"--algo {name} is of no run that is compared: {theirs}")
+            theirs = f"they were trained with {', '.join(known)}" if runs else "no run is given"
+            raise CommandError(f"--algo {name} was not used by any of the runs: {theirs}")
     for run in runs:
         if ":" in run.config["algo"] and run.config["algo"] not in _named(algo):
             wanted = ",".join(name for name in known if ":" in name)

@@ -56,8 +56,7 @@ class _Asked:
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run, as printed by train; by default, the agent that comes with the package is used."""
     algo: str = ""
-    """Your own class that the agent was trained with, as package.module:Class. Code named in a run's files is only
-    imported if you name it here as well."""
+    """Your own class that the agent was trained with, as package.module:Class; it is only imported if named here."""
     data: Path | None = None
     """Your own images and questions instead of the scenes task."""
     split: Literal["test", "validation", "train"] = "test"

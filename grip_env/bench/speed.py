@@ -358,7 +358,7 @@ def _run(config: Config) -> None:
     print(f"assembling observations once: {shares:.1%} of a step\n")
     grown = scaling(config) if config.scaling else {}
     for key, row in grown.items():
-        print(f"ms a step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
+        print(f"ms per step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
     checked = print_verdicts(found.bars())
     numbers = {
         "threads": torch.get_num_threads(),
