@@ -222,7 +222,7 @@ def note_written(*paths: Path) -> None:
 def interruptible(said: str) -> Iterator[None]:
     """Handle Ctrl-C, SIGTERM and SIGHUP: print a message and exit with the shell's code.
 
-    If the output is no longer read, as after ``| head``, the command ends quietly, as other programs do.
+    If the output is no longer read, as with ``| head``, the command ends quietly, as other programs do.
 
     Args:
         said: The message if nothing has been written.

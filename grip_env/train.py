@@ -83,7 +83,7 @@ def train(config: Config) -> Path:
     """Train an agent, save it, compare it with others, and return the run's folder.
 
     On Ctrl-C, SIGTERM and SIGHUP the agent is saved as it is, and SystemExit carries the shell's code for the signal.
-    The same happens on errors, with exit code 1, or 2 if the data or an option are wrong.
+    The same happens on errors, with exit code 1, or 2 if the data or an option is wrong.
     """
     with stopping.handled():
         return _train(config)
@@ -181,9 +181,9 @@ class _Training:
         self.last = Metrics("start", 0)
         self.bars: dict[str, tqdm[Any]] = {}
         self.over = False
-        """Whether training is finished and the agent is saved."""
+        """True once training is finished and the agent is saved."""
         self.broken_update = False
-        """Whether an update of the weights may be incomplete."""
+        """True if an update of the weights may be incomplete."""
 
     def status(self, state: str = "running", reason: str = "") -> RunStatus:
         """Return the progress of the agent in memory."""
