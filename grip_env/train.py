@@ -115,7 +115,7 @@ def _train(config: Config) -> Path:
     teacher, key = getattr(options, "teacher", None), options_name(config.algo)
     if config.data is not None and teacher == "relevance":
         raise CommandError(
-            f"--{key.replace('_', '-')}.teacher relevance needs ground truth, which only the scenes task has: "
+            f"--{key.replace('_', '-')}.teacher relevance needs the ground truth, which only the scenes task has: "
             "choose another teacher"
         )
     try:
