@@ -52,40 +52,45 @@ LANDSCAPE = ("all tokens", "random", "max-min diversity", "oracle")
 
 @dataclass
 class Config:
-    """Train the embedded vision-language model from scratch. Interrupt it at will: the same command resumes."""
+    """Train the embedded vision-language model from scratch.
+
+    An interrupted training resumes from its last checkpoint when the same command runs again.
+    """
 
     folder: Path = Path("checkpoints/pretrain")
-    """Where checkpoints, logs and the finished model are kept."""
+    """Folder for checkpoints, logs and the finished model."""
     vision_steps: int = 2200
-    """Optimizer steps of the vision stage."""
+    """Number of optimizer steps in the vision stage."""
     vision_batch: int = 32
-    """Pictures per step of the vision stage."""
+    """Number of pictures per step of the vision stage."""
     vision_learning_rate: float = 1.5e-3
     """Peak learning rate of the vision stage."""
     language_steps: int = 3000
-    """Optimizer steps of the language stage."""
+    """Number of optimizer steps in the language stage."""
     language_batch: int = 32
-    """Pictures per step of the language stage, ten questions each."""
+    """Number of pictures per step of the language stage, with ten questions each."""
     language_learning_rate: float = 1e-3
     """Peak learning rate of the language stage."""
     easy_steps: int = 600
-    """First steps of the language stage, which show mostly the best patches of all objects."""
+    """Number of first steps of the language stage that show mostly the best patches of all objects."""
     drop: float = 0.45
     """Share of the language stage's steps that show only a subset of the visual tokens."""
     test_examples: int = 3000
-    """Examples of the untouched test split the model card is measured on."""
+    """Number of examples of the untouched test split that the model card is measured on."""
     card_only: bool = False
-    """Train nothing; measure the embedded model and print the table of its card."""
+    """Only measure the embedded model and print the table of its card, without training."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
 
 
 def landscape(vlm: HuggingFaceVLM, split: str, count: int, budget: float = 0.1) -> dict[str, dict[str, float]]:
-    """Measure accuracy per family with all tokens and under three ways to keep ``budget`` of them.
+    """Measure accuracy per family with all tokens and with a share ``budget`` of them.
+
+    Three methods choose the share: random, max-min diversity and oracle.
 
     Returns:
-        {family: {"majority": .., "all tokens": .., "random": .., "max-min diversity": .., "oracle": ..}}, with the
-        mean over all examples as family "all". "majority" is the share of the most frequent answer.
+        {family: {"majority": .., "all tokens": .., "random": .., "max-min diversity": .., "oracle": ..}}; the family
+        "all" is the mean over all examples. "majority" is the share of the most frequent answer.
     """
     from agents.base import budget_to_count
     from agents.heuristics import BASELINES, all_tokens
@@ -131,7 +136,7 @@ def format_landscape(table: dict[str, dict[str, float]], count: int, split: str)
 
 
 def main(config: Config) -> None:
-    """Run every stage that is not finished yet, write the model, and print the table of its card."""
+    """Run the unfinished stages, write the model, and print the table of its card."""
     check_agents_package()
     check_at_least(0, threads=config.threads)
     check_at_least(1, vision_steps=config.vision_steps, vision_batch=config.vision_batch)
@@ -187,7 +192,7 @@ def main(config: Config) -> None:
 
     tower.requires_grad_(False)
     model.set_attn_implementation("sdpa")
-    with torch.no_grad():  # a plural starts out as its singular, which the vision stage has trained
+    with torch.no_grad():  # initialise plurals with their singulars, which the vision stage has trained
         from grip_env.tasks.scenes import plural
         from grip_env.tasks.sprites import SHAPES
 
@@ -197,7 +202,7 @@ def main(config: Config) -> None:
     stage = LanguageStage(model, tokenizer, batch=config.language_batch, drop=config.drop, easy_steps=config.easy_steps)
 
     def export(folder: Path) -> None:
-        """Write the model in half precision; readers get it back in the precision they ask for."""
+        """Write the model in half precision; it can be loaded in any precision."""
         part = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(part, ignore_errors=True)
         half = build_model(tokenizer).half()
@@ -237,5 +242,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with interruptible("interrupted; the same command goes on from the last checkpoint, if there is one."):
+    with interruptible("interrupted; run the same command again to continue from the last checkpoint, if any."):
         main(parsed(Config, "python -m grip_env.pretrain_vlm"))
