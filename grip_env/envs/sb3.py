@@ -1,6 +1,6 @@
 """Adapter from the vector environments to the ``VecEnv`` of Stable-Baselines3.
 
-Each step makes one call of the model.
+Each step calls the model for all of them together.
 
 Raffin et al., "Stable-Baselines3: Reliable Reinforcement Learning Implementations" (JMLR, 2021).
 """

@@ -232,8 +232,9 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv, single=SequentialSelectionE
 
     It runs ``num_envs`` instances of :class:`~grip_env.envs.sequential.SequentialSelectionEnv`. Environment i, seeded
     with s, goes through the same episodes as a single environment seeded with s + i. A step makes at most one call of
-    the language model, and one of the encoder if episodes begin. Episodes end at different steps, and by default the
-    next one begins in the same step (``AutoresetMode.SAME_STEP``): the observation returned then belongs to the new
+    the language model, two if the reward needs agreement, and one of the encoder if episodes begin. Episodes end at
+    different steps, and by default the next one begins in the same step
+    (``AutoresetMode.SAME_STEP``): the observation returned then belongs to the new
     episode, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and ``infos["final_info"]`` to the
     one that ended. Each key comes with the ``_key`` mask of Gymnasium, bool (num_envs,), which marks the valid entries;
     masks such as ``kept`` have shape (num_envs, N).

@@ -170,7 +170,7 @@ class BlockVLM:
     ) -> Scores:
         """Score the tokens in the chosen blocks (B, G, M).
 
-        See :class:`~grip_env.vlms.base.FrozenVLM`. ``kept_fraction`` is the share of tokens, not of blocks.
+        See :class:`~grip_env.vlms.base.FrozenVLM`. ``kept`` is the share of tokens, not of blocks.
         """
         blocks = _blocks(encoded)
         return self.vlm.score(blocks.whole, blocks.expand(selection), first_token=first_token, reference=reference)

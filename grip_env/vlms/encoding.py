@@ -44,13 +44,7 @@ class EncodingVLM:
         max_side: int | None = MAX_SIDE,
     ) -> None:
         self.family = family_of(model, processor)
-        if position_policy not in ("original", "reindex"):
-            raise ValueError(f"position_policy must be 'original' or 'reindex', not {position_policy!r}")
-        if position_policy == "reindex" and self.family.axes > 1:
-            raise ValueError(
-                f"position_policy 'reindex' has no meaning for {model.config.model_type}, whose visual tokens have "
-                "rows and columns as positions: use 'original'"
-            )
+        self.family.check_position_policy(position_policy)
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.name = name

@@ -149,7 +149,7 @@ def _config(path: str | Path, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = f"{folder / 'config.json'}' is not a valid JSON file: {_reason(error)}"
+        reason = f"'{folder / 'config.json'}' is not a valid JSON file: {_reason(error)}"
         raise ValueError(f"{path} cannot be read ({reason}): save it again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read (config.json holds no object): save it again")

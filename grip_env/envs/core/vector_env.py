@@ -1,4 +1,4 @@
-"""Base class of the vector environments, with one call of the language model per step."""
+"""Base class of the vector environments, which batch the calls of the language model."""
 
 from __future__ import annotations
 

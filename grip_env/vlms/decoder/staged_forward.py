@@ -107,6 +107,7 @@ class StagedForward:
         """Number of layers that have run, which is the boundary that the pass has reached."""
         decoder = decoder_of(vlm)
         self.position_policy = vlm.position_policy if position_policy is None else position_policy
+        vlm.family.check_position_policy(self.position_policy)
         self.layers = len(decoder.layers)
         """Number of layers."""
         assert encoded.position_ids is not None
@@ -143,7 +144,17 @@ class StagedForward:
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         index = index.to(self.vlm.device)
         other = copy.copy(self)  # tensors are never written to, so they may be shared
-        for name in ("_ids", "_position_ids", "_answers", "_words", "_present", "_token", "_count", "_passed", "_hidden"):
+        for name in (
+            "_ids",
+            "_position_ids",
+            "_answers",
+            "_words",
+            "_present",
+            "_token",
+            "_count",
+            "_passed",
+            "_hidden",
+        ):
             setattr(other, name, getattr(self, name)[index])
         return other
 

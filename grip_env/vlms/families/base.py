@@ -150,6 +150,16 @@ class Family:
         """Return the position ids of one full sequence of ids (L,), long (L,) or (L, axes)."""
         return torch.arange(len(ids), device=ids.device) + self.first_position
 
+    def check_position_policy(self, policy: str) -> None:
+        """Raise ValueError if positions of kept tokens cannot be treated as ``policy`` says."""
+        if policy not in ("original", "reindex"):
+            raise ValueError(f"position_policy must be 'original' or 'reindex', not {policy!r}")
+        if policy == "reindex" and self.axes > 1:
+            raise ValueError(
+                f"position_policy 'reindex' has no meaning for {self.model.config.model_type}, whose visual tokens "
+                "have rows and columns as positions: use 'original'"
+            )
+
     def adds_special_tokens(self, prompt: str) -> bool:
         """Return whether the tokenizer must add its special tokens.
 
