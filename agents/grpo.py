@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation (GRPO), RLOO and REINFORCE over subsets of visual tokens.
+"""GRPO (group-relative policy optimisation), RLOO and REINFORCE over visual tokens.
 
 Differences from GRPO for language models (Shao et al., DeepSeekMath, 2024): An action is one subset, with one
 log-probability and no per-token ratio. By default its tokens are drawn one after another
@@ -323,7 +323,7 @@ class GRPO:
         return finite_rows(known, "the reward, or a log-likelihood,", encoded, self.config.on_nan).nonzero()[:, 0]
 
     def _only(self, actions: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Return the samples of some rows, cutting orders to the largest of their ``counts``, long (R,)."""
+        """Return the samples of some rows; orders are cut to the largest of ``counts``, (R,)."""
         return actions[:, rows, : int(counts.max())] if self.settings.in_turn else actions[:, rows]
 
     def _optimise(self) -> Iterator[Metrics]:
