@@ -344,7 +344,7 @@ class Scorer(nn.Module):
 
 
 def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:
-    """Return the FLOPs of the scorer for ``tokens`` visual tokens and ``words`` question tokens."""
+    """Return the FLOPs of a scorer on ``tokens`` visual and ``words`` question tokens."""
     width, memory = config.width, words + 1
     embed = 2 * (tokens + words) * config.token_width * width
     positions = 2 * tokens * (24 * width + width**2) + 2 * (2 * width + width**2)
