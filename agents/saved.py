@@ -104,7 +104,7 @@ def _importable(name: str, place: str | None) -> Iterator[None]:
         there = PathFinder.find_spec(package, [place]) if place and Path(place).is_absolute() else None
         if here is None and there is None and place is not None:
             raise ValueError(
-                f"cannot import {name!r}: there is no module {package!r} here, nor in {place}, where it lay when the "
+                f"cannot import {name!r}: there is no module {package!r} here, nor in {place}, where it was when the "
                 "agent was trained: set PYTHONPATH to its folder"
             )
         if here is not None and there is not None and not _same(here.origin, there.origin):
