@@ -1,4 +1,4 @@
-"""Algorithms that ``python -m grip_env.train --algo NAME`` can train, built in or user-defined.
+"""Algorithms of ``python -m grip_env.train --algo NAME``, built-in or user-defined.
 
 An algorithm is a class that implements :class:`Agent`. It is given by its registered name or by its import path, as in
 ``--algo my_package.my_module:MyAgent``. The fields of its ``Options`` become options of the command.
