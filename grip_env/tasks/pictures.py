@@ -44,6 +44,8 @@ _MOST_SCANS = 100
 _MOST_SCANNED = 1_000_000_000
 """Most pixels that all scans of a JPEG file go over; a decoder takes some 10 seconds for so many."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""Beginnings of PNG, JPEG, GIF, WebP and TIFF files in base64."""
 _CHANNELS = (1, 3, 4)
 """How many colours a pixel may have: grey, RGB, RGBA."""
 
@@ -63,7 +65,8 @@ def locate(folder: Path, name: str) -> Path:
     Raises:
         PictureError: If there is no such file, or it is not inside ``folder`` (links followed).
     """
-    if name.startswith("data:") or (len(name) > 255 and _BASE64.fullmatch(name)):
+    encoded = len(name) > 255 or (len(name) > 31 and name.startswith(_BASE64_STARTS))
+    if name.startswith("data:") or (encoded and _BASE64.fullmatch(name)):
         raise PictureError("is the image itself as text (base64): save it beside the data file and give its path")
     if "://" in name:
         raise PictureError("is an address, not a file: save the image beside the data file and give its path")

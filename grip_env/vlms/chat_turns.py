@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from grip_env.vlms.chat_templates import render_chat
+
 if TYPE_CHECKING:
     from grip_env.vlms.families.base import Family
 
@@ -93,9 +95,7 @@ def _chat(family: Family, turns: Sequence[tuple[str, str]]) -> dict[str, str] | 
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": turns[0][1]}]
     try:
-        text = family.tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        text = render_chat(family.tokenizer, template, messages)
     except Exception:  # a template may raise anything
         return None
     # as decoded from tokens, which may change white space

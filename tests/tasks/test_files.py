@@ -586,6 +586,8 @@ def test_limits_that_just_hold(tmp_path: Path) -> None:
         ("loop.png", "cannot be read ("),
         ("https://example.org/cat.png", "is an address, not a file"),
         ("data:image/png;base64,AAAA", "is the image itself as text (base64): save it beside the data file"),
+        ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk", "is the image itself as text (base64)"),
+        ("/9j/4AAQSkZJRgABAQEASABIAAD/2wBDAP", "is the image itself as text (base64)"),
         ("iVBORw0KGgo" * 40, "is the image itself as text (base64): save it beside the data file"),
         ("sub", "is a folder: give the path of an image"),
         (".", "is a folder"),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from grip_env.vlms.chat_templates import render_chat
 from grip_env.vlms.families.tower import TowerView
 
 __all__ = [
@@ -137,14 +138,8 @@ class Family:
     def prompt(self, question: str) -> str:
         """Return the prompt that asks ``question`` about an image, up to the start of the answer."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return str(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=self.processor.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        )
+        messages = [{"role": "user", "content": content}]
+        return render_chat(self.tokenizer, self.processor.chat_template, messages)
 
     def position_ids(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
         """Return the position ids of one full sequence of ids (L,), long (L,) or (L, axes)."""
