@@ -244,8 +244,8 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     ("null", ["expected an object such as", "got null"]),
     ('{"image": "0.png", "question": "q", "answer": "a", "answer": "b"}', ["the key 'answer' is there twice"]),
     ('{"image": "0.png", "question": "q", "answer": "\\ud800"}', ["half of a surrogate pair, '\\ud800'"]),
-    ('{"image": "0.png", "question": "q", "answer": "a\x01b"}', ["is no JSON: invalid control character"]),
-    ('{"image": "0.png" "question": "q"}', ["is no JSON: expecting ',' delimiter"]),
+    ('{"image": "0.png", "question": "q", "answer": "a\x01b"}', ["is not JSON: invalid control character"]),
+    ('{"image": "0.png" "question": "q"}', ["is not JSON: expecting ',' delimiter"]),
     ("[" * 100_000 + "]" * 100_000, ["is nested too deeply"]),
     ('{"a":' * 100_000 + "1" + "}" * 100_000, ["is nested too deeply"]),
     ({**NO_CHAT, "conversations": []}, ['"conversations" is empty']),
@@ -354,14 +354,14 @@ def test_nothing_left_is_an_error_also_when_skipping(folder: Path) -> None:
         ),
         ("a.json", b'{\n "questions": [],\n "info": {}\n}', ["is one object with the keys 'questions', 'info'"]),
         ("a.json", b'"cats"', ["begins with '\"': a .json file is one list of rows"]),
-        ("a.json", b"[1", ["expected ',' or ']' after item 1, and the file ends", "mend the file"]),
+        ("a.json", b"[1", ["expected ',' or ']' after item 1, and the file ends", "fix the file"]),
         ("a.json", b"[1 2]", ["expected ',' or ']' after item 1, and got '2'"]),
         ("a.json", b"[1,]", ["expected one more item: is the file complete"]),
         ("a.json", b"[1,", ["expected one more item: is the file complete"]),
         ("a.json", b"[", ["expected one more item"]),
         ("a.json", b"[1]\n]", ["a.json:2: there is more after the end of the list"]),
-        ("a.json", b"[cat]", ["a.json:1 (item 1): is no JSON: expecting value"]),
-        ("a.json", b'[{"a": "b]', ["is no JSON: unterminated string", "the file ends"]),
+        ("a.json", b"[cat]", ["a.json:1 (item 1): is not JSON: expecting value"]),
+        ("a.json", b'[{"a": "b]', ["is not JSON: unterminated string", "the file ends"]),
     ],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -440,7 +440,7 @@ def test_the_limit_of_a_row_is_exact(folder: Path, suffix: str, end: str) -> Non
 
 def test_two_rows_on_a_line_are_a_fault(folder: Path) -> None:
     (fault,) = refused(write(folder / "a.jsonl", [json.dumps(row()) + " " + json.dumps(row())])).faults
-    assert fault.message == f"is no JSON: more after the end of the row in column {len(json.dumps(row())) + 1}"
+    assert fault.message == f"is not JSON: more after the end of the row in column {len(json.dumps(row())) + 1}"
 
 
 @pytest.mark.parametrize("shift", range(4))
@@ -593,8 +593,8 @@ def test_limits_that_just_hold(tmp_path: Path) -> None:
         ("none.png", "does not exist in {folder}"),
         ("sub\\0.png", "does not exist in {folder} (folders are separated by '/')"),
         ("0.png/1.png", "cannot be read (Not a directory)"),
-        ("a\0b.png", "is no path (embedded null byte)"),
-        ("\ud800.png", "is no path ("),
+        ("a\0b.png", "is not a path (embedded null byte)"),
+        ("\ud800.png", "is not a path ("),
         ("x" * 300 + ".png", "cannot be read (File name too long)"),
     ],
 )
