@@ -170,7 +170,7 @@ class _Window:
 def read_list(path: Path, limit: int) -> Iterator[Row]:
     """Read a file with one JSON list of objects, item by item.
 
-    The place of a row is the line on which its item begins. A file with one object per line is read as by
+    The place of a row names the line on which its item begins. A file with one object per line is read as by
     :func:`read_lines`.
 
     Args:
