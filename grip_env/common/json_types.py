@@ -28,7 +28,7 @@ def check_types(values: Mapping[str, Any], cls: Any, place: str) -> None:
     hints = {} if cls is None else _hints(cls)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{place}{name} is {_shown(value)}, and should be {_described(hints[name])}")
+            raise ValueError(f"{place}{name} is {_shown(value)}, but should be {_described(hints[name])}")
 
 
 @functools.cache
@@ -39,12 +39,12 @@ def _hints(cls: Any) -> dict[str, Any]:
 def check_keys(values: Any, kinds: Mapping[str, type], place: str) -> None:
     """Raise ValueError unless ``values`` is a JSON object with these keys and types."""
     if not isinstance(values, dict):
-        raise ValueError(f"{place.rstrip('.') or 'it'} is {_shown(values)}, and should be an object")
+        raise ValueError(f"{place.rstrip('.') or 'it'} is {_shown(values)}, but should be an object")
     for name, kind in kinds.items():
         if name not in values:
             raise ValueError(f"{place}{name} is missing")
         if type(values[name]) is not kind:
-            raise ValueError(f"{place}{name} is {_shown(values[name])}, and should be {_described(kind)}")
+            raise ValueError(f"{place}{name} is {_shown(values[name])}, but should be {_described(kind)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -70,7 +70,7 @@ def _described(hint: Any) -> str:
         return " or ".join(json.dumps(choice) for choice in get_args(hint))
     if origin in UNIONS:
         return " or ".join(_described(part) for part in get_args(hint))
-    names = {dict: "an object", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    names = {dict: "an object", str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
     return "null" if hint is type(None) else "a path" if hint is Path else names.get(hint, str(hint))
 
 

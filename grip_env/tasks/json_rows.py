@@ -34,7 +34,7 @@ class _Parser:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                self.notes.append(f"the key {shown(key, 40)} is there twice: which is meant?")
+                self.notes.append(f"the key {shown(key, 40)} appears twice: keep one of them")
             found[key] = value
         return found
 

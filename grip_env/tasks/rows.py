@@ -115,7 +115,7 @@ def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
     count = sum(text.count(_MARKER) for text in questions)
     if count > 1:
         faults.append(
-            f"the marker {_MARKER} is there {count} times, and the row has one image: give it once, or not at all"
+            f"the marker {_MARKER} appears {count} times, but the row has one image: give it once, or not at all"
         )
     elif count and _MARKER not in questions[0]:
         faults.append(
@@ -124,7 +124,7 @@ def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
         )
     other = next(filter(None, map(_OTHERS.search, questions)), None)
     if other is not None:
-        faults.append(f"the marker {other[0]} is there, and the row has one image and nothing else: remove it")
+        faults.append(f"the marker {other[0]} appears, but the row has one image and nothing else: remove it")
 
 
 def _without_marker(value: dict[str, Any], key: str) -> dict[str, Any]:
@@ -171,6 +171,6 @@ def _conversations(value: Any, faults: list[str]) -> list[tuple[str, str]]:
             return []
         texts.append(_text(turn if number % 2 else _without_marker(turn, "value"), "value", name, faults))
     if len(texts) % 2:
-        faults.append('the last turn of "conversations" is from "human": "gpt" must have the last word')
+        faults.append('the last turn of "conversations" is from "human": add the turn of "gpt"')
         return []
     return list(zip(texts[::2], texts[1::2], strict=True))

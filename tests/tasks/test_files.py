@@ -186,7 +186,7 @@ def test_markers_that_do_not_fit_the_one_image_are_faults(folder: Path, question
         rows.append(row(question=questions[0]))
     faults = refused(write(folder / "a.jsonl", rows)).faults
     assert [fault.place for fault in faults] == [f"a.jsonl:{line}" for line in range(2, len(rows) + 1)]
-    assert all(f"the marker <image> is there {count} times, and the row has one image" in str(one) for one in faults)
+    assert all(f"the marker <image> appears {count} times, but the row has one image" in str(one) for one in faults)
 
 
 def test_byte_order_mark_line_ends_and_blank_lines_are_no_faults(folder: Path) -> None:
@@ -237,12 +237,12 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     (row(image=[]), ['"image" is a list of 0']),
     (row(image=[3]), ['"image" is a number: give the path']),
     ({"images": ["0.png", "1.png"], "question": "q", "answer": "a"}, ['"images" is a list of 2']),
-    (row(question="<image> and <image 2>?"), ["the marker <image 2> is there, and the row has one image"]),
-    (row(question="<video>\nwhat is it?"), ["the marker <video> is there"]),
+    (row(question="<image> and <image 2>?"), ["the marker <image 2> appears, but the row has one image"]),
+    (row(question="<video>\nwhat is it?"), ["the marker <video> appears"]),
     ({**NO_CHAT, "conversations": [*CHAT[2:], *CHAT[:2]]}, ["the marker <image> is in a later question"]),
     (["0.png", "q", "a"], ["expected an object such as", "got a list"]),
     ("null", ["expected an object such as", "got null"]),
-    ('{"image": "0.png", "question": "q", "answer": "a", "answer": "b"}', ["the key 'answer' is there twice"]),
+    ('{"image": "0.png", "question": "q", "answer": "a", "answer": "b"}', ["the key 'answer' appears twice"]),
     ('{"image": "0.png", "question": "q", "answer": "\\ud800"}', ["half of a surrogate pair, '\\ud800'"]),
     ('{"image": "0.png", "question": "q", "answer": "a\x01b"}', ["is not JSON: invalid control character"]),
     ('{"image": "0.png" "question": "q"}', ["is not JSON: expecting ',' delimiter"]),
