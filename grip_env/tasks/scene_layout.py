@@ -1,4 +1,4 @@
-"""What is in a scene and where: its things, how they are drawn at random, and which bucket they fall into."""
+"""Contents and layout of scenes: random things and their places, and the bucket of a scene."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIDE = 96
 COLOURS = tuple(sprites.PALETTE)
 
 BUCKETS = 5
-"""How many buckets scenes fall into; each belongs to one split."""
+"""Number of buckets of scenes; each bucket belongs to one split."""
 
 Contents: TypeAlias = "list[tuple[str, str, int | None]]"
 """Kind, colour and (for cards) digit of a scene's objects: shapes first, then cards."""
@@ -43,7 +43,10 @@ _BOARD = SIDE + 1
 
 @dataclass
 class Thing:
-    """One object or decoration: what it is and where. Cards have a digit; ``left`` and ``top`` are in pixels."""
+    """One object or decoration of a scene.
+
+    Only cards have a digit; ``size``, ``top`` and ``left`` are in pixels.
+    """
 
     kind: str
     colour: str
@@ -55,12 +58,12 @@ class Thing:
 
     @property
     def is_shape(self) -> bool:
-        """Whether questions can name this thing by its shape."""
+        """True if questions can name this thing by its shape."""
         return self.kind in sprites.SHAPES
 
     @property
     def mask(self) -> np.ndarray:
-        """Which part of its square it fills: float32 (size, size) in [0, 1]."""
+        """Opacity of the thing within its square, float32 (size, size) in [0, 1]."""
         if self.digit is None:
             return sprites.sprite(self.kind, self.size, self.variant)
         return sprites.card_masks(self.digit, self.size)[0]
@@ -72,7 +75,7 @@ class Thing:
 
 
 def draw_contents(rng: random.Random) -> Contents:
-    """Draw kind, colour and digit of the shapes and cards of a scene."""
+    """Draw the kind, colour and digit of the shapes and cards of a scene."""
     contents: Contents = []
     for kind, count in zip(_pick(rng, sprites.SHAPES, 4), _PATTERNS[_below(rng, len(_PATTERNS))], strict=False):
         contents += [(kind, COLOURS[_below(rng, len(COLOURS))], None) for _ in range(count)]
@@ -80,7 +83,7 @@ def draw_contents(rng: random.Random) -> Contents:
 
 
 def steer(contents: Contents, rng: random.Random, family: str, answer: str) -> None:
-    """Change one property, in place, so that a question of ``family`` with ``answer`` becomes likely."""
+    """Change ``contents`` in place so that a question with ``answer`` becomes likely."""
     kinds = [kind for kind, _, digit in contents if digit is None]
     if family == "color":
         single = [index for index, kind in enumerate(kinds) if kinds.count(kind) == 1]
@@ -97,7 +100,7 @@ def steer(contents: Contents, rng: random.Random, family: str, answer: str) -> N
 
 
 def objects_of(contents: Contents, rng: random.Random) -> list[Thing]:
-    """Give every shape and card its size and variant, but no place yet."""
+    """Draw the size and variant of every shape and card; places are not set yet."""
     return [
         Thing(kind, colour, 14 + _below(rng, 5), _below(rng, sprites.VARIANTS))
         if digit is None
@@ -107,8 +110,8 @@ def objects_of(contents: Contents, rng: random.Random) -> list[Thing]:
 
 
 def draw_clutter(rng: random.Random) -> list[Thing]:
-    """Draw the decorations of a scene, without places."""
-    colours = _pick(rng, COLOURS, 4)  # few enough that some object's colour is its own
+    """Draw the decorations of a scene; places are not set yet."""
+    colours = _pick(rng, COLOURS, 4)  # few, so that some object has a colour that nothing else has
     return [
         Thing(
             sprites.DECORATIONS[_below(rng, len(sprites.DECORATIONS))],
@@ -121,38 +124,44 @@ def draw_clutter(rng: random.Random) -> list[Thing]:
 
 
 def _below(rng: random.Random, limit: int) -> int:
-    """Draw from 0 to limit - 1; several times faster than randrange, its bias of 1e-15 is of no matter."""
+    """Draw an integer from 0 to limit - 1.
+
+    This is several times faster than ``randrange``; its bias of 1e-15 does not matter.
+    """
     return int(rng.random() * limit)
 
 
 def _pick(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]:
-    """Draw ``count`` different items."""
+    """Draw ``count`` items without replacement."""
     left = list(items)
     return [left.pop(_below(rng, len(left))) for _ in range(count)]
 
 
 def bucket(contents: Contents) -> int:
-    """Return the bucket of a scene, a digest of its objects: what questions can ask about, wherever it is."""
+    """Return the bucket of a scene.
+
+    The bucket is a digest of the kinds, colours and digits of the objects; it does not depend on their places.
+    """
     named = sorted([f"{kind} {colour} {digit}" for kind, colour, digit in contents])
     return hashlib.blake2b("|".join(named).encode(), digest_size=4, person=b"grip_env scenes").digest()[0] % BUCKETS
 
 
 @cache
 def _square(size: int) -> int:
-    """Return the bits of a square of ``size`` pixels and a margin of one, in the top left corner of a board."""
+    """Return the bits of a square at the top left of a board, with a margin of one pixel."""
     return sum(((2 << size) - 1) << (row * _BOARD) for row in range(size + 1))
 
 
 def arrange(things: list[Thing], rng: random.Random, taken: int = 0) -> tuple[list[Thing], int] | None:
-    """Give every object a place of its own; decorations without room are left out.
+    """Place things at random without overlap; decorations without room are left out.
 
     Args:
-        things: What to place, in this order.
-        rng: Where the draws come from.
-        taken: A board of bits, one for each pixel: where there is something already.
+        things: Things to place, in this order; ``top`` and ``left`` are set.
+        rng: The random generator.
+        taken: A board with one bit per pixel, set where the pixel is occupied already.
 
     Returns:
-        What was placed, and the board with it; ``None`` if an object found no room.
+        The things that were placed, and the board with them; ``None`` if an object found no room.
     """
     placed: list[Thing] = []
     for thing in things:

@@ -1,9 +1,9 @@
-"""Procedural scenes with questions: the task the embedded model is made for.
+"""Procedural scenes with questions, the task that the embedded model is made for.
 
 A scene holds five to seven shapes and two cards with a digit, none touching another, among decorations in the same
 colours on a textured background. Six question families mirror the benchmarks of the field: existence, colour,
-counting, digit reading, shape, and left/right relation. A question's premise ("the circle": there is exactly one)
-holds over everything in the scene, so that it has one right answer.
+counting, digit reading, shape, and left/right relation. The premise of a question ("the circle": there is exactly one)
+holds for the whole scene, so that every question has exactly one correct answer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from grip_env.tasks.scene_layout import COLOURS, SIDE, Thing
 __all__ = ["CHOICES", "FAMILIES", "GRID", "SIDE", "Question", "Scene", "SceneTask", "Thing", "plural"]
 
 GRID = 12
-"""The relevance grid has GRID x GRID cells, one for each 8-pixel patch."""
+"""Rows and columns of the relevance grid, which has one cell per 8-pixel patch."""
 
 FAMILIES = ("existence", "color", "counting", "reading", "shape", "relation")
 GAP = (16, 32)
-"""Least and most pixels between the columns of two objects that left/right questions compare."""
+"""Smallest and largest horizontal distance, in pixels, between the objects of a left/right question."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "existence": ("yes", "no"),
@@ -34,10 +34,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shape": sprites.SHAPES,
     "relation": ("left", "right"),
 }
-"""The possible answers of each family; each is drawn equally often."""
+"""Possible answers of each family, which are equally frequent."""
 
 _SIZES = {"train": 1_000_000, "validation": 12_000, "test": 12_000}
-# A scene belongs to the split that a digest of its contents says, so that no scene can be in two.
+# A digest of its contents decides the split of a scene, so that no scene is in two splits.
 _BUCKETS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}
 
 _CELL = SIDE // GRID
@@ -57,13 +57,13 @@ class Question:
 
 @dataclass
 class Scene:
-    """Everything there is in one picture."""
+    """The content of one picture."""
 
     things: list[Thing]
     texture: int
 
     def draw(self) -> np.ndarray:
-        """Return the picture, uint8 (SIDE, SIDE, 3)."""
+        """Draw the picture, uint8 (SIDE, SIDE, 3)."""
         rng = np.random.default_rng(self.texture)
         canvas = sprites.background(rng, SIDE)
         shades = rng.uniform(-12, 12, (len(self.things), 3)).astype(np.float32)
@@ -81,7 +81,7 @@ class Scene:
         return picture.reshape(SIDE, SIDE, 3)
 
     def coverage(self, index: int) -> np.ndarray:
-        """Return which share of each grid cell thing ``index`` covers: float32 (GRID, GRID) in [0, 1]."""
+        """Return the share of each grid cell that a thing covers, float32 (GRID, GRID) in [0, 1]."""
         thing = self.things[index]
         (row, above), (column, before) = divmod(thing.top, _CELL), divmod(thing.left, _CELL)
         rows, columns = -(-(above + thing.size) // _CELL), -(-(before + thing.size) // _CELL)
@@ -92,10 +92,11 @@ class Scene:
         return full
 
     def relevance(self, about: tuple[int, ...]) -> np.ndarray:
-        """Grade the cells that show the things in ``about``: float32 (GRID, GRID) in [0, 1].
+        """Grade the cells that show the things in ``about``, float32 (GRID, GRID) in [0, 1].
 
-        A cell counts when a thing covers at least a quarter of it, or when it is the thing's best cell. The best
-        cells of all things come first, then their second-best ones, so that the top of the ranking shows them all.
+        A cell has a grade above 0 if a thing covers at least a quarter of it, or if it is the best cell of a thing. The
+        best cells of all things rank first, then the second-best ones, so that the top of the ranking shows every
+        thing.
         """
         grade = np.zeros((GRID, GRID), dtype=np.float32)
         for index in about:
@@ -110,7 +111,7 @@ class Scene:
         return grade
 
     def questions(self, family: str, answer: str | None = None) -> list[Question]:
-        """List every question of ``family`` this scene can be asked, or those with the given answer."""
+        """Return all questions of ``family`` about this scene, or those with the given answer."""
         found = getattr(self, f"_ask_{family}")()
         return [question for question in found if answer is None or question.answer == answer]
 
@@ -124,7 +125,7 @@ class Scene:
     def _ask_existence(self) -> list[Question]:
         asked = []
         shapes = self._by_kind()
-        # absent pairs reuse a shape and a colour that are both there: neither alone gives the answer away
+        # absent pairs combine a shape and a colour that are both present: neither alone reveals the answer
         colours = sorted({self.things[index].colour for group in shapes.values() for index in group})
         for kind, group in sorted(shapes.items()):
             for colour in colours:
@@ -169,7 +170,7 @@ class Scene:
         for kind, index in single:
             for other_kind, other in single:
                 gap = self.things[index].centre[1] - self.things[other].centre[1]
-                # near in the row: far apart, the place of one object alone would nearly always give the answer
+                # horizontally near: far apart, the place of one object alone would nearly always reveal the answer
                 if index != other and GAP[0] <= abs(gap) <= GAP[1]:
                     text = f"is the {kind} left or right of the {other_kind}?"
                     asked.append(Question("relation", text, "left" if gap < 0 else "right", (index, other)))
@@ -182,13 +183,14 @@ def plural(kind: str) -> str:
 
 
 class SceneTask:
-    """Scenes with one question each; families take turns, so that every split is balanced over them.
+    """Scenes with one question each.
+
+    Consecutive examples cycle through the question families, so that every split is balanced. The same
+    ``(split, index)`` always gives the same example; the contents of a scene decide its split, so that no scene of
+    one split can be drawn in another.
 
     Args:
-        families: Which question families to ask, in turn.
-
-    The same ``(split, index)`` always gives the same example; the contents of a scene decide its split, so that
-    no scene of one split can be drawn in another.
+        families: The question families, in the order in which they are asked.
 
     >>> task = SceneTask()
     >>> example = task.example("train", 4)
@@ -206,7 +208,7 @@ class SceneTask:
         self.families = tuple(families)
 
     def size(self, split: str) -> int:
-        """Return how many examples ``split`` has."""
+        """Return the number of examples in ``split``."""
         if split not in _SIZES:
             raise ValueError(f"unknown split {split!r} of task {self.name!r}: choose one of {', '.join(self.splits)}")
         return _SIZES[split]
@@ -224,7 +226,7 @@ class SceneTask:
         )
 
     def scene_and_question(self, split: str, index: int) -> tuple[Scene, Question]:
-        """Return what :meth:`example` draws: the scene, and the question with its answer."""
+        """Return the scene of an example, and the question with its answer."""
         check_index(self, split, index)
         family = self.families[index % len(self.families)]
         rng = random.Random(f"grip_env scenes/{split}/{family}/{index}")
@@ -239,13 +241,15 @@ class SceneTask:
     def sample_scene(
         split: str, rng: random.Random, family: str | None = None, answer: str | None = None
     ) -> Scene | None:
-        """Draw a scene of ``split``; ``None`` when this draw had no room or cannot be asked ``family``.
+        """Draw a scene of ``split``, or return ``None`` if the draw fails.
+
+        A draw fails if the scene is of another split, has no room for its things, or does not allow the question.
 
         Args:
-            split: The split the scene must belong to.
-            rng: Where the draws come from.
-            family: If given, the scene can be asked a question of this family,
-            answer: with this answer.
+            split: The split of the scene.
+            rng: The random generator.
+            family: If given, the scene allows a question of this family.
+            answer: If given as well, the scene allows a question with this answer.
         """
         contents = scene_layout.draw_contents(rng)
         if family is not None and answer is not None:
@@ -253,7 +257,7 @@ class SceneTask:
         if scene_layout.bucket(contents) not in _BUCKETS[split]:
             return None
         objects, clutter = scene_layout.objects_of(contents, rng), scene_layout.draw_clutter(rng)
-        # every question but left/right depends on the contents alone: look before paying for places
+        # all questions but left/right depend on the contents alone: check them before the costly placement
         if family is not None and family != "relation" and not Scene(objects + clutter, 0).questions(family, answer):
             return None
         placed = scene_layout.arrange(objects, rng)
