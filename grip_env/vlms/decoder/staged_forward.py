@@ -144,17 +144,8 @@ class StagedForward:
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         index = index.to(self.vlm.device)
         other = copy.copy(self)  # tensors are never written to, so they may be shared
-        for name in (
-            "_ids",
-            "_position_ids",
-            "_answers",
-            "_words",
-            "_present",
-            "_token",
-            "_count",
-            "_passed",
-            "_hidden",
-        ):
+        names = "_ids _position_ids _answers _words _present _token _count _passed _hidden"
+        for name in names.split():
             setattr(other, name, getattr(self, name)[index])
         return other
 
