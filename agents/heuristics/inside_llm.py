@@ -157,9 +157,8 @@ class PyramidDrop:
     """Layers before which tokens are dropped, strictly increasing, from 1. ``None``: one quarter, one half and three
     quarters of the depth, each rounded half up and without repeats."""
     ratios: tuple[float, ...] | None = None
-    """Share of the image's tokens that each drop leaves, rounded down, at least one token; the published values are
-    (0.5, 0.25, 0.125). ``None``: each drop leaves the same share of the present tokens, as large as the budget allows.
-    """
+    """Share of the image's tokens that each drop leaves, rounded down, at least one token; (0.5, 0.25, 0.125) as
+    published. ``None``: each drop leaves the same share of the present tokens, the largest that the budget allows."""
     budget_of: BudgetOf = "layers"
     """Meaning of the budget; see the module."""
     position_policy: PositionPolicy = "reindex"
