@@ -122,7 +122,7 @@ class Imitation:
         encoded, _ = self.pool.batch(config.instances, first_token)
         teacher = self.teacher(self.vlm, encoded, self.pool.compute)
         counts = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
-        good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "what the teacher says", encoded, config.on_nan)
+        good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "the teacher's score", encoded, config.on_nan)
         skipped = len(encoded) - int(good.sum())
         if skipped == len(encoded):
             return 0.0, 0.0, skipped
