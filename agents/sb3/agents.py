@@ -232,7 +232,7 @@ class _LibraryAgent(ABC):
         state = TrainingState.read(folder / STATE)
         if state.about.get("algorithm") != self.phase:
             raise ValueError(
-                f"{folder / STATE} was written by {state.about.get('algorithm')}, but this is {self.phase}: resume "
+                f"{folder / STATE} was written by {state.about.get('algorithm')}, and this is {self.phase}: resume "
                 "with the algorithm that wrote it"
             )
         about = {"warm": bool, "updates": int, "forwards": int}
