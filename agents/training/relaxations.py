@@ -119,7 +119,8 @@ class Relaxation(ABC):
             temperature: Temperature of the relaxation; higher is softer.
 
         Returns:
-            Gates in [0, 1], float (S, B, N), for each of S draws (1 if not random), and a cost that is added to the loss, float (B,).
+            Gates in [0, 1], float (S, B, N), for each of S draws (one if nothing is random), and a cost that is added
+            to the loss, float (B,).
         """
 
     def train(self) -> Iterator[Metrics]:

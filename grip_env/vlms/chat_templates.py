@@ -1,4 +1,4 @@
-"""Rendering of a model's chat template, which comes with the model and may be written to never end."""
+"""Rendering of chat templates, which come with a model and may be written to never end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def render_chat(tokenizer: Any, template: str, messages: Sequence[Mapping[str, A
 
 @contextmanager
 def _bounded(most: int) -> Iterator[None]:
-    """Count the lines that templates run in this thread, and stop them when there have been too many."""
+    """Count the lines that templates run in this thread, and stop them after ``most``."""
     left = most
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
