@@ -200,7 +200,8 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
         max_pixels: Largest number of pixels allowed.
 
     Returns:
-        RGB, uint8 (height, width, 3), upright as EXIF says, over white where transparent, no side below 8 pixels.
+        RGB, uint8 (height, width, 3), upright as EXIF says, over white where transparent. A tiny
+        picture is magnified; see :func:`resize`.
 
     Raises:
         PictureError: If ``image`` is not a picture, is too large or too slim, or its layout is ambiguous.
@@ -212,6 +213,7 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
                 _check_scans(image, image.fp)  # type: ignore[attr-defined] # of files that are open but not read
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # as for files
+                _load(image)
                 pixels = _rgb(image)
         except PictureError:
             raise
@@ -221,6 +223,20 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
         pixels = _rgb_of_array(image)
         _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return resize(pixels, max_side)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a picture that Pillow has opened; a TIFF is turned upright, and has no orientation afterwards."""
+    name = getattr(image, "filename", None)
+    if image.format == "TIFF" and name:
+        # Pillow maps an uncompressed file into memory, in rows as long as those of the upright picture: pixels of a
+        # picture on its side then lie anywhere. Without a name it reads the file.
+        image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        if name:
+            image.filename = name  # type: ignore[attr-defined]
 
 
 def _rgb_of_array(image: Any) -> np.ndarray:

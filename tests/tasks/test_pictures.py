@@ -346,3 +346,29 @@ def test_scans_of_every_file_that_holds_a_jpeg_are_counted(tmp_path: Path, monke
     monkeypatch.setattr("grip_env.tasks.pictures._MOST_SCANS", 0)
     with pytest.raises(PictureError, match="is a JPEG of 1 scans"):
         read_picture(tmp_path / "0.tiff", 10**7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_is_turned_upright_once_whatever_opens_it(
+    orientation: int, mode: str, compression: str | None, tmp_path: Path
+) -> None:
+    values = np.zeros((40, 60), dtype=np.uint16 if mode == "I;16" else np.uint8)
+    values[:10, :20] = 60_000 if mode == "I;16" else 200
+    image = Image.fromarray(values)
+    image = image if mode in ("I;16", "L") else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image.save(tmp_path / "t.tif", exif=exif, compression=compression)
+    expected = read_picture(tmp_path / "t.tif", 10**8)
+    turned = {
+        1: values, 2: values[:, ::-1], 3: values[::-1, ::-1], 4: values[::-1], 5: values.T, 6: values[::-1].T,
+        7: values[::-1, ::-1].T, 8: values[:, ::-1].T,
+    }  # fmt: skip
+    np.testing.assert_array_equal(expected[:, :, 0] > 100, turned[orientation] > 0)
+    data = io.BytesIO((tmp_path / "t.tif").read_bytes())
+    loaded = Image.open(data)
+    loaded.load()
+    for opened in (Image.open(tmp_path / "t.tif"), Image.open(data), loaded):
+        np.testing.assert_array_equal(as_pixels(opened), expected)
