@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth, readable
 from agents.ordered_subset import OrderedSubset, as_subsets
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
@@ -282,6 +282,12 @@ class GRPO:
         """
         config, candidates = self.config, self.settings.candidates
         encoded, full = self.pool.batch(config.instances * candidates, self.rewards.agreement)
+        unread = len(encoded)
+        if len(rows := readable(encoded, config.on_nan)) < unread:
+            encoded, full = encoded[rows], full[rows]
+        unread -= len(rows)
+        if not len(rows):
+            return None
         counts = self.draw_counts(encoded)
         with torch.set_grad_enabled(candidates == 1):
             policy = self._policy(self.scorer, encoded, counts)
@@ -315,7 +321,7 @@ class GRPO:
                 encoded, counts, reward = encoded[good], counts[good], reward[good]
                 actions = self._only(actions, good, counts)
                 policy = self._policy(self.scorer, encoded, counts)
-        return Rollouts(encoded, counts, policy, actions, reward, seen, seconds, skipped)
+        return Rollouts(encoded, counts, policy, actions, reward, seen, seconds, skipped + unread)
 
     def _good(self, encoded: Encoded, scores: Scores, full: Scores, reward: torch.Tensor) -> torch.Tensor:
         """Return the rows whose scores and rewards are all finite, long."""

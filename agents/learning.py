@@ -12,7 +12,7 @@ from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.envs.core.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded
 
-__all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth"]
+__all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth", "readable"]
 
 
 @dataclass
@@ -94,6 +94,20 @@ def finite_rows(values: torch.Tensor, what: str, encoded: Encoded, on_nan: OnNaN
             "out with on_nan='skip' (--ALGORITHM.on-nan skip)"
         )
     return good
+
+
+def readable(encoded: Encoded, on_nan: OnNaN) -> torch.Tensor:
+    """Return the rows of examples whose encoded images and questions are finite, long (R,).
+
+    Args:
+        encoded: B examples.
+        on_nan: See :func:`finite_rows`.
+
+    Raises:
+        NonFiniteError: With "stop", if there is another; the message names it.
+    """
+    good = finite_rows(encoded.tokens, "a visual token", encoded, on_nan)
+    return (good & finite_rows(encoded.question, "an embedding of the question", encoded, on_nan)).nonzero()[:, 0]
 
 
 def draw_counts(

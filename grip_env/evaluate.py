@@ -365,7 +365,12 @@ def main() -> None:
     with interruptible("interrupted; nothing was written."):
         config = parsed(Config, "python -m grip_env.evaluate", lists=("policies", "algo"))
         check_agents_package()
-        evaluate(config)
+        from grip_env.common.finite import NonFiniteError
+
+        try:
+            evaluate(config)
+        except NonFiniteError as error:
+            raise CommandError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ class _Training:
         self.config, self.run, self.agent, self.vlm, self.task = config, run, agent, vlm, task
         self.selector: Any = as_selector(agent)
         self.last = Metrics("start", 0)
+        self.shown: Encoded | None = None
+        """Examples whose kept tokens are drawn while the agent trains."""
         self.bars: dict[str, tqdm[Any]] = {}
         self.over = False
         """True once training is finished and the agent is saved."""
@@ -207,6 +209,7 @@ class _Training:
         from grip_env.run_folder.tensorboard import Board
 
         averages: dict[str, float] = {}
+        self.shown = shown
 
         def checkpoint(step: int) -> None:
             self.keep()
@@ -276,7 +279,7 @@ class _Training:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         reason = " ".join(reason.split())
         status = RunStatus("interrupted" if interrupted or unheard else "failed", reason=reason)
-        if isinstance(error, NonFiniteError):  # the agent in memory may be broken
+        if isinstance(error, NonFiniteError) and not self._works():
             saved = f"the agent of the last checkpoint, {self._leave(status)}, is in {self.run.path}"
         else:
             saved = self._save_what_can_be(status)
@@ -295,6 +298,21 @@ class _Training:
             raise CommandError(text) from None
         say(f"error: {text}{self._write_traceback(error)}", error=True)
         raise SystemExit(1) from error
+
+    def _works(self) -> bool:
+        """Return whether the agent in memory still chooses tokens: weights may be finite and yet ruined."""
+        import torch
+
+        from agents.base import budget_to_count
+
+        if self.shown is None:
+            return False
+        try:
+            counts = budget_to_count(self.shown, 0.1)
+            self.selector(self.vlm, self.shown, counts, torch.Generator().manual_seed(0))
+        except ValueError:
+            return False
+        return not self.broken_update
 
     def _save_what_can_be(self, status: RunStatus) -> str:
         """Save the agent with the run's status, and return a message about the result."""

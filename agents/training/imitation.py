@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from agents.learning import Learner, Metrics, draw_counts, finite_rows
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, readable
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.training.options import (
@@ -120,13 +120,18 @@ class Imitation:
         """Take a step and return the loss, the gradient's norm and how many examples were left out."""
         config = self.config
         encoded, _ = self.pool.batch(config.instances, first_token)
+        drawn = len(encoded)
+        if len(rows := readable(encoded, config.on_nan)) < drawn:
+            encoded = encoded[rows]
+        if not len(encoded):
+            return 0.0, 0.0, drawn
         teacher = self.teacher(self.vlm, encoded, self.pool.compute)
         counts = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
         good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "the teacher's score", encoded, config.on_nan)
-        skipped = len(encoded) - int(good.sum())
-        if skipped == len(encoded):
+        skipped = drawn - int(good.sum())
+        if skipped == drawn:
             return 0.0, 0.0, skipped
-        if skipped:
+        if not bool(good.all()):
             rows = good.nonzero()[:, 0]
             encoded, teacher, counts = encoded[rows], teacher[rows], counts[rows]
         loss = warmup_loss(self.scorer, encoded, teacher, counts)

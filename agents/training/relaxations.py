@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from agents.base import top_k
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth, readable
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
@@ -143,6 +143,13 @@ class Relaxation(ABC):
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
             leak = config.leak * (1 - annealed) + config.final_leak * annealed
             encoded, full = self.pool.batch(config.instances)
+            drawn = len(encoded)
+            with named_step(self.phase, step):
+                rows = readable(encoded, config.on_nan)
+            if not len(rows):
+                continue
+            if len(rows) < drawn:
+                encoded, full = encoded[rows], full[rows]
             counts = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
             gates, cost = self.gates(self.scorer.score(encoded, counts), counts, encoded.token_mask, temperature)
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
@@ -152,8 +159,8 @@ class Relaxation(ABC):
             with named_step(self.phase, step):
                 both = torch.cat([likelihood, full.log_likelihood], 1)
                 good = finite_rows(both, "the answer's log-likelihood", encoded, config.on_nan).nonzero()[:, 0]
-                skipped = len(encoded) - len(good)
-                if skipped:
+                skipped = drawn - len(good)
+                if len(good) < len(encoded):
                     encoded, counts, full, gates = encoded[good], counts[good], full[good], gates[good]
                     cost, likelihood = cost[good], likelihood[good]
                 if len(good):
