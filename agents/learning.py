@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from agents.training.options import OnNaN
+from agents.training.snapshot import Snapshot
 from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.envs.core.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded
@@ -47,6 +48,14 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             network.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the optimiser; the network is not in it."""
+        return Snapshot.of_optimizer(self._optimizer)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken, with the network as it was then."""
+        snapshot.load_into_optimizer(self._optimizer)
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 0."""

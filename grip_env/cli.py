@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import tyro
 
@@ -114,6 +114,7 @@ def parsed(
     arguments: Sequence[str] | None = None,
     lists: Sequence[str] = (),
     description: str | None = None,
+    default: _T | None = None,
 ) -> _T:
     """Parse the command-line arguments of a command.
 
@@ -127,6 +128,7 @@ def parsed(
         arguments: Arguments to parse; by default, the command line's.
         lists: Names of text options whose comma-separated values may be separated by spaces as well.
         description: Beginning of the help; by default, the dataclass's docstring.
+        default: Values of the options that are not given; by default, the dataclass's own.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
@@ -135,11 +137,12 @@ def parsed(
     quiet, as_json = "--quiet" in given, "--json" in given
     given = [argument for argument in given if argument not in ("--quiet", "--json")]
     said = f"{inspect.cleandoc(description or config.__doc__ or '')}\n\n{EVERYWHERE}"
-    found = tyro.cli(config, description=said, prog=prog, args=plain_arguments(given, config, lists))
+    plain = plain_arguments(given, config, lists)
+    found: Any = tyro.cli(config, description=said, prog=prog, args=plain, default=default)
     if quiet and hasattr(found, "progress"):
         found.progress = False
     choose_output(quiet, as_json)
-    return found
+    return cast(_T, found)
 
 
 def check_at_least(least: int, **options: int) -> None:
