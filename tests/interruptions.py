@@ -2,7 +2,8 @@
 
 A forked process saves an agent over and over until a signal stops it; then the agent on disk must load, be that of one
 single save, and be no older than what the run's status says. Whole trainings get Ctrl-C twice; then they must end soon,
-with the shell's exit code, in one line that is true. Killed trainings are resumed, and must end as if they had not been.
+with the exit code of the shell, in one line that is true. Killed trainings are resumed, and must end as if they had not
+been.
 """
 
 from __future__ import annotations
