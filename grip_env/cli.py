@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from grip_env.common import stopping
-from grip_env.common.arguments import plain_arguments
+from grip_env.common.arguments import check_paths, plain_arguments
 from grip_env.common.atomic_files import write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.common.output import choose_output, end_output, print_result, quieten, say
@@ -138,6 +138,7 @@ def parsed(
     found = tyro.cli(config, description=said, prog=prog, args=plain_arguments(given, config, lists))
     if quiet and hasattr(found, "progress"):
         found.progress = False
+    check_paths(found)
     choose_output(quiet, as_json)
     return found
 

@@ -13,6 +13,7 @@ import pytest
 
 from grip_env import cli, evaluate, probe
 from grip_env.__main__ import COMMANDS
+from grip_env.common.errors import CommandError
 from grip_env.train import parse
 
 
@@ -135,3 +136,35 @@ def test_every_command_tells_versions(name: str, capsys: pytest.CaptureFixture[s
 def test_the_run_is_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
     given = cli.parsed(probe.Config, "probe", ["runs/a", "--examples", "4"])
     assert given.run == Path("runs/a")
+
+
+LONG = "n" * 300
+COMMAND_MODULES = [f"grip_env.{name}" for name in sorted({name.split()[0] for name in COMMANDS})]
+COMMAND_MODULES += ["grip_env.bench.speed", "grip_env.bench.latency"]
+
+
+@pytest.mark.parametrize("name", COMMAND_MODULES)
+def test_paths_that_are_too_long_are_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All options of all commands that are paths, whether behind an option or in front."""
+    config = importlib.import_module(name).Config
+    needed = ["--image", "red.png", "--question", "is it red? " * 44] if name == "grip_env.answer" else []
+    cli.parsed(config, name, needed)
+    paths = [one.name for one in dataclasses.fields(config) if "Path" in str(one.type)]
+    assert paths
+    for path in paths:
+        in_front = path == "run" or (path, name) == ("runs", "grip_env.evaluate")
+        given = [LONG] if in_front else [f"--{path}", LONG]
+        with pytest.raises(CommandError) as stop:
+            cli.parsed(config, name, [*given, *needed] if in_front else [*needed, *given])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert said.count("\n") == 1
+        assert said.startswith(f"error: {'the run' if in_front else f'--{path}'}: 'nnn")
+        assert "cannot be used as a path (File name too long)" in said
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(["--examples", "0", "--name", LONG])
+    with pytest.raises(CommandError):
+        cli.check_name(config.name)
+    assert capsys.readouterr().err.startswith("error: --name must have at most 255 bytes; got 300: 'nnn")
