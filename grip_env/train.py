@@ -25,6 +25,7 @@ from grip_env.cli import (
     print_result,
     quieten,
     say,
+    set_threads,
 )
 from grip_env.common import stopping
 from grip_env.common.atomic_files import remove, write_atomically
@@ -98,15 +99,14 @@ def _train(config: Config) -> Path:
     from grip_env.rewards.parsing import resolve_reward
     from grip_env.tasks.files import FileTask
 
-    check_at_least(0, threads=config.threads, examples=config.examples, seed=config.seed)
+    set_threads(config.threads)
+    check_at_least(0, examples=config.examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
     if config.seed >= 2**63:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
     check_name(config.name)
     if not free_folder(config.runs / config.name) and config.name:  # checked again below, as loading takes time
         raise CommandError(f"{config.runs / config.name} already exists: choose another --name, or remove it")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     if config.data is None and config.skip_bad:
         raise CommandError("--skip-bad is about the rows of --data: give both, or neither")
@@ -150,10 +150,9 @@ def _train(config: Config) -> Path:
     with stopping.held():
         run = RunFolder(config.runs / (config.name or default), unique=not config.name)
         note_written(run.path)
-        about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
         if (place := folder_of(config.algo)) is not None:
             about["algorithm"] = {"folder": place}  # evaluate may be started from elsewhere
-        run.write_config(saved_config(config), **about)
+        run.write_config(saved_config(config), vlm={"name": vlm.name, "checksum": checksum}, **about)
         training = _Training(config, run, agent, vlm, task)
         try:
             training.keep()  # from here on, there is always an agent that evaluate can read
@@ -272,7 +271,7 @@ class _Training:
         reason = str(error) or ("SIGINT" if interrupted else type(error).__name__)
         if unheard:
             reason = "nobody read its output any more"
-        elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | SystemExit):
+        elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | CommandError):
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         reason = " ".join(reason.split())
         status = RunStatus("interrupted" if interrupted or unheard else "failed", reason=reason)
@@ -283,7 +282,7 @@ class _Training:
         if unheard:
             quieten()
             raise SystemExit(141) from None
-        if isinstance(error, SystemExit):
+        if isinstance(error, CommandError):  # it has said so itself, unlike sys.exit() in a reward
             raise error
         place = "the report" if self.over else self.last.phase
         at = "before the first step" if place == "start" else f"in {place} at step {self.last.step + self.over}"
@@ -311,6 +310,7 @@ class _Training:
             for spare in (False, True):
                 try:
                     if spare:  # full disk or read-only folder: save to a temporary folder instead
+                        self._leave(status)
                         self.run.path = Path(tempfile.mkdtemp(prefix="grip_env-"))
                     self.run.keep(self.agent, current)
                     if not spare:
@@ -322,7 +322,7 @@ class _Training:
                     return f"{place} cannot be written ({told[0]}), so the agent so far is saved in {self.run.path}"
                 except Exception as error:
                     told.append(" ".join((str(error) or type(error).__name__).split()))
-                    if spare:
+                    if spare and self.run.path != place:
                         remove(self.run.path)
             self.run.path = place
         left = self._leave(status)
@@ -334,6 +334,7 @@ class _Training:
         """Write the run's status, keep the saved agent, and return its progress in words."""
         left = dataclasses.replace(self.run.status, state=status.state, reason=status.reason)
         with contextlib.suppress(OSError):
+            remove(self.run.path / "agent.new")  # makes room for the status
             self.run.write_status(left)
         return f"that of {left.trained}" if left.phase else "untrained"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from grip_env import cli, evaluate, probe
 from grip_env.__main__ import COMMANDS
@@ -168,3 +170,30 @@ def test_a_name_that_is_too_long_is_refused_in_one_line(capsys: pytest.CaptureFi
     with pytest.raises(CommandError):
         cli.check_name(config.name)
     assert capsys.readouterr().err.startswith("error: --name must have at most 255 bytes; got 300: 'nnn")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_too_many_threads_are_refused_before_anything_is_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, *more = command.split()
+    more += {"evaluate": ["--policies", "random"], "answer": ["--image", "a.png", "--question", "q?"]}.get(command, [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command, *more, "--threads", "99999999999"])
+    found = importlib.import_module(f"grip_env.{module}")
+    with pytest.raises(SystemExit) as stop:
+        found.main(*([cli.parsed(found.Config, module)] if module == "pretrain_vlm" else []))
+    assert stop.value.code == 2
+    assert re.fullmatch(r"error: --threads must be at most [\d,]+; got 99999999999\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_are_set_unless_there_is_no_number() -> None:
+    before = torch.get_num_threads()
+    try:
+        cli.set_threads(2)
+        assert torch.get_num_threads() == 2
+        cli.set_threads(0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

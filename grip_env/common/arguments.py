@@ -13,7 +13,7 @@ import tyro
 
 from grip_env.common.errors import CommandError
 
-__all__ = ["check_paths", "plain_arguments"]
+__all__ = ["check_paths", "plain_arguments", "shortened"]
 
 
 def _kinds(config: Any, before: str = "") -> dict[str, Any]:
@@ -34,6 +34,11 @@ def _is_run(argument: str) -> bool:
         return (Path(argument) / "config.json").is_file()
     except (OSError, ValueError):  # a text that is no path, such as a long question
         return False
+
+
+def shortened(text: str) -> str:
+    """Quote the first 40 characters of a text for a message."""
+    return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
@@ -59,8 +64,9 @@ def check_paths(config: Any) -> None:
                 reason = getattr(error, "strerror", None) or error
                 positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
                 option = "the run" if positional else f"--{field.name.replace('_', '-')}"
-                shown = repr(str(path) if len(str(path)) <= 60 else f"{str(path)[:60]}...")
-                raise CommandError(f"{option}: {shown} cannot be used as a path ({reason}): choose another") from None
+                raise CommandError(
+                    f"{option}: {shortened(str(path))} cannot be used as a path ({reason}): choose another"
+                ) from None
 
 
 def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = ()) -> list[str]:
