@@ -57,6 +57,7 @@ class ForwardCounter:
 
 
 PART = 128  # examples encoded or scored per call
+MOST = 10_000_000  # examples that a pool may hold; each takes kilobytes of memory
 
 
 class ExamplePool:
@@ -89,6 +90,10 @@ class ExamplePool:
     ) -> None:
         if size < 1 or reuse < 1:
             raise ValueError(f"size and reuse must be at least 1; got size={size}, reuse={reuse}")
+        if size > MOST:
+            raise ValueError(
+                f"a pool holds its examples in memory, {MOST:,} at most; got {size}: choose a smaller pool"
+            )
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
         self._progress = progress
         self.compute = ForwardCounter()

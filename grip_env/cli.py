@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import tyro
 
 from grip_env.common import stopping
-from grip_env.common.arguments import plain_arguments
+from grip_env.common.arguments import check_paths, plain_arguments, shortened
 from grip_env.common.atomic_files import write_atomically
 from grip_env.common.errors import CommandError
 from grip_env.common.output import choose_output, end_output, print_result, quieten, say
@@ -49,6 +49,7 @@ __all__ = [
     "quieten",
     "say",
     "say_unfinished",
+    "set_threads",
     "writing",
 ]
 
@@ -141,6 +142,7 @@ def parsed(
     found: Any = tyro.cli(config, description=said, prog=prog, args=plain, default=default)
     if quiet and hasattr(found, "progress"):
         found.progress = False
+    check_paths(found)
     choose_output(quiet, as_json)
     return cast(_T, found)
 
@@ -150,6 +152,17 @@ def check_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+
+
+def set_threads(threads: int) -> None:
+    """Set the number of PyTorch's threads unless it is 0, or stop with an error."""
+    check_at_least(0, threads=threads)
+    if threads > (most := max(1024, os.cpu_count() or 1)):  # starting them could end the process
+        raise CommandError(f"--threads must be at most {most:,}; got {threads}")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def check_out(path: Path | None) -> None:
@@ -286,12 +299,11 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
         reason = "there is no such device" if reason.startswith("Expected one of") else reason
         raise CommandError(f"cannot use --device {config.device!r} ({reason}): choose cpu, or leave it out") from None
     if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise CommandError("--attn-implementation flash_attention_2 needs flash-attn: install it, or use sdpa")
+    if not 1 <= config.cache_gib * 2**30 <= 2**50:
         raise CommandError(
-            "--attn-implementation flash_attention_2 needs the package flash-attn: install it, or use sdpa"
-        )
-    if not 0 < config.cache_gib <= 2**20:
-        raise CommandError(
-            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g}: leave out --cache for none"
+            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g} (a byte is 9.3e-10): leave "
+            "out --cache for none"
         )
     try:
         cache = None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30))
@@ -372,15 +384,11 @@ def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
 def check_name(name: str) -> None:
     """Stop with an error if ``--name`` cannot name a folder or be passed to other commands."""
     if Path(name).name != name or name in (".", ".."):
-        raise CommandError(f"--name is the name of a folder in --runs, without '/'; got {_short(name)}")
+        raise CommandError(f"--name is the name of a folder in --runs, without '/'; got {shortened(name)}")
     if not name.isprintable() or name.startswith("-"):
-        raise CommandError(f"--name must have printable characters only and not begin with '-'; got {_short(name)}")
+        raise CommandError(f"--name must have printable characters only and not begin with '-'; got {shortened(name)}")
     if len(os.fsencode(name)) > 255:
-        raise CommandError(f"--name must have at most 255 bytes; got {len(os.fsencode(name))}: {_short(name)}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")
+        raise CommandError(f"--name must have at most 255 bytes; got {len(os.fsencode(name))}: {shortened(name)}")
 
 
 def find_algorithm(name: str) -> type[Agent]:

@@ -18,6 +18,7 @@ from grip_env.cli import (
     parsed,
     print_result,
     say_unfinished,
+    set_threads,
     writing,
 )
 from grip_env.common.atomic_files import content_of, folder_on_disk, write_atomically
@@ -186,7 +187,7 @@ def _try(name: str, policy: Runnable, vlm: HuggingFaceVLM, first: Encoded) -> No
         one = torch.ones_like(first.lengths)  # on the model's device, as all inputs of a policy
         chosen = run_method(policy, vlm, first, one, torch.Generator())
         vlm.score(first, chosen[:, None])  # type: ignore[index]
-    except Exception as error:  # any error here is the policy's
+    except (Exception, SystemExit) as error:  # any error here is the policy's
         raise CommandError(
             f"--policies {name} fails on the first example with one token to keep: {type(error).__name__}: {error}"
         ) from None
@@ -263,12 +264,11 @@ def evaluate(config: Config) -> Comparison:
     Raises:
         CommandError: If an option is wrong, or a run, its agent, its model or its data cannot be read.
     """
-    import torch
 
     from grip_env.tasks.files import DataError
 
     check_at_least(1, examples=config.examples)
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     if not config.budgets or not all(0 < budget <= 1 for budget in config.budgets):
         raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {config.budgets}")
     if not config.runs and not config.policies:
@@ -279,8 +279,6 @@ def evaluate(config: Config) -> Comparison:
     _check_algo(config.algo, runs)
     for run in runs:
         say_unfinished(run.path)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     vlm, task = _model_and_task(config, runs[0] if runs else None)
     # a separate folder, so that evaluating on validation does not replace the report written by training
     parts = [task.name] if config.data is not None else []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed
+from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed, set_threads
 from grip_env.common import stopping
 from grip_env.common.atomic_files import replace_folder, write_atomically
 from grip_env.run_folder.folder import make_folder
@@ -138,7 +138,7 @@ def format_landscape(table: dict[str, dict[str, float]], count: int, split: str)
 def main(config: Config) -> None:
     """Run the unfinished stages, write the model, and print the table of its card."""
     check_agents_package()
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(1, vision_steps=config.vision_steps, vision_batch=config.vision_batch)
     check_at_least(1, language_steps=config.language_steps, language_batch=config.language_batch)
     check_at_least(1, test_examples=config.test_examples)
@@ -150,8 +150,6 @@ def main(config: Config) -> None:
     from grip_env.vlms.huggingface import HuggingFaceVLM
     from grip_env.vlms.loading import write_digests
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if not config.card_only:
         make_folder(config.folder)
     else:

@@ -21,6 +21,7 @@ from grip_env.cli import (
     parsed,
     print_result,
     say,
+    set_threads,
 )
 from grip_env.common import stopping
 from grip_env.common.errors import CommandError
@@ -104,7 +105,8 @@ def _train(config: Config) -> Path:
     from grip_env.rewards.parsing import resolve_reward
     from grip_env.tasks.files import FileTask
 
-    check_at_least(0, threads=config.threads, examples=config.examples, seed=config.seed)
+    set_threads(config.threads)
+    check_at_least(0, examples=config.examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
     if config.seed >= 2**63:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
@@ -116,8 +118,6 @@ def _train(config: Config) -> Path:
         earlier is None and not free_folder(config.runs / config.name) and config.name
     ):  # checked again below, as loading takes time
         raise CommandError(f"{config.runs / config.name} already exists: choose another --name, or remove it")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     if config.data is None and config.skip_bad:
         raise CommandError("--skip-bad is about the rows of --data: give both, or neither")

@@ -175,7 +175,7 @@ class LiveRun:
         reason = str(error) or ("SIGINT" if interrupted else type(error).__name__)
         if unheard:
             reason = "nobody read its output any more"
-        elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | SystemExit):
+        elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | CommandError):
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         reason = " ".join(reason.split())
         status = RunStatus("interrupted" if interrupted or unheard else "failed", reason=reason)
@@ -186,7 +186,7 @@ class LiveRun:
         if unheard:
             quieten()
             raise SystemExit(141) from None
-        if isinstance(error, SystemExit):
+        if isinstance(error, CommandError):  # it has said so itself, unlike sys.exit() in a reward
             raise error
         place = "the report" if self.over else self.last.phase
         at = "before the first step" if place == "start" else f"in {place} at step {self.last.step + self.over}"
@@ -229,6 +229,7 @@ class LiveRun:
             for spare in (False, True):
                 try:
                     if spare:  # full disk or read-only folder: save to a temporary folder instead
+                        self._leave(status)
                         self.run.path = Path(tempfile.mkdtemp(prefix="grip_env-"))
                     self.run.keep(self.agent, current)
                     if not spare:
@@ -240,7 +241,7 @@ class LiveRun:
                     return f"{place} cannot be written ({told[0]}), so the agent so far is saved in {self.run.path}"
                 except Exception as error:
                     told.append(" ".join((str(error) or type(error).__name__).split()))
-                    if spare:
+                    if spare and self.run.path != place:
                         remove(self.run.path)
             self.run.path = place
         left = self._leave(status)
@@ -252,6 +253,7 @@ class LiveRun:
         """Write the run's status, keep the saved agent, and return its progress in words."""
         left = dataclasses.replace(self.run.status, state=status.state, reason=status.reason)
         with contextlib.suppress(OSError):
+            remove(self.run.path / "agent.new")  # makes room for the status
             self.run.write_status(left)
         return f"that of {left.trained}" if left.phase else "untrained"
 

@@ -372,3 +372,24 @@ def test_a_tiff_is_turned_upright_once_whatever_opens_it(
     loaded.load()
     for opened in (Image.open(tmp_path / "t.tif"), Image.open(data), loaded):
         np.testing.assert_array_equal(as_pixels(opened), expected)
+
+
+def test_data_after_a_jpeg_are_not_taken_for_scans() -> None:
+    """As in motion photos: a film follows the picture. The picture itself is checked as before."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    comment = b"\xff\xd9" + b"\xff\xda" * 200
+    Image.fromarray(pixels).save(file, "JPEG", comment=comment, restart_marker_blocks=1)
+    data = file.getvalue()
+    tail = np.random.default_rng(0).integers(0, 256, 20_000_000, np.uint8).tobytes() + b"\xff\xda" * 1000
+    assert (read_picture(data + tail, 10**7) == read_picture(data, 10**7)).all()
+    assert as_pixels(Image.open(io.BytesIO(data + tail))).shape == (64, 64, 3)
+    for bomb in (scans(5000, 200), scans(5000, 200)[:-2], hidden(scans(5000, 200))):
+        with pytest.raises(PictureError, match=r"is a JPEG of 5,0\d\d scans, more than the limit of 100"):
+            read_picture(bomb + tail, 10**7)
+
+
+def hidden(bomb: bytes) -> bytes:
+    """Return a JPEG with odd bytes between its scans, which decoders skip: reserved markers, lengths of 0, fillers."""
+    place = bomb.index(b"\xff\xda", bomb.index(b"\xff\xda") + 2)
+    return bomb[:place] + b"\xff\xfe\x00\x00" + b"\xff\x02\xff\xff\x00" + b"\xff\xff\xff" + bomb[place:]
