@@ -254,7 +254,9 @@ class ScorerAgent:
         return cast(Snapshot, self._algorithm.snapshot())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue a training where :meth:`snapshot` was taken: :meth:`learn` yields the steps that follow.
+        """Continue a training where :meth:`snapshot` was taken.
+
+        :meth:`learn` then yields the steps that follow.
 
         Raises:
             ValueError: If it is of another training.

@@ -181,7 +181,7 @@ class GRPO:
             self._critic = ValueBaseline(self.scorer.config, *options)
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the training after its last step, from which :meth:`restore` continues it bit for bit."""
+        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
         parts = {
             "warmup": self._warm_up.snapshot(),
             "learner": None if self._learner is None else self._learner.snapshot(),
@@ -191,7 +191,9 @@ class GRPO:
         return Snapshot.join(parts, done=self._done)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue where :meth:`snapshot` was taken; :meth:`train` then yields the steps that follow.
+        """Continue where :meth:`snapshot` was taken.
+
+        :meth:`train` then yields the steps that follow.
 
         Raises:
             ValueError: If it is of another training.

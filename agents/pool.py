@@ -112,7 +112,7 @@ class ExamplePool:
         return [] if self._held is None else self._held.examples
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the pool: which examples it holds, and their scores, but not their features."""
+        """Return the examples that the pool holds and their scores, without features."""
         about: dict[str, Any] = {"calls": self._calls, "dropped": self._dropped, "first_token": self._first_token}
         tensors = {f"groups/{index}": group for index, group in enumerate(self._groups)}
         if self._held is not None and self._full is not None:

@@ -26,8 +26,8 @@ from grip_env.cli import (
     parsed,
     print_result,
     print_verdicts,
-    set_threads,
 )
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.reports.comparison import Margin
 from grip_env.reports.saved_runs import read_log

@@ -19,6 +19,7 @@ import tyro
 from grip_env.common import stopping
 from grip_env.common.arguments import check_paths, plain_arguments, shortened
 from grip_env.common.atomic_files import write_atomically
+from grip_env.common.devices import find_device
 from grip_env.common.errors import CommandError
 from grip_env.common.output import choose_output, end_output, print_result, quieten, say
 from grip_env.common.plugins import importable_from_here
@@ -49,7 +50,6 @@ __all__ = [
     "quieten",
     "say",
     "say_unfinished",
-    "set_threads",
     "writing",
 ]
 
@@ -152,17 +152,6 @@ def check_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
-
-
-def set_threads(threads: int) -> None:
-    """Set the number of PyTorch's threads unless it is 0, or stop with an error."""
-    check_at_least(0, threads=threads)
-    if threads > (most := max(1024, os.cpu_count() or 1)):  # starting them could end the process
-        raise CommandError(f"--threads must be at most {most:,}; got {threads}")
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def check_out(path: Path | None) -> None:
@@ -290,14 +279,7 @@ def load_model(config: ModelConfig) -> HuggingFaceVLM:
     from grip_env.vlms import load_vlm
     from grip_env.vlms.cache.images import PictureCache
 
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(automatic if config.device == "auto" else config.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        reason = "there is no such device" if reason.startswith("Expected one of") else reason
-        raise CommandError(f"cannot use --device {config.device!r} ({reason}): choose cpu, or leave it out") from None
+    device = find_device(config.device)
     if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise CommandError("--attn-implementation flash_attention_2 needs flash-attn: install it, or use sdpa")
     if not 1 <= config.cache_gib * 2**30 <= 2**50:

@@ -18,10 +18,10 @@ from grip_env.cli import (
     parsed,
     print_result,
     say_unfinished,
-    set_threads,
     writing,
 )
 from grip_env.common.atomic_files import content_of, folder_on_disk, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.common.plugins import importable_from_here
 from grip_env.reports.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare

@@ -25,10 +25,10 @@ from grip_env.cli import (
     load_model_and_task,
     parsed,
     print_result,
-    set_threads,
     writing,
 )
 from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
 from grip_env.run_folder.folder import make_folder, versions

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed, set_threads
+from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed
 from grip_env.common import stopping
 from grip_env.common.atomic_files import replace_folder, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.run_folder.folder import make_folder
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from grip_env.cli import (
     parsed,
     print_verdicts,
     say_unfinished,
-    set_threads,
 )
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
 

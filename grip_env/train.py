@@ -21,9 +21,9 @@ from grip_env.cli import (
     parsed,
     print_result,
     say,
-    set_threads,
 )
 from grip_env.common import stopping
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.reports.live_run import LiveRun, Report
 from grip_env.reports.resuming import check_resumed, open_run, resumable_config

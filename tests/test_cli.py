@@ -191,9 +191,9 @@ def test_too_many_threads_are_refused_before_anything_is_written(
 def test_threads_are_set_unless_there_is_no_number() -> None:
     before = torch.get_num_threads()
     try:
-        cli.set_threads(2)
+        set_threads(2)
         assert torch.get_num_threads() == 2
-        cli.set_threads(0)
+        set_threads(0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -110,12 +110,14 @@ class Relaxation(ABC):
         self._done = 0
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the training after its last step, from which :meth:`restore` continues it bit for bit."""
+        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
         learner = None if self._learner is None else self._learner.snapshot()
         return Snapshot.join({"warmup": self._warm_up.snapshot(), "learner": learner}, done=self._done)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue where :meth:`snapshot` was taken; :meth:`train` then yields the steps that follow.
+        """Continue where :meth:`snapshot` was taken.
+
+        :meth:`train` then yields the steps that follow.
 
         Raises:
             ValueError: If it is of another training.

@@ -24,7 +24,10 @@ SEAL = "training snapshot"
 
 
 class Snapshot(NamedTuple):
-    """Tensors and plain values by name; the parts of a training have names of their own, as in "pool/generator"."""
+    """Tensors and plain values by name.
+
+    Parts of a training have names of their own, as in "pool/generator".
+    """
 
     tensors: dict[str, torch.Tensor]
     about: dict[str, Any]
@@ -32,7 +35,7 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def join(cls, parts: Mapping[str, Snapshot | None], **about: Any) -> Snapshot:
-        """Return the snapshot of a whole from those of its parts; a part that is not there yet is ``None``."""
+        """Return the snapshot of a whole from those of its parts; ``None`` leaves a part out."""
         known = {name: part for name, part in parts.items() if part is not None}
         tensors = {f"{name}/{key}": value for name, part in known.items() for key, value in part.tensors.items()}
         return cls(tensors, about | {name: part.about for name, part in known.items()})

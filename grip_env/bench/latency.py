@@ -27,8 +27,8 @@ from grip_env.cli import (
     interruptible,
     parsed,
     print_verdicts,
-    set_threads,
 )
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.common.output import progress_bar
 from grip_env.vlms.flops import encoder_flops, prefill_flops

@@ -25,10 +25,10 @@ from grip_env.cli import (
     interruptible,
     parsed,
     print_verdicts,
-    set_threads,
     writing,
 )
 from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.common.output import progress_bar
 from grip_env.tasks.subset import TaskSubset

@@ -46,7 +46,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 
 
 def check_paths(config: Any) -> None:
-    """Stop with an error if the system cannot look up one of the paths among a command's options.
+    """Stop with an error if the system cannot look up a path among the options.
 
     Names of more than 255 bytes are the usual reason.
     """

@@ -200,7 +200,7 @@ class LiveRun:
         raise SystemExit(1) from error
 
     def _works(self) -> bool:
-        """Return whether the agent in memory still chooses tokens: weights may be finite and yet ruined."""
+        """Return whether the agent in memory still chooses tokens."""
         import torch
 
         from agents.base import budget_to_count

@@ -1,4 +1,4 @@
-"""Resuming of a run: its configuration, its newest snapshot, and what must not have changed since."""
+"""Resuming of a run: configuration, newest snapshot, and checks that nothing has changed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def resumable_config(run: Path) -> Config:
 
 
 def _options(algo: str, given: Mapping[str, Any]) -> Any:
-    """Return the hyperparameters of an algorithm from their saved values; ``None`` for a user-defined class."""
+    """Return saved hyperparameters of an algorithm; ``None`` for a user-defined class."""
     from agents.training.options import options_of
 
     options = options_of(algo)
@@ -65,7 +65,7 @@ def _options(algo: str, given: Mapping[str, Any]) -> Any:
 
 
 def check_resumed(earlier: Config, config: Config) -> None:
-    """Stop with an error if an option differs from that of the run that is resumed, unless it may."""
+    """Stop with an error if an option that may not differ from the resumed run differs."""
     pairs = [
         (field.name, getattr(earlier, field.name), getattr(config, field.name)) for field in dataclasses.fields(Config)
     ]

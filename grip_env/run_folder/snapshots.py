@@ -37,7 +37,7 @@ def keep_snapshot(run: Path, number: int, write: Callable[[Path], object]) -> No
 
 
 def rewind_logs(run: Path, steps: Mapping[str, int]) -> None:
-    """Remove what was logged after a snapshot: rows of tables, and points and pictures of TensorBoard.
+    """Remove what was logged after a snapshot, in tables and in TensorBoard.
 
     Args:
         run: Folder of the run.
@@ -75,7 +75,7 @@ def _rewind_events(run: Path, steps: Mapping[str, int]) -> None:
 
 
 def _records(paths: list[Path]) -> Iterator[bytes]:
-    """Yield the records of event files; the last one of a file may be cut, as the writer was stopped."""
+    """Yield the records of event files, without a last one that was cut."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
     for path in paths:

@@ -193,7 +193,7 @@ def _check_scans(image: Image.Image, file: BinaryIO) -> None:
 
 
 def _scans_of_first(data: bytes) -> int:
-    """Count the scans of a JPEG up to its end, as the decoder finds them; other data may follow."""
+    """Return the number of scans of a JPEG up to its end; other data may follow."""
     scans, place = 0, 2
     while found := _MARKER.search(data, place):
         place, marker = found.end(), data[found.end() - 1]
@@ -245,7 +245,7 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
 
 
 def _load(image: Image.Image) -> None:
-    """Decode a picture that Pillow has opened; a TIFF is turned upright, and has no orientation afterwards."""
+    """Decode a picture that Pillow has opened, where a TIFF is turned upright as well."""
     name = getattr(image, "filename", None)
     if image.format == "TIFF" and name:
         # Pillow maps an uncompressed file into memory, in rows as long as those of the upright picture: pixels of a

@@ -34,7 +34,7 @@ def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
 
 
 def warn_of_idle_steps(owner: object, every: bool = True) -> None:
-    """Warn once that AutoresetMode.NEXT_STEP makes every second step of one-step episodes a reset.
+    """Warn once that with AutoresetMode.NEXT_STEP every second step is a reset.
 
     Args:
         owner: The environment or wrapper that resets.
@@ -52,7 +52,9 @@ def warn_of_idle_steps(owner: object, every: bool = True) -> None:
 
 
 def warn_where_steps_are_idle(env: object, every: bool = True) -> None:
-    """Warn once per vector environment or wrapper of Gymnasium that resets ``env`` in a separate step.
+    """Warn once per caller that resets ``env`` in a step of its own.
+
+    It is a vector environment of Gymnasium, or its wrapper Autoreset.
 
     A single environment is not told who resets it, or why, so the callers are looked up on the call stack.
 
