@@ -15,6 +15,7 @@ import torch
 
 from grip_env import cli, evaluate, probe
 from grip_env.__main__ import COMMANDS
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.train import parse
 
