@@ -74,7 +74,7 @@ def run_method(
         try:
             result = method.score(vlm, encoded, counts, generator)
         except ValueError as error:
-            raise BudgetError(str(error)) from None
+            raise BudgetError(getattr(error, "for_tables", str(error))) from None
         spent = {"tokens": result.kept, "layer_average": result.layer_average, "flops": result.flops}
         return MethodResult(result.scores.log_likelihood[:, 0], result.scores.correct[:, 0], spent)
     chosen = method(vlm, encoded, counts, generator)

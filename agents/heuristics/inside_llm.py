@@ -31,12 +31,34 @@ from grip_env.vlms.flops import flops_saved
 if TYPE_CHECKING:
     from grip_env.vlms.decoder.staged_forward import StagedForward
 
-__all__ = ["BudgetOf", "FastV", "InsidePruner", "InsideScores", "PyramidDrop"]
+__all__ = ["BudgetOf", "FastV", "InsidePruner", "InsideScores", "PyramidDrop", "SmallBudgetError"]
 
 BudgetOf: TypeAlias = Literal["layers", "kept"]
 """Meaning of a budget: tokens present, averaged over the layers, or tokens left at the end."""
 PositionPolicy: TypeAlias = Literal["original", "reindex"]
 """Positions of the remaining tokens, original or renumbered: set by each method, whatever the model's own policy."""
+
+
+class SmallBudgetError(ValueError):
+    """Error for a budget that the layers before the first drop use up.
+
+    Args:
+        name: Name of the method.
+        calculation: Why the budget is too small.
+        smallest: Smallest budget that is enough, a share of the tokens.
+    """
+
+    def __init__(self, name: str, calculation: str, smallest: float) -> None:
+        said = f"{name} cannot keep this budget: {calculation}"
+        super().__init__(
+            f"{said}: begin earlier or give a budget of {smallest:.4g} or more; or count what is left at the end, "
+            "budget_of='kept', which costs more than k tokens do"
+        )
+        self.for_tables = (
+            f"{said}: give --budgets of {smallest:.4g} or more; or count what is left at the end, --policies "
+            f"{name.lower()}-kept, which costs more than k tokens do"
+        )
+        """The message for those who compare methods by their names."""
 
 
 @dataclass(frozen=True)
@@ -268,13 +290,9 @@ def _check_drops(name: str, stages: Sequence[int], layers: int) -> None:
 
 
 def _check_total(name: str, schedule: PruningSchedule, k: int, count: int) -> None:
-    try:
-        schedule.check_total(k, count)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} cannot keep this budget: {error}; or count what is left at the end, budget_of='kept' "
-            f"(--policies {name.lower()}-kept), which costs more than k tokens do"
-        ) from None
+    found = schedule.shortfall(k, count)
+    if found is not None:
+        raise SmallBudgetError(name, *found)
 
 
 def _begin(name: str, vlm: FrozenVLM, encoded: Encoded, position_policy: PositionPolicy) -> StagedForward:

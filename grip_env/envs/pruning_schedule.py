@@ -70,6 +70,26 @@ class PruningSchedule:
     def __len__(self) -> int:
         return len(self.stages)
 
+    def shortfall(self, total: int, count: int) -> tuple[str, float] | None:
+        """Return the calculation by which a total is too small, and the smallest budget; ``None`` if it is enough.
+
+        Args:
+            total: k, average number of tokens per layer.
+            count: n, number of tokens of the image.
+        """
+        first = self.stages[0]
+        least = first * count + self.layers - first
+        if self.shares is not None or self.layers * total >= least:
+            return None
+        enough = -(-least // self.layers)
+        said = (
+            f"a budget of {total} of {count} visual tokens, on average over {self.layers} layers, has {self.layers} x "
+            f"{total} = {self.layers * total} slots, but with the first stage at layer {first} all tokens take "
+            f"{first} x {count} = {first * count} before it, and one token in each of the {self.layers - first} layers "
+            f"after it makes {least}"
+        )
+        return said, enough / count
+
     def check_total(self, total: int, count: int) -> None:
         """Raise ValueError if a total is exceeded even with one token from the first stage on.
 
@@ -80,17 +100,9 @@ class PruningSchedule:
         Raises:
             ValueError: With the calculation and the smallest possible budget.
         """
-        first = self.stages[0]
-        least = first * count + self.layers - first
-        if self.shares is not None or self.layers * total >= least:
-            return
-        enough = -(-least // self.layers)
-        raise ValueError(
-            f"a budget of {total} of {count} visual tokens, on average over {self.layers} layers, has {self.layers} x "
-            f"{total} = {self.layers * total} slots, but with the first stage at layer {first} all tokens take "
-            f"{first} x {count} = {first * count} before it, and one token in each of the {self.layers - first} layers "
-            f"after it makes {least}: begin earlier or give a budget of {enough / count:.4g} or more"
-        )
+        found = self.shortfall(total, count)
+        if found is not None:
+            raise ValueError(f"{found[0]}: begin earlier or give a budget of {found[1]:.4g} or more")
 
     def spent(self, count: int, kept_per_stage: Sequence[int]) -> int:
         """Return the number of slots taken before the next stage, or in total after the last.

@@ -108,12 +108,15 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return []
     whole, end, _ = text.rpartition("\n")  # a last row without a line end is incomplete, and its last number may be cut
     rows = []
-    lines = csv.reader((whole + end).splitlines())
-    names = next(lines, [])
-    for line in lines:
+    names: list[str] | None = None
+    for text_of_row in (whole + end).splitlines():  # one at a time, as a quote left open would take in the rows below
         try:
-            rows.append(dict(zip(names, map(float, line), strict=True)))
-        except ValueError:
+            line = next(csv.reader([text_of_row]), [])
+            if names is None:
+                names = line
+            else:
+                rows.append(dict(zip(names, map(float, line), strict=True)))
+        except (ValueError, csv.Error):  # such as a field of more than 131,072 characters
             continue
     return rows
 

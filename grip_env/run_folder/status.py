@@ -80,11 +80,18 @@ def read_status(run: Path) -> RunStatus | None:
             raise ValueError(found.state)
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError(found.step)
+        found = dataclasses.replace(found, phase=_printable(found.phase), reason=_printable(found.reason))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, RecursionError):
         return RunStatus("unknown")
     return found
+
+
+def _printable(text: str) -> str:
+    """Return a text on one line, with escapes for what cannot be printed, such as half a pair of surrogates."""
+    one_line = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in one_line)
 
 
 def unfinished(folder: Path) -> str | None:

@@ -177,7 +177,9 @@ def _remedy(folder: Path, config: Mapping[str, Any], error: Exception) -> str:
         return "it needs code of its own, which is never run: give a model whose class is in transformers"
     if str(error).startswith("model type"):
         return "give a model of one of these types"
-    if not any(folder.glob(f"*{WEIGHTS}")) and any(next(folder.glob(kind), None) for kind in PICKLES):
+    if not any(folder.glob(f"*{WEIGHTS}")) and any(
+        next(folder.glob(f"{kind}{ending}"), None) for kind in PICKLES for ending in ("", ".index.json")
+    ):
         return "its weights are pickles, which are never opened: save it as safetensors, as save_pretrained does"
     if config.get("quantization_config") is not None:
         settings = config["quantization_config"]

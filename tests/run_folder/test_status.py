@@ -154,6 +154,13 @@ def test_rows_that_are_cut_or_damaged_are_left_out(done: Path, tmp_path: Path) -
         {"step": 4, "seconds": 1, "forwards": 300},
     ]
     assert read_log(tmp_path / "none.csv") == []
+    log.write_text(f'step,seconds,forwards\n0,0.5,100\n1,{"1" * 200_000},200\n2,"1,200\n3,1,300\n')
+    assert read_log(log) == [
+        {"step": 0, "seconds": 0.5, "forwards": 100},
+        {"step": 3, "seconds": 1, "forwards": 300},
+    ]
+    log.write_text(f"step,{'x' * 200_000}\n0,1\n")
+    assert read_log(log) == []
     run = tmp_path / "run"
     shutil.copytree(done, run)
     whole = load_run(run).training_cost()
@@ -290,3 +297,17 @@ def test_an_exit_in_a_policy_of_ones_own_is_an_error(
     assert "--policies quitting:Quit fails on the first example with one token to keep: SystemExit: 0" in (
         capsys.readouterr().err
     )
+
+
+def test_texts_that_cannot_be_printed_are_shown_with_escapes(tmp_path: Path) -> None:
+    """JSON may hold half of a pair of surrogates, control characters and line ends."""
+    status = {"state": "failed", "phase": "grpo\ud801", "step": 1, "steps": 2, "reason": "bad \ud800 text\x1b[2J\nlast"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    said = unfinished(tmp_path)
+    assert said is not None
+    said.encode()
+    assert "\n" not in said
+    assert "it failed (bad \\ud800 text\\x1b[2J last)" in said
+    found = read_status(tmp_path)
+    assert found is not None
+    assert found.mark.encode().decode() == "failed at step 1 of 2 of grpo\\ud801"

@@ -150,6 +150,13 @@ def test_pickles_are_never_opened(vlm_folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(ValueError, match="its weights are pickles, which are never opened: save it as safetensors"):
         load_vlm(folder)
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
+    index = {"metadata": {}, "weight_map": {"weight": "pytorch_model-00001-of-00001.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for _ in range(2):  # with the files that the index names, and without
+        with pytest.raises(ValueError, match="its weights are pickles, which are never opened: save it as safetensors"):
+            load_vlm(folder)
+        (folder / "pytorch_model-00001-of-00001.bin").unlink(missing_ok=True)
     assert not mark.exists()
 
 

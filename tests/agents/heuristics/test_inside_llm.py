@@ -9,7 +9,7 @@ import torch
 
 from agents.base import budget_to_count
 from agents.heuristics.inside_llm import FastV, InsidePruner, InsideScores, PyramidDrop
-from agents.methods import METHODS
+from agents.methods import METHODS, BudgetError, run_method
 from grip_env.vlms.base import Encoded
 from grip_env.vlms.flops import prefill_flops, staged_flops
 from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -252,6 +252,20 @@ def test_budgets_that_cannot_be_kept_are_refused_with_the_arithmetic(vlm: Huggin
         run(FastV(), vlm, encoded, torch.full_like(counts, 3))
     with pytest.raises(ValueError, match=rf"PyramidDrop cannot keep this budget: .* 4 x 3 = 12 slots.* 1 x {count}"):
         run(PyramidDrop(), vlm, encoded, torch.full_like(counts, 3))
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop"])
+def test_tables_advise_options_of_the_command_and_python_arguments(
+    name: str, vlm: HuggingFaceVLM, encoded: Encoded
+) -> None:
+    counts = torch.full_like(encoded.token_mask.sum(1), 3)
+    method = METHODS[name].run
+    with pytest.raises(ValueError, match=r"begin earlier or give a budget of 0.\d+ or more; .* budget_of='kept'"):
+        method.score(vlm, encoded, counts, torch.Generator())  # type: ignore[union-attr]
+    with pytest.raises(BudgetError, match=rf"give --budgets of 0.\d+ or more; .* --policies {name}-kept") as stop:
+        run_method(method, vlm, encoded, counts, torch.Generator())
+    assert "begin earlier" not in str(stop.value)
+    assert "budget_of" not in str(stop.value)
 
 
 @pytest.mark.parametrize(
