@@ -71,7 +71,7 @@ class PruningSchedule:
         return len(self.stages)
 
     def shortfall(self, total: int, count: int) -> tuple[str, float] | None:
-        """Return the calculation by which a total is too small, and the smallest budget; ``None`` if it is enough.
+        """Return why a total is too small and the smallest budget; ``None`` if it is enough.
 
         Args:
             total: k, average number of tokens per layer.

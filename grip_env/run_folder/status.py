@@ -89,7 +89,7 @@ def read_status(run: Path) -> RunStatus | None:
 
 
 def _printable(text: str) -> str:
-    """Return a text on one line, with escapes for what cannot be printed, such as half a pair of surrogates."""
+    """Return a text on one line, with escapes for what cannot be printed."""
     one_line = " ".join(text.split())
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in one_line)
 

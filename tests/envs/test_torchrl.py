@@ -39,6 +39,27 @@ def test_single_environments_have_the_specs_they_say(name: str) -> None:
     check(torchrl_envs.GymWrapper(gymnasium.make(name, **arguments(name))), infos=False)
 
 
+INFOS = {"k": torch.int64, "kept_count": torch.int64, "correct": torch.bool, "log_likelihood": torch.float64}
+
+
+@every_id
+@pytest.mark.parametrize("keys", [None, list(INFOS)], ids=["all", "some"])
+def test_infos_of_single_environments_become_tensors(name: str, keys: list[str] | None) -> None:
+    env = torchrl_envs.GymWrapper(gymnasium.make(name, **arguments(name)))
+    if keys is None:
+        env = env.auto_register_info_dict()
+    else:
+        from torchrl.data import Unbounded
+
+        specs = {key: Unbounded((), dtype=INFOS[key]) for key in keys}
+        env.set_info_dict_reader(torchrl_envs.default_info_dict_reader(keys, specs))
+    check(env, infos=keys is None)
+    rollout = env.rollout(6, break_when_any_done=False)
+    assert {key: rollout["next", key].dtype for key in INFOS} == INFOS
+    if keys is None:
+        assert (rollout["next", "kept"].sum(-1) == rollout["next", "kept_count"]).all()
+
+
 @every_id
 @pytest.mark.parametrize("mode", ["SameStep", "Disabled"])  # TorchRL refuses NextStep
 def test_native_vector_environments_have_the_specs_they_say(name: str, mode: str) -> None:
