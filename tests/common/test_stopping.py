@@ -185,7 +185,7 @@ def test_ctrl_c_while_a_command_imports_is_one_line(module: str, tmp_path: Path)
 def test_saves_survive_signals_and_kills() -> None:
     """A few; ``make interruptions`` does many, and interrupts whole trainings."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.interruptions", "--saves", "8", "--double", "0"],
+        [sys.executable, "-m", "tests.interruptions", "--saves", "8", "--double", "0", "--kills", "0"],
         cwd=HERE, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
