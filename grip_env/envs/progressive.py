@@ -140,7 +140,8 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
         obs_dtype: Precision of these features, "float32" or "float16"; see
             :class:`~grip_env.envs.core.features.Features`.
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
-            Starting State of :class:`~grip_env.TokenSelectionEnv`.
+            Starting State of :class:`~grip_env.TokenSelectionEnv`. Ask ``evaluate_policy`` for as many
+            episodes as there are examples.
 
     Raises:
         NotImplementedError: If the layers of the model cannot be run one by one.

@@ -164,9 +164,11 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     random choices in its episode, depends on its index alone, not on a seed. After an episode, ``reset()`` continues
     with the next example; if no step was taken since the last reset, or with ``reset(seed=...)``, it starts over. So
     each call of Stable-Baselines3's ``evaluate_policy(model, env, n_eval_episodes=200)``, or of ``EvalCallback``, uses
-    each of the 200 examples once, in the same order, and equal policies have equal means. A vector environment
-    distributes the examples over its instances; with n single environments, pass ``examples=range(n - 1 - i, 200, n)``
-    to environment i.
+    each of the 200 examples once, in the same order, and equal policies have equal means. Ask for as many episodes as
+    there are examples (or a multiple, if they divide evenly over the environments): fewer may leave environments
+    of a ``DummyVecEnv`` in the middle of an episode of several steps, and the next evaluation then sees other examples.
+    A vector environment distributes the examples over its instances; with n single environments, pass
+    ``examples=range(n - 1 - i, 200, n)`` to environment i.
 
     ## Rewards
 
@@ -197,9 +199,11 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
     | correct | bool | whether greedy decoding gives the answer; False unless ``scored`` |
     | over_budget | int | number of tokens by which the action was over budget; 0 after ``reset`` |
 
-    Masks can index arrays directly, as in ``observation["tokens"][info["kept"]]``; for indices, use
-    ``np.flatnonzero(info["kept"])``. Infos contain no strings, as few trainers can store them:
-    ``env.unwrapped.example`` has the question, the answer and the image of the current instance.
+    Numbers are NumPy scalars (``np.int64``, ``np.float64``) and a single bool is an array of shape (), so that each
+    value has a dtype; ``value.tolist()`` is the same in Python's types, e.g. for JSON. Masks can index arrays directly,
+    as in ``observation["tokens"][info["kept"]]``; for indices, use ``np.flatnonzero(info["kept"])``. Infos contain no
+    strings, as few trainers can store them: ``env.unwrapped.example`` has the question, the answer and the image of the
+    current instance.
 
     ## Arguments
 
@@ -225,7 +229,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
         obs_dtype: Precision of these features, "float32" or "float16"; see
             :class:`~grip_env.envs.core.features.Features`.
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
-            Starting State.
+            Starting State. Ask ``evaluate_policy`` for as many episodes as there are examples.
 
     Raises:
         ValueError: If an argument is invalid; in ``reset`` and ``step``, for an example with more than

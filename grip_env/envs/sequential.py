@@ -171,7 +171,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         obs_dtype: Precision of these features, "float32" or "float16"; see
             :class:`~grip_env.envs.core.features.Features`.
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
-            Starting State of :class:`~grip_env.TokenSelectionEnv`.
+            Starting State of :class:`~grip_env.TokenSelectionEnv`. Ask ``evaluate_policy`` for as many
+            episodes as there are examples.
         dense: Whether every token has a reward, or only the last.
         invalid_action_penalty: Penalty for each illegal action.
         max_invalid_actions: Number of illegal actions that ends an episode, at least 1; ``None`` stands for N.

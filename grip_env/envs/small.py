@@ -210,7 +210,8 @@ class SmallSelectionEnv(TokenSelectionEnv):
         feature_dim: F, the width of features in observations; D by default.
         obs_dtype: Precision of these features, "float32" or "float16".
         examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
-            Starting State of :class:`~grip_env.TokenSelectionEnv`.
+            Starting State of :class:`~grip_env.TokenSelectionEnv`. Ask ``evaluate_policy`` for as many
+            episodes as there are examples.
         enumerate: Whether to score all selections.
         table_cache: Folder where scores of all selections are kept between runs; "auto" is ``grip_env/tables`` in
             ``$XDG_CACHE_HOME`` or ``~/.cache`` (for models that have a ``fingerprint()``, such as those of
