@@ -95,7 +95,7 @@ def one_line(text: str) -> bool:
 
 def test_run_folder_holds_all_there_is_to_know(run: Path, vlm_folder: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    expected = {"config.json", "status.json", "warmup.csv", "grpo.csv", "agent", "warmup"}
+    expected = {"config.json", "status.json", "warmup.csv", "grpo.csv", "agent", "warmup", "snapshots"}
     expected |= {"report.md", "report.json", "report.safetensors", "pareto.png", "kept_tokens.png"}
     assert expected <= names
     assert len(names - expected) == 1

@@ -118,6 +118,7 @@ class LiveRun:
                 stopping.patiently(lambda: draw_gallery(self.vlm, shown, self.selector, title=title)),
                 step,
             )
+            board.flush()  # what was logged before a snapshot must not be lost
             self.take_snapshot()
 
         first = self.last
@@ -143,6 +144,7 @@ class LiveRun:
                         checkpoint(last.step + 1)
                     if time.monotonic() - self._snapshot_at > 60 * self.config.checkpoint_minutes:
                         self.keep()
+                        board.flush()
                         self.take_snapshot()
                     stopping.check()
             finally:

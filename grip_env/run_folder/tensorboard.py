@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 __all__ = ["Board"]
 
 PATIENCE = 3.0
-"""Longest time to close the writer, in seconds; on a full or vanished disk it might never finish."""
+"""Longest time to flush or close the writer, in seconds; on a full or vanished disk it might never finish."""
 
 
 class Board:
@@ -46,17 +47,27 @@ class Board:
         """Add a picture, uint8 (height, width, 3)."""
         self._writer.add_image(name, pixels, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Write to disk all that was added."""
+        _at_most_patience(self._writer.flush)
+
     def __enter__(self) -> Board:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        def close() -> None:
-            with contextlib.suppress(Exception):
-                self._writer.close()
-
-        closing = threading.Thread(target=close, daemon=True)
-        closing.start()
-        closing.join(PATIENCE)
+        _at_most_patience(self._writer.close)
         threading.excepthook = self._hook
+
+
+def _at_most_patience(work: Callable[[], object]) -> None:
+    """Let the writer work for a while, and ignore its errors: a lost curve is no reason to lose a training."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import grip_env
-from grip_env.vlms import load_vlm
 from tests.envs.test_specs import ARGUMENTS, COMMON, REGISTERED
 
 README = Path(__file__).parents[2] / "README.md"
@@ -95,7 +94,9 @@ def test_cleanrls_wrappers_for_continuous_actions_take_the_id_as_it_is() -> None
         env = gymnasium.wrappers.RecordEpisodeStatistics(env)
         env = gymnasium.wrappers.ClipAction(env)
         env = gymnasium.wrappers.NormalizeObservation(env)
-        env = gymnasium.wrappers.TransformObservation(env, lambda values: np.clip(values, -10, 10), None)
+        # the script gives two arguments, but Gymnasium 1.0 made the space a third one without a default
+        space = env.observation_space
+        env = gymnasium.wrappers.TransformObservation(env, lambda values: np.clip(values, -10, 10), space)
         env = gymnasium.wrappers.NormalizeReward(env, gamma=0.99)
         return gymnasium.wrappers.TransformReward(env, lambda value: float(np.clip(value, -10, 10)))
 
@@ -137,9 +138,16 @@ def test_cleanrls_wrappers_for_discrete_actions_need_one_line_more() -> None:
 
 
 def test_replay_buffers_and_normalisation_are_as_readme_says() -> None:
-    vlm = load_vlm("tiny")
-    size = 10**6 * 144 * vlm.width * 4 / 2**30
-    assert f"asks for {size:.0f} GiB" in README.read_text(encoding="utf-8")
+    from stable_baselines3.common.buffers import DictReplayBuffer
+
+    def gib(**options: Any) -> float:
+        env: Any = gymnasium.make("GRIP/TokenScores-v0", **options)
+        buffer = DictReplayBuffer(100, env.observation_space, env.action_space)
+        arrays = [*buffer.observations.values(), *buffer.next_observations.values()]
+        return 10**6 / 100 * sum(array.nbytes for array in arrays) / 2**30
+
+    said = f"holds {gib():.0f} GiB of observations and next observations here, and "
+    assert said + f"{gib(feature_dim=16, obs_dtype='float16'):.1f} GiB with" in README.read_text(encoding="utf-8")
     env = gymnasium.make("GRIP/TokenScores-v0")
     seen = [env.reset(seed=seed)[0] for seed in range(16)]
     tokens = np.concatenate([one["tokens"][one["token_mask"] == 1] for one in seen])
