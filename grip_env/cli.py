@@ -27,6 +27,8 @@ from grip_env.run_folder.folder import make_folder, versions
 from grip_env.run_folder.status import unfinished
 
 if TYPE_CHECKING:
+    import torch
+
     from agents.agent import Agent
     from grip_env.tasks.base import Task
     from grip_env.tasks.files import FileTask
@@ -268,21 +270,27 @@ def say_unfinished(agent: Path | None) -> None:
         say(f"note: {described}", error=True)
 
 
-def load_model(config: ModelConfig) -> HuggingFaceVLM:
-    """Return the frozen model, or stop and say what is wrong."""
+def find_device(name: str) -> torch.device:
+    """Return the device of a name, of which "auto" takes a CUDA device if there is one, or stop and say why not."""
     import torch
-
-    from grip_env.vlms import load_vlm
-    from grip_env.vlms.cache.images import PictureCache
 
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(automatic if config.device == "auto" else config.device)
+        device = torch.device(automatic if name == "auto" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         reason = "there is no such device" if reason.startswith("Expected one of") else reason
-        raise CommandError(f"cannot use --device {config.device!r} ({reason}): choose cpu, or leave it out") from None
+        raise CommandError(f"cannot use --device {name!r} ({reason}): choose cpu, or leave it out") from None
+    return device
+
+
+def load_model(config: ModelConfig) -> HuggingFaceVLM:
+    """Return the frozen model, or stop and say what is wrong."""
+    from grip_env.vlms import load_vlm
+    from grip_env.vlms.cache.images import PictureCache
+
+    device = find_device(config.device)
     if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise CommandError(
             "--attn-implementation flash_attention_2 needs the package flash-attn: install it, or use sdpa"

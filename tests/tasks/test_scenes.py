@@ -50,7 +50,7 @@ def work_out(scene: Scene, text: str) -> tuple[str, str, list[Thing]]:
         return "counting", str(len(matching(scene, kind=kind))), matching(scene, kind=kind)
     if found := re.fullmatch(r"what digit is on the (\w+) card\?", text):
         card = the(matching(scene, kind="card", colour=found[1]))
-        return "reading", str(card.digit), [card]
+        return "reading", str(card.number), [card]
     if found := re.fullmatch(r"what shape is the (\w+) object\?", text):
         thing = the(matching(scene, colour=found[1]))  # decorations and cards count: nothing else has the colour
         return "shape", thing.kind, [thing]
@@ -249,7 +249,7 @@ def test_drawing_shows_each_thing_at_its_place() -> None:
 def contents(scene: Scene) -> tuple[tuple[str, str, int], ...]:
     return tuple(
         sorted(
-            (thing.kind, thing.colour, -1 if thing.digit is None else thing.digit)
+            (thing.kind, thing.colour, -1 if thing.number is None else thing.number)
             for thing in scene.things
             if thing.kind not in sprites.DECORATIONS
         )
@@ -281,7 +281,7 @@ def test_a_split_depends_on_objects_alone() -> None:
     from grip_env.tasks import scene_layout, scenes
 
     things = task.scene_and_question("test", 0)[0].things
-    named = [(thing.kind, thing.colour, thing.digit) for thing in things if thing.kind not in sprites.DECORATIONS]
+    named = [(thing.kind, thing.colour, thing.number) for thing in things if thing.kind not in sprites.DECORATIONS]
     assert scene_layout.bucket(named[::-1]) == scene_layout.bucket(named)
     assert scene_layout.bucket(named) in scenes._BUCKETS["test"]
     # with eight colours for one shape, some other bucket must come up: the digest does read colours
