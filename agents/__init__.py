@@ -1,15 +1,15 @@
-"""Agents that choose visual tokens: GRPO, its rivals, training-free pruners, and what they are made of.
+"""Agents that choose visual tokens: GRPO, other trained agents and training-free pruners.
 
-The rooms, in the order in which a training passes through them:
+The modules, in the order in which training uses them:
 
-- ``base`` (what a policy is), ``scorer`` (the network), ``subset`` and ``ordered_subset`` (the distributions it makes),
-  ``selectors`` (a trained scorer as a policy);
-- ``pool`` (training examples), ``learning`` (what all training shares), ``training`` (imitation, relaxations, options),
-  ``grpo``, and ``sb3`` (Stable-Baselines3);
+- ``base`` (policies and selectors), ``scorer`` (the network), ``subset`` and ``ordered_subset`` (its distributions over
+  selections), ``selectors`` (a trained scorer as a policy);
+- ``pool`` (training examples), ``learning`` (code shared by all training), ``training`` (imitation, relaxations,
+  options), ``grpo``, and ``sb3`` (Stable-Baselines3);
 - ``heuristics`` (training-free pruners), ``search`` (references that use the answer), ``methods`` (both by name);
-- ``agent`` (what ``--algo`` names), ``saved`` (agents of runs), ``pruner`` (a model with an agent in front of it).
+- ``agent`` (the algorithms of ``--algo``), ``saved`` (agents of runs), ``pruner`` (a model with a trained agent).
 
-The names below are the public ones; they load when used.
+The names below are public and are imported on first use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from agents.subset import KSubset
 
 DISTRIBUTION = "grip-env"
-"""Tells this package from others of the same name; see ``grip_env.cli.check_agents_package``."""
+"""Name that identifies this package among others called ``agents``; see ``grip_env.cli.check_agents_package``."""
 
 _HOMES = {
     "Agent": "agents.agent",

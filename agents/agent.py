@@ -1,7 +1,7 @@
-"""What ``python -m grip_env.train --algo NAME`` can train, and how others plug in.
+"""Algorithms of ``python -m grip_env.train --algo NAME``, built-in or user-defined.
 
-An algorithm is a class that follows :class:`Agent`. It is named by what it was registered as, or by where to import it
-from, as in ``--algo my_package.my_module:MyAgent``; the fields of its ``Options`` become options of the command.
+An algorithm is a class that implements :class:`Agent`. It is given by its registered name or by its import path, as in
+``--algo my_package.my_module:MyAgent``. The fields of its ``Options`` become options of the command.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ SCORERS = {
     "sigmoid-gates": "agents.training.relaxations:SigmoidGates",
     "soft-top-k": "agents.training.relaxations:SoftTopK",
 }
-"""What trains a scorer, by name."""
+"""Import paths of the algorithms that train a scorer, by name."""
 
 ALGORITHMS = tuple(OPTIONS)
-"""The algorithms that come with the package."""
+"""Names of the built-in algorithms."""
 
 _registered: dict[str, type[Agent]] = {}
 _Class = TypeVar("_Class", bound=type)
@@ -57,32 +57,32 @@ _Class = TypeVar("_Class", bound=type)
 
 @dataclass
 class Setting:
-    """What an agent is trained on."""
+    """Model, task and reward that an agent is trained on."""
 
     vlm: FrozenVLM
     """The frozen model."""
     task: Task
-    """Where images, questions and answers come from."""
+    """Source of images, questions and answers."""
     reward: Reward
-    """What a selection is worth."""
+    """Reward of a selection."""
     split: str = "train"
-    """The part of the task that training may look at."""
+    """Split of the task to train on."""
     seed: int = 0
-    """Decides everything random."""
+    """Seed of all randomness."""
     progress: bool = False
     """Show a progress bar while examples are encoded before the first step."""
 
     def pool(self, size: int = 768, reuse: int = 4) -> ExamplePool:
-        """Return encoded training examples in batches, see :class:`~agents.pool.ExamplePool`."""
+        """Return a pool of encoded training examples; see :class:`~agents.pool.ExamplePool`."""
         return ExamplePool(self.vlm, self.task, self.split, size, reuse, self.seed, self.progress)
 
     def make_vec(self, name: str = "GRIP/TokenSelection-v0", num_envs: int = 16, **options: Any) -> Any:
         """Return a vector environment on the training examples.
 
         Args:
-            name: Which environment.
-            num_envs: How many instances.
-            options: Other arguments of the environment, such as ``budget``.
+            name: Id of the environment.
+            num_envs: Number of environments.
+            options: Further arguments of the environment, such as ``budget``.
         """
         import gymnasium
 
@@ -94,56 +94,60 @@ class Setting:
 
 @dataclass
 class NoOptions:
-    """An algorithm without hyperparameters."""
+    """Options of an algorithm without hyperparameters."""
 
 
 @runtime_checkable
 class Agent(Protocol):
-    """Something that learns to choose tokens.
+    """Interface of an agent that learns to choose tokens.
 
-    Beside what is listed here it has ``select``, as a :class:`~agents.base.Policy` has, or is called with batches of
-    encoded examples, as a :class:`~agents.base.Selector` is. A class may also have ``Options``, a dataclass of
-    hyperparameters with a docstring under each, and ``phases``, the number of steps of each phase of :meth:`learn`.
+    An agent also has ``select``, like a :class:`~agents.base.Policy`, or can be called with batches of encoded
+    examples, like a :class:`~agents.base.Selector`. It may have ``Options``, a dataclass of hyperparameters with a
+    docstring under each, and ``phases``, the number of steps of each phase of :meth:`learn`.
     """
 
     def __init__(self, setting: Setting, options: Any) -> None:
-        """Begin untrained.
+        """Create an untrained agent.
 
         Args:
-            setting: What to train on.
-            options: An ``Options``; :class:`NoOptions` where the class has none.
+            setting: Model, task and reward to train on.
+            options: An instance of ``Options``, or of :class:`NoOptions` if the class has none.
 
         Raises:
-            ValueError: If an option is wrong.
+            ValueError: If an option is invalid.
         """
 
     def learn(self) -> Iterator[Any]:
-        """Train, yielding :class:`~agents.learning.Metrics` after each step; the agent is usable at any of them."""
+        """Train, yielding :class:`~agents.learning.Metrics` after each step.
+
+        The agent can be used and saved after any step.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write what :meth:`load` needs into ``folder``; what an earlier call wrote there is replaced."""
+        """Write the agent into ``folder`` for :meth:`load`, replacing an earlier one."""
         ...
 
     @classmethod
     def load(cls, folder: Path, vlm: FrozenVLM) -> Policy | Selector:
-        """Return what :meth:`save` wrote, ready to choose.
+        """Load the agent that :meth:`save` wrote, ready to choose tokens.
 
         Raises:
-            FileNotFoundError: If there is nothing.
-            ValueError: If it is damaged, or was made for another model.
+            FileNotFoundError: If there is no agent in ``folder``.
+            ValueError: If the agent is damaged or was made for another model.
         """
         ...
 
 
 def register(name: str) -> Callable[[_Class], _Class]:
-    """Give an algorithm a name for ``--algo``, once its module has been imported: a decorator of its class.
+    """Return a class decorator that registers an algorithm under a name for ``--algo``.
 
-    The command imports the project's own algorithms only; to it, a class elsewhere is ``package.module:Class``. A name
-    serves those who call :func:`grip_env.train.parse` from a program of theirs.
+    The name is known once the module of the class has been imported. The command imports the built-in algorithms only
+    and takes any other class as ``package.module:Class``, so that a registered name is of use in programs that call
+    :func:`grip_env.train.parse` themselves.
 
     Raises:
-        ValueError: If the name is taken by another class, or is not one that an option could have.
+        ValueError: If the name is taken by another class or is not a valid option name.
     """
     if not name.replace("-", "").isalnum() or name != name.lower() or not name[0].isalpha():
         raise ValueError(f"an algorithm's name has small letters, digits and '-', a letter first; got {name!r}")
@@ -165,7 +169,7 @@ def find_algorithm(name: str) -> type[Agent]:
         name: A registered name, or "package.module:Class".
 
     Raises:
-        ValueError: If there is none, or it is no class of the kind :class:`Agent` describes.
+        ValueError: If there is no such algorithm, or it is not a class that implements :class:`Agent`.
     """
     if ":" in name:
         try:
@@ -193,7 +197,7 @@ def find_algorithm(name: str) -> type[Agent]:
 
 
 def _register_own(name: str) -> None:
-    """Register an algorithm that comes with the package."""
+    """Register a built-in algorithm."""
     if name not in SCORERS:
         importlib.import_module("agents.sb3.agents")
         return
@@ -210,16 +214,16 @@ def _is_selector(found: type) -> bool:
 def as_selector(chooser: Policy | Selector) -> Selector:
     """Return a policy as a selector, and a selector as it is.
 
-    A policy that is also a ``torch.nn.Module`` can be called for other reasons: ``select`` goes first.
+    An object with ``select`` counts as a policy even if it can be called, as a ``torch.nn.Module`` can.
     """
     return PolicySelector(chooser) if isinstance(chooser, Policy) else chooser
 
 
 class ScorerAgent:
-    """An agent that is one trained :class:`~agents.scorer.Scorer`, whatever algorithm trains it.
+    """Agent that consists of one trained :class:`~agents.scorer.Scorer`.
 
-    A subclass names the algorithm: a class made as ``Algorithm(vlm, pool, scorer, options, reward, seed)``, with a name
-    of its ``phase`` and a method ``train()`` that yields metrics.
+    A subclass sets the algorithm: a class called as ``Algorithm(vlm, pool, scorer, options, reward, seed)``, with the
+    attribute ``phase`` (a name) and the method ``train()``, which yields metrics.
     """
 
     Options: ClassVar[type]
@@ -232,12 +236,12 @@ class ScorerAgent:
         pool = setting.pool(options.pool, options.reuse)
         self._algorithm = self.Algorithm(setting.vlm, pool, self.scorer, options, setting.reward, setting.seed)
         self.phases = {"warmup": getattr(options, "warmup_steps", 0), self.Algorithm.phase: options.steps}
-        """How many steps each phase has."""
+        """Number of steps of each phase."""
 
     @classmethod
     def chooses_in_turn(cls, options: Any) -> bool:
-        """Return whether the scorer is one that chooses tokens one after another; see ScorerConfig."""
-        decided = options.objective() if hasattr(options, "objective") else options  # where a preset may decide
+        """Return whether the scorer chooses tokens one after another; see ScorerConfig."""
+        decided = options.objective() if hasattr(options, "objective") else options  # a preset may decide
         return bool(getattr(decided, "in_turn", False))
 
     def learn(self) -> Iterator[Any]:
@@ -245,12 +249,12 @@ class ScorerAgent:
         return cast(Iterator[Any], self._algorithm.train())
 
     def save(self, folder: Path) -> None:
-        """Write the scorer; see :class:`Agent`."""
+        """Save the scorer; see :class:`Agent`."""
         self.scorer.save(folder)
 
     @classmethod
     def load(cls, folder: Path, vlm: FrozenVLM) -> ScorerSelector:
-        """Read a scorer; see :class:`Agent`."""
+        """Load a scorer; see :class:`Agent`."""
         scorer = Scorer.load(folder)
         scorer.check_width(vlm.width, folder, vlm.name)
         return ScorerSelector(scorer.to(device_of(vlm)))
@@ -258,10 +262,10 @@ class ScorerAgent:
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Choose tokens as the scorer would; see :class:`agents.base.Selector`."""
+        """Choose tokens with the scorer; see :class:`agents.base.Selector`."""
         return ScorerSelector(self.scorer)(vlm, encoded, counts, generator)
 
 
 def device_of(vlm: FrozenVLM) -> torch.device:
-    """Return where a model runs; the CPU where it does not say."""
+    """Return the device of a model, or the CPU if it has no ``device``."""
     return getattr(vlm, "device", torch.device("cpu"))

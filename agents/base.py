@@ -1,4 +1,4 @@
-"""What an agent is: a policy on observations, or a selector on whole batches."""
+"""Interfaces of agents: policies on single observations and selectors on batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Policy", "PolicySelector", "Selector", "budget_to_count", "keep_best
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything that picks tokens from one observation of the environment."""
+    """Interface of a policy, which chooses tokens from one observation of the environment."""
 
     def select(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return a bool mask over the visual tokens, (N,)."""
@@ -25,7 +25,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Anything that picks tokens for a batch of encoded examples at once."""
+    """Interface of a selector, which chooses tokens for a batch of encoded examples."""
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
@@ -33,9 +33,9 @@ class Selector(Protocol):
         """Choose tokens.
 
         Args:
-            vlm: The model the examples were encoded with.
+            vlm: The model that encoded the examples.
             encoded: B examples.
-            counts: How many tokens to keep of each, long (B,).
+            counts: Number of tokens to keep of each example, long (B,).
             generator: Source of any randomness, on the CPU.
 
         Returns:
@@ -49,10 +49,10 @@ def budget_to_count(encoded: Encoded, budget: float | Sequence[float]) -> torch.
 
     Args:
         encoded: B examples.
-        budget: A share of the tokens, one for all or one for each.
+        budget: Share of the tokens to keep, one for all examples or one for each.
 
     Raises:
-        ValueError: If a budget is outside (0, 1], or there are not as many as examples.
+        ValueError: If a budget is outside (0, 1], or the number of budgets does not match the examples.
     """
     totals = encoded.token_mask.sum(1).tolist()
     try:
@@ -71,18 +71,18 @@ def budget_to_count(encoded: Encoded, budget: float | Sequence[float]) -> torch.
 
 
 def top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Keep the best-scoring tokens; of equals, the one with the lower index.
+    """Select the tokens with the highest scores; ties go to the lower index.
 
     Args:
         scores: float (B, N).
-        counts: long (B,).
-        mask: Which tokens are real, bool (B, N).
+        counts: Number of tokens to keep, long (B,).
+        mask: True where a token is real, bool (B, N).
 
     Returns:
         bool (B, N).
 
     Raises:
-        ValueError: If the score of a real token is NaN. Infinities are scores like others.
+        ValueError: If the score of a real token is NaN. Infinite scores are valid.
 
     >>> top_k(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([1]), torch.ones(1, 3, dtype=torch.bool))
     tensor([[False,  True, False]])
@@ -95,7 +95,7 @@ def top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> tor
 
 
 def observations(encoded: Encoded, counts: torch.Tensor) -> list[dict[str, np.ndarray]]:
-    """Return what the environment would show of each example at the given counts."""
+    """Return the environment's observation of each example for the given counts."""
     shares = counts / encoded.token_mask.sum(1)
     return [
         {
@@ -111,11 +111,11 @@ def observations(encoded: Encoded, counts: torch.Tensor) -> list[dict[str, np.nd
 
 
 def keep_best(scores: np.ndarray, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Keep the best-scoring tokens that an observation's budget has room for: what a policy returns.
+    """Select the best-scoring tokens within an observation's budget, as a policy returns them.
 
     Args:
-        scores: One number for each visual token, (N,).
-        observation: Of the environment; padding, which ``token_mask`` tells, is never kept.
+        scores: One score for each visual token, (N,).
+        observation: An observation of the environment; padding, as marked by ``token_mask``, is never kept.
 
     Returns:
         bool (N,).
@@ -129,12 +129,12 @@ def keep_best(scores: np.ndarray, observation: Mapping[str, np.ndarray]) -> np.n
 
 
 class PolicySelector:
-    """Lets a policy of the user's own stand in the comparison tables.
+    """Adapter that turns a policy into a selector, for example for comparison tables.
 
     Args:
-        policy: Gets one observation at a time.
+        policy: The policy; it receives one observation at a time.
 
-    A mask with more tokens than the budget allows is cut to a random part of them, as in the environment.
+    If a mask has more tokens than the budget allows, a random subset of them is kept, as in the environment.
     """
 
     def __init__(self, policy: Policy) -> None:

@@ -1,19 +1,19 @@
-"""Group-relative policy optimisation over subsets of visual tokens, and its relatives RLOO and REINFORCE.
+"""GRPO (group-relative policy optimisation), RLOO and REINFORCE over visual tokens.
 
-How it departs from GRPO as Shao et al. (DeepSeekMath, 2024) have it for language: an action is one subset, which has
-one log-probability and no per-token ratio. By default its tokens are drawn one after another
-(:mod:`agents.ordered_subset`), otherwise all at once from the exact k-subset distribution, whose KL to the policy that
-the warm-up left is exact, not estimated. Rewards are continuous, so that the group's standard deviation has a floor;
-one on-policy update per batch is the default, which makes the ratio 1, so that the surrogate's value is 0 (its
-gradient is not: watch reward and entropy). A single decision has no length to normalise by.
+Differences from GRPO for language models (Shao et al., DeepSeekMath, 2024): An action is one subset, with one
+log-probability and no per-token ratio. By default its tokens are drawn one after another
+(:mod:`agents.ordered_subset`), otherwise jointly from the exact k-subset distribution, whose KL to the policy after
+the warm-up is exact, not estimated. Rewards are continuous, so the group's standard deviation has a floor. The default
+is one on-policy update per batch: the ratio is then 1 and the value of the surrogate 0, though its gradient is not, so
+monitor reward and entropy instead. There is no length normalisation, as an action is a single decision.
 
-By default only the examples whose first few rewards differ most get a whole group (``candidates``), as in most groups
-all rewards are alike.
+In most groups all rewards are alike. By default, therefore, only the examples whose first few rewards differ most get
+a whole group (``candidates``).
 
-What an unbiased gradient needs: one candidate, no scaling, and as baseline either the mean of the *others* in the group
-or a learned one. The group's own mean shrinks the expected gradient to (G - 1) / G of the true one, in its direction;
-dividing by the group's standard deviation changes the direction as well (Liu et al., "Understanding R1-Zero-like
-training: a critical perspective", 2025).
+The gradient is unbiased with one candidate, no scaling, and as baseline either the mean of the *other* rewards in the
+group or a learned one. The mean of the whole group shrinks the expected gradient to (G - 1) / G of the true one and
+keeps its direction; dividing by the group's standard deviation changes the direction as well (Liu et al.,
+"Understanding R1-Zero-like training: a critical perspective", 2025).
 """
 
 from __future__ import annotations
@@ -61,20 +61,21 @@ def advantages(
     baseline: str = "group_mean",
     value: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return how much better each subset did than its baseline, (B, G).
+    """Return the advantage of each subset over its baseline, (B, G).
 
     Args:
         rewards: float (B, G).
-        scale: Divide by the root mean square of the differences in the "group" or in the whole "batch", or by nothing
-            ("none"). With the group's mean as baseline, the former is the group's standard deviation. TRL's "group"
-            has Bessel's correction (G - 1), and its "batch" is the deviation of raw rewards, not of differences.
+        scale: Divide by the root mean square of the differences in the "group" or in the whole "batch", or do not
+            divide ("none"). With the group's mean as baseline, "group" divides by the group's standard deviation.
+            TRL's "group" has Bessel's correction (G - 1); its "batch" is the deviation of raw rewards, not of
+            differences.
         floor: Added to that root mean square.
-        baseline: "group_mean" of all G rewards; "leave_one_out", the mean of the other G - 1, which is G / (G - 1)
-            times as far away; "learned".
-        value: The learned baseline, float (B,); for the others ``None``.
+        baseline: "group_mean" (the mean of all G rewards), "leave_one_out" (the mean of the other G - 1, which makes
+            the differences G / (G - 1) times as large) or "learned".
+        value: The learned baseline, float (B,); ``None`` for the other baselines.
 
     Raises:
-        ValueError: If there is no such scale or baseline.
+        ValueError: If the scale or baseline is unknown, or ``value`` does not match the baseline.
 
     >>> advantages(torch.tensor([[1.0, 3.0]]), "none")
     tensor([[-1.,  1.]])
@@ -103,9 +104,12 @@ def advantages(
 def surrogate(
     log_prob: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
 ) -> torch.Tensor:
-    """Return the clipped surrogate objective of each subset (to be maximised), same shape as the inputs.
+    """Return the clipped surrogate objective of each subset, in the shape of the inputs.
 
-    Source: Schulman et al., "Proximal policy optimization algorithms", 2017; bounds apart: Yu et al. (DAPO), 2025.
+    The objective is to be maximised.
+
+    Sources: Schulman et al., "Proximal policy optimization algorithms", 2017; separate clipping bounds: Yu et al.
+    (DAPO), 2025.
     """
     ratio = (log_prob - old).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -120,21 +124,22 @@ def policy_objective(
     counted: torch.Tensor | None = None,
     reference: KSubset | OrderedSubset | None = None,
 ) -> torch.Tensor:
-    """Return what one update maximises, a scalar: mean surrogate - KL to the reference + entropy per kept token.
+    """Return the objective that one update maximises, a scalar.
 
-    The last two are for the k-subset law, and left out for tokens chosen in turn, where neither is known.
+    It is the mean surrogate, minus the weighted KL to the reference, plus the weighted entropy per kept token. KL and
+    entropy apply to the k-subset distribution only; neither is known if tokens are chosen one after another.
 
     Args:
-        policy: Over the subsets of B examples.
-        log_prob: The policy's log-probabilities of the subsets drawn, (G, B).
-        old: The same when they were drawn, (G, B).
+        policy: Distribution over the subsets of B examples.
+        log_prob: Log-probabilities of the subsets drawn, (G, B).
+        old: Log-probabilities at the time they were drawn, (G, B).
         advantage: (G, B).
         settings: Clipping and weights.
-        counted: Which examples' groups teach anything, bool (B,); all by default. KL and entropy are over all.
-        reference: What the KL is to; needed where it has a weight.
+        counted: Examples whose groups count in the surrogate, bool (B,); all by default. KL and entropy are over all.
+        reference: Reference distribution of the KL; needed if the KL has a weight.
     """
     each = surrogate(log_prob, old, advantage, settings.clip_low, settings.clip_high)
-    # where no group is left, 0 with a gradient of 0, so that KL and entropy still act
+    # without any counted group this is 0 with a gradient of 0, so that KL and entropy still act
     result = each.mean() if counted is None else (each * counted).sum() / (len(each) * counted.sum()).clamp_min(1)
     if settings.kl_weight and isinstance(policy, KSubset) and isinstance(reference, KSubset):
         result = result - settings.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
@@ -144,28 +149,28 @@ def policy_objective(
 
 
 class Rollouts(NamedTuple):
-    """What one batch drew, and what it is worth."""
+    """Subsets drawn for one batch, and their rewards."""
 
     encoded: Encoded
     """B examples."""
     counts: torch.Tensor
     """Subset sizes, long (B,)."""
     policy: KSubset | OrderedSubset
-    """Over the subsets of the examples."""
+    """Distribution over the subsets of the examples."""
     actions: torch.Tensor
-    """What the policy drew: subsets, bool (G, B, N), or orders, long (G, B, K)."""
+    """Samples of the policy: subsets, bool (G, B, N), or orders, long (G, B, K)."""
     reward: torch.Tensor
-    """float (B, G)."""
+    """Rewards, float (B, G)."""
     seen: dict[str, float]
-    """For the log, of all candidates."""
+    """Values to log, over all candidates."""
     seconds: float
-    """Spent on scoring."""
+    """Time spent on scoring."""
     skipped: int = 0
-    """Examples that were left out, as a score or reward was not finite."""
+    """Number of examples left out because a score or reward was not finite."""
 
 
 def _seen(scores: Scores, reward: torch.Tensor, counts: torch.Tensor, flat_below: float) -> dict[str, float]:
-    """Return what the log says of rewards, (B, G)."""
+    """Return the values to log for scores and rewards, (B, G)."""
     small = lowest_eighth(counts)
     groups = {}
     if reward.shape[1] > 1:
@@ -182,31 +187,31 @@ def _seen(scores: Scores, reward: torch.Tensor, counts: torch.Tensor, flat_below
 
 
 class GRPO:
-    """Trains a scorer against a frozen vision-language model.
+    """GRPO training of a scorer against a frozen vision-language model.
 
     Args:
         vlm: The frozen model.
         pool: Training examples.
-        scorer: What is trained, in place. Where neither ``in_turn`` nor a preset other than "default" is given, it is
-            trained to choose as it was made to.
-        config: Hyperparameters; ``self.config`` has those that a preset decides filled in.
-        reward: A reward, or a text that stands for one: see :func:`~grip_env.rewards.parsing.resolve_reward`. All
-            subsets of a group have one size, so that :class:`~grip_env.rewards.terms.KeptFraction` changes nothing but
-            numbers.
-        seed: Decides budgets and subsets.
+        scorer: The network to train, in place. Its own ``in_turn`` applies unless the config sets ``in_turn`` or a
+            preset other than "default".
+        config: Hyperparameters; in ``self.config``, the values that a preset decides are filled in.
+        reward: A reward or a text that describes one; see :func:`~grip_env.rewards.parsing.resolve_reward`. All
+            subsets of a group have the same size, so that :class:`~grip_env.rewards.terms.KeptFraction` changes the
+            logged rewards but not the advantages.
+        seed: Seed of budgets and subsets.
 
     Raises:
-        ValueError: If a setting is impossible, or settings contradict each other.
+        ValueError: If a setting is invalid, or settings contradict each other.
 
-    Logged at every step, beside reward and accuracy: ``group_std``, the mean over groups of their rewards' standard
-    deviation, and ``flat_groups``, the share of groups where it is below ``flat_below`` (both absent where a group is
-    one subset); ``entropy_per_token``, exact for the k-subset law, and for tokens chosen in turn that of their order,
-    estimated from what was drawn, which is higher; ``value_loss`` with a learned baseline; ``seconds`` of the step, and
-    ``forwards``, what the language model was run for from the beginning on: see :class:`~agents.pool.ForwardCounter`.
+    Each step logs, besides reward and accuracy: ``group_std``, the standard deviation of a group's rewards, averaged
+    over groups, and ``flat_groups``, the share of groups where it is below ``flat_below`` (both absent if a group is
+    one subset); ``entropy_per_token``, exact for the k-subset distribution; for tokens chosen one after another, it is
+    the entropy of their order, which is higher, estimated from the samples; ``value_loss`` with a learned baseline;
+    ``seconds`` of the step; ``forwards``, the forward-equivalents so far (:class:`~agents.pool.ForwardCounter`).
     """
 
     phase = "grpo"
-    """What the steps with rewards are called in :class:`~agents.learning.Metrics`; those before are "warmup"."""
+    """Name of the steps with rewards in :class:`~agents.learning.Metrics`; the steps before are "warmup"."""
 
     def __init__(
         self,
@@ -237,11 +242,14 @@ class GRPO:
 
     @property
     def rewards(self) -> RewardScorer:
-        """The frozen model and what its scores are worth."""
+        """The frozen model combined with the reward."""
         return RewardScorer(self.vlm, self.reward)
 
     def train(self) -> Iterator[Metrics]:
-        """Run warm-up and policy optimisation, yielding after every step; the scorer is usable at any point."""
+        """Run warm-up and policy optimisation, yielding metrics after every step.
+
+        The scorer can be used after any step.
+        """
         yield from self._warm_up.imitate("warmup", self.rewards.agreement)
         if self.settings.kl_weight:
             self._reference = Scorer(self.scorer.config).to(next(self.scorer.parameters()).device)
@@ -258,7 +266,7 @@ class GRPO:
         return scorer.policy(encoded, counts, self.config.temperature)
 
     def _score(self, encoded: Encoded, full: Scores, actions: torch.Tensor) -> tuple[Scores, torch.Tensor, float]:
-        """Return scores and rewards, (B, G), of what was drawn, and the seconds that scoring took."""
+        """Return scores and rewards of the samples, (B, G), and the seconds spent on scoring."""
         subsets = as_subsets(actions, encoded.token_mask.shape[1]) if self.settings.in_turn else actions  # (G, B, N)
         started = time.perf_counter()
         scores = self.rewards.score(encoded, subsets.transpose(0, 1).contiguous(), full)
@@ -267,9 +275,10 @@ class GRPO:
         return scores, self.rewards.judge(scores, full, finite=False), seconds
 
     def _draw(self) -> Rollouts | None:
-        """Draw examples, budgets and subsets; of several candidates, keep the examples whose rewards differ most.
+        """Draw examples, budgets and subsets.
 
-        Returns ``None`` where no example is left, as none has finite scores.
+        Of several candidates, the examples whose rewards differ most are kept. Returns ``None`` if no example has
+        finite scores.
         """
         config, candidates = self.config, self.settings.candidates
         encoded, full = self.pool.batch(config.instances * candidates, self.rewards.agreement)
@@ -286,7 +295,7 @@ class GRPO:
                 return None
             encoded, full, counts, scores, reward = encoded[good], full[good], counts[good], scores[good], reward[good]
             actions = self._only(actions, good, counts)
-            if candidates == 1:  # of several, the policy is made anew below
+            if candidates == 1:  # with several candidates, the policy is rebuilt below
                 policy = self._policy(self.scorer, encoded, counts)
         seen = _seen(scores, reward, counts, config.flat_below)
         if candidates > 1:
@@ -314,7 +323,7 @@ class GRPO:
         return finite_rows(known, "the reward, or a log-likelihood,", encoded, self.config.on_nan).nonzero()[:, 0]
 
     def _only(self, actions: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Return what was drawn for some rows, which keep ``counts`` tokens, long (R,): orders end with the longest."""
+        """Return the samples of some rows; orders are cut to the largest of ``counts``, (R,)."""
         return actions[:, rows, : int(counts.max())] if self.settings.in_turn else actions[:, rows]
 
     def _optimise(self) -> Iterator[Metrics]:
@@ -352,7 +361,7 @@ class GRPO:
                     norm = learner.minimise(-objective)
             value_loss = {} if critic is None else {"value_loss": critic.learn(encoded, counts, reward, step)}
             with torch.no_grad():
-                assert old is not None  # there is one epoch at least
+                assert old is not None  # there is at least one epoch
                 entropy = policy.entropy() if isinstance(policy, KSubset) else -old.mean(0)
             yield Metrics(
                 self.phase,
@@ -372,7 +381,7 @@ class GRPO:
 
 
 class RLOO(GRPO):
-    """GRPO with the preset "rloo", under a name of its own.
+    """GRPO with the preset "rloo", as an algorithm of its own.
 
     Sources: Kool, van Hoof & Welling, "Buy 4 REINFORCE samples, get a baseline for free!", ICLR 2019 workshop; Ahmadian
     et al., "Back to basics: revisiting REINFORCE-style optimization for learning from human feedback", ACL 2024.
@@ -382,7 +391,7 @@ class RLOO(GRPO):
 
 
 class Reinforce(GRPO):
-    """GRPO with the preset "reinforce", under a name of its own.
+    """GRPO with the preset "reinforce", as an algorithm of its own.
 
     Source: Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement learning", 1992.
     """

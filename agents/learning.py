@@ -1,4 +1,4 @@
-"""What every algorithm that trains a scorer does alike: draws budgets, takes a gradient step, says what it did."""
+"""Training utilities shared by all algorithms that train a scorer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth"]
 
 @dataclass
 class Metrics:
-    """What one step did, for the progress bar, the log and TensorBoard."""
+    """Metrics of one training step, for the progress bar, the log and TensorBoard."""
 
     phase: str
     step: int
@@ -25,13 +25,13 @@ class Metrics:
 
 
 class Learner:
-    """AdamW on a network, with clipped gradients and a learning rate that may decay along a cosine.
+    """AdamW with gradient clipping and an optional cosine decay of the learning rate.
 
     Args:
-        network: What is trained, in place.
+        network: The network to train, in place.
         learning_rate: Peak learning rate.
-        max_gradient_norm: Gradients are clipped to this norm.
-        decay_over: Steps over which the learning rate falls to 2% of its peak; 0 leaves it there.
+        max_gradient_norm: Norm to which gradients are clipped.
+        decay_over: Number of steps over which the learning rate falls to 2% of its peak; 0 keeps it constant.
 
     Sources: Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019, and "SGDR: stochastic gradient
     descent with warm restarts", ICLR 2017 (the cosine).
@@ -56,10 +56,10 @@ class Learner:
             group["lr"] = self.learning_rate
 
     def minimise(self, loss: torch.Tensor) -> float:
-        """Take one step down the gradient of ``loss``, a scalar; returns the gradient's norm before clipping.
+        """Take one gradient step on a scalar loss and return the gradient's norm before clipping.
 
         Raises:
-            NonFiniteError: If the loss or the gradient is NaN or infinite; no step is taken then.
+            NonFiniteError: If the loss or the gradient is NaN or infinite; no step is then taken.
         """
         self._optimizer.zero_grad()
         loss.backward()
@@ -78,13 +78,13 @@ def finite_rows(values: torch.Tensor, what: str, encoded: Encoded, on_nan: OnNaN
     """Return which rows of ``values`` are finite, bool (B,).
 
     Args:
-        values: float (B, ...), a row for each example.
-        what: What they are, for the message.
+        values: float (B, ...), one row for each example.
+        what: Description of the values, for the message.
         encoded: The B examples.
-        on_nan: "skip" leaves it to the caller to go on without the others; "stop" raises.
+        on_nan: "skip" returns the mask, so that the caller can leave out the other rows; "stop" raises an error.
 
     Raises:
-        NonFiniteError: With "stop", if a row is not finite; names the first such example.
+        NonFiniteError: With "stop", if a row is not finite; the message names the first such example.
     """
     good = values.detach().flatten(1).isfinite().all(1)
     if on_nan == "stop" and not bool(good.all()):
@@ -99,14 +99,16 @@ def finite_rows(values: torch.Tensor, what: str, encoded: Encoded, on_nan: OnNaN
 def draw_counts(
     encoded: Encoded, low: float, high: float, generator: torch.Generator, tilt: float = 1.0
 ) -> torch.Tensor:
-    """Draw a subset size for each example: log-uniform over the budgets, spread evenly in the batch.
+    """Draw a subset size for each example, log-uniform over the budgets.
+
+    The draws are stratified: they are spread evenly over the batch.
 
     Args:
         encoded: B examples.
         low: Smallest share of the tokens, in (0, 1].
         high: Largest share.
         generator: Source of randomness, on the CPU.
-        tilt: Above 1 draws small budgets more often: low * (high / low) ** (u ** tilt), u uniform in [0, 1).
+        tilt: Values above 1 draw small budgets more often: low * (high / low) ** (u ** tilt), u uniform in [0, 1).
 
     Returns:
         long (B,), on the examples' device.
@@ -120,5 +122,11 @@ def draw_counts(
 
 
 def lowest_eighth(counts: torch.Tensor) -> torch.Tensor:
-    """Return which subset sizes, long (B,), are among the lowest eighth, bool (B,): the log tells of them apart."""
+    """Return which subset sizes are in the lowest eighth, bool (B,).
+
+    The log reports these examples separately.
+
+    Args:
+        counts: Subset sizes, long (B,).
+    """
     return counts <= counts.float().quantile(0.125)

@@ -1,4 +1,4 @@
-"""Every method that needs no training, by the name that ``evaluate --policies`` knows it by."""
+"""Training-free methods by name, as given to ``evaluate --policies``."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ __all__ = [
 
 
 Runnable: TypeAlias = "Selector | Replacer | InsidePruner"
-"""A selector of tokens, a method that puts other tokens in their place, or a pruner inside the language model."""
+"""A selector, a method that replaces tokens by new ones, or a pruner inside the language model."""
 
 
 class BudgetError(ValueError):
-    """A method cannot keep a budget."""
+    """Error raised if a method cannot keep a budget."""
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """How the model answered B examples under a method that is no selector."""
+    """Answers of the model to B examples under a method that is not a selector."""
 
     log_likelihood: torch.Tensor
-    """float (B,)."""
+    """Log-likelihood of each answer, float (B,)."""
     correct: torch.Tensor
-    """bool (B,)."""
+    """True where the answer is correct, bool (B,)."""
     spent: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """"tokens", how many were left at the end, and of pruners inside the language model "layer_average", how many there
-    were on average over the layers, and "flops", the share of those without pruning; each (B,)."""
+    """Cost by name, each (B,): "tokens", the number left at the end; for pruners inside the language model also
+    "layer_average", the mean number over the layers, and "flops", the share of the FLOPs without pruning."""
 
 
 def run_method(
     method: Runnable, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor | MethodResult:
-    """Let a method have its way with B examples.
+    """Run a method on B examples.
 
     Args:
         method: The method.
         vlm: The frozen model.
         encoded: B examples.
-        counts: How many tokens each may keep, long (B,).
+        counts: Number of tokens that each may keep, long (B,).
         generator: Source of any randomness, on the CPU.
 
     Returns:
-        The selection of a selector, bool (B, N); what came of the others.
+        The selection of a selector, bool (B, N); for other methods, a :class:`MethodResult`.
 
     Raises:
         BudgetError: If a pruner inside the language model cannot keep the budget.
@@ -94,28 +94,28 @@ Need = Literal[
     "smaller images",
     "decoder layers",
 ]
-"""What a method may take: attention of the vision tower, words of a question, its answer, labels, a model that can be
-given tokens of other features, one whose number of tokens follows the size of the image, or one whose language model
-can be run layer by layer."""
+"""Requirement of a method: attention of the vision tower, the words of the question, its answer, labels, a model that
+accepts tokens with new features, one whose number of tokens depends on the image size, or one whose language model can
+be run layer by layer."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A training-free way to get along with fewer tokens."""
+    """A training-free method of reducing the number of visual tokens."""
 
     title: str
-    """Its name in tables."""
+    """Name in tables."""
     run: Runnable
-    """A selector of tokens, a replacer where the tokens themselves change, or a pruner inside the language model."""
+    """A selector, a replacer (if the tokens themselves change), or a pruner inside the language model."""
     source: str
-    """Where it comes from; empty for what is common knowledge."""
+    """Source of the method; empty for common knowledge."""
     needs: tuple[Need, ...] = ()
     note: str = ""
-    """Where it departs from its source, or what to keep in mind."""
+    """Differences from the source, or a caveat."""
 
     @property
     def replaces(self) -> bool:
-        """Whether ``run`` returns a :class:`~agents.heuristics.replacing.Replacement` instead of a selection."""
+        """True if ``run`` returns a replacement of the tokens instead of a selection."""
         return {"new tokens", "smaller images"} & set(self.needs) != set()
 
     def refusal(self, vlm: FrozenVLM, encoded: Encoded) -> str | None:
@@ -123,7 +123,7 @@ class Method:
 
         Args:
             vlm: The model.
-            encoded: Examples of what is to be compared on; the first is tried.
+            encoded: Examples of the comparison; the method is tried on the first.
         """
         import torch
 
@@ -229,14 +229,14 @@ METHODS: dict[str, Method] = {
     "swap-search": _search(SwapSearch()),
     "cross-entropy": _search(CrossEntropy(), "De Boer et al., Annals of Operations Research 2005"),
 }
-"""By the name on the command line; what follows "oracle" uses the answer, as the oracle uses the ground truth."""
+"""Methods by their command-line name; "oracle" uses the ground truth, and those after it use the answer."""
 
 
 def find_method(name: str) -> Method:
     """Return a method by its name on the command line.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If there is no method of this name.
     """
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
@@ -244,7 +244,7 @@ def find_method(name: str) -> Method:
 
 
 def methods_table() -> str:
-    """Return a Markdown table of all methods: name on the command line and in tables, needs, source and notes."""
+    """Return a Markdown table of all methods with their names, needs, sources and notes."""
     lines = ["| name | in tables | needs | source and notes |", "|---|---|---|---|"]
     for name, one in METHODS.items():
         notes = "; ".join(part for part in (one.source, one.note) if part)

@@ -1,4 +1,4 @@
-"""A moving window over a task's training examples: each is encoded once and used several times."""
+"""Moving window over training examples: each is encoded once and used several times."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["BACKWARD", "ExamplePool", "ForwardCounter"]
 
 
 BACKWARD = 3
-"""Forward passes that one forward and backward pass together are worth: the backward pass computes two products of
-matrices for each one of the forward pass (Kaplan et al., "Scaling laws for neural language models", 2020, section 2.1).
+"""Cost of one forward and backward pass together, in forward passes: for each matrix product of the forward pass, the
+backward pass computes two (Kaplan et al., "Scaling laws for neural language models", 2020, section 2.1).
 """
 
 
 class ForwardCounter:
-    """Counts forward-equivalents: how often a language model has read one selection of one example.
+    """Counter of forward-equivalents, the runs of the language model on one selection.
 
-    One selection scored counts 1, whatever it keeps, and so does the full image, by which an example enters the pool.
-    One read forwards and backwards, as for a gradient with respect to the visual tokens, counts :data:`BACKWARD`. What
-    runs once per image in every algorithm, the vision encoder, is not counted, and neither is the scorer's own work:
-    ``seconds`` in the logs has them.
+    Scoring one selection of one example counts 1, whatever it keeps, and so does scoring the full image when an example
+    enters the pool. A forward and backward pass, as for a gradient with respect to the visual tokens, counts
+    :data:`BACKWARD`. The vision encoder, which runs once per image in every algorithm, and the scorer itself are not
+    counted; ``seconds`` in the logs includes them.
 
     >>> compute = ForwardCounter()
     >>> compute.add(32)  # 32 selections scored
@@ -38,39 +38,39 @@ class ForwardCounter:
         """Forward-equivalents so far."""
 
     def add(self, count: int, backward: bool = False) -> None:
-        """Count selections that the language model has read.
+        """Add selections that the language model has processed.
 
         Args:
-            count: How many, B * G for a batch.
-            backward: Whether a gradient was computed through the language model as well.
+            count: Number of selections, B * G for a batch.
+            backward: True if a gradient through the language model was computed as well.
 
         Raises:
-            ValueError: If there are fewer than 0.
+            ValueError: If ``count`` is negative.
         """
         if count < 0:
             raise ValueError(f"count must be at least 0; got {count}")
         self.forwards += count * (BACKWARD if backward else 1)
 
 
-PART = 128  # examples encoded or scored in one go
+PART = 128  # examples encoded or scored per call
 
 
 class ExamplePool:
-    """Encoded examples for training.
+    """Pool of encoded training examples.
 
     Args:
         vlm: The frozen model.
-        task: Where examples come from.
-        split: Which split of it.
-        size: Examples held at a time.
-        reuse: About how often each is used before it makes room for a new one.
-        seed: Decides the order of examples.
+        task: Source of the examples.
+        split: Split of the task.
+        size: Number of examples held at a time.
+        reuse: Approximate number of times that each example is used before a new one replaces it.
+        seed: Seed of the order of examples.
         progress: Show a progress bar while the first ``size`` examples are encoded.
 
-    The scores with all tokens kept are held as well; with their first tokens' distributions, which :meth:`batch` has to
-    be asked for, that is another V float32 numbers for each example, with V the size of the vocabulary.
+    The pool also holds the scores with all tokens kept. If :meth:`batch` is called with ``first_token``, these include
+    the distribution of the first token: V float32 numbers per example, with V the size of the vocabulary.
 
-    Every ``reuse`` calls of :meth:`batch` replace the oldest examples by as many new ones as a batch holds.
+    After every ``reuse`` calls of :meth:`batch`, one batch of new examples replaces the oldest ones.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ExamplePool:
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
         self._progress = progress
         self.compute = ForwardCounter()
-        """What all who train on this pool have spent, the pool included: 1 for each example scored with all tokens."""
+        """Forward-equivalents of all training on this pool, including 1 for each example scored with all tokens."""
         self._generator = torch.Generator().manual_seed(seed)
         self._held: Encoded | None = None
         self._calls = 0
@@ -116,12 +116,12 @@ class ExamplePool:
         return Encoded.concatenate(parts), Scores.concatenate(full)
 
     def batch(self, count: int, first_token: bool = False) -> tuple[Encoded, Scores]:
-        """Return ``count`` examples, and their scores with all tokens, (count, 1).
+        """Return ``count`` random examples and their scores with all tokens, (count, 1).
 
         Args:
-            count: How many, no more than the pool holds.
-            first_token: Fill in ``first_token`` of the scores, (count, 1, V), from now on. What is held is scored again
-                if it was scored without.
+            count: Number of examples, at most ``size``.
+            first_token: Fill in ``first_token`` of the scores, (count, 1, V), from now on. Examples that were scored
+                without it are scored again.
         """
         self._first_token |= first_token
         if self._held is None or self._full is None:
@@ -130,7 +130,7 @@ class ExamplePool:
             parts = [self._held[slice(start, start + PART)] for start in range(0, len(self._held), PART)]
             self._full = Scores.concatenate([self._score(part) for part in parts])
         if self._calls and self._calls % self.reuse == 0:
-            fresh = min(count, self.size)  # all at once: encoding and moving a batch costs little more than one example
+            fresh = min(count, self.size)  # together: encoding and moving a batch costs little more than one example
             new, full = self._draw(fresh)
             self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])
             self._full = Scores.concatenate([self._full[slice(fresh, None)], full])

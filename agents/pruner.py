@@ -1,4 +1,4 @@
-"""Answering with fewer visual tokens: a frozen model and a trained agent, together."""
+"""Answering with fewer visual tokens, using a frozen model and a trained agent."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ if TYPE_CHECKING:
 __all__ = ["PRETRAINED", "Answer", "Pruner"]
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-"""Trained agents that come with the package, in a folder for each embedded model."""
+"""Folder of the trained agents that come with the package, with one subfolder per embedded model."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and how it came about."""
+    """An answer, with its likelihood, selection and timings."""
 
     text: str
     log_likelihood: float
-    """Mean over the answer's tokens of their log-probability, in nats; NaN if there are none."""
+    """Mean log-probability of the answer's tokens, in nats; NaN if there are none."""
     kept: np.ndarray
-    """The visual tokens the language model saw, bool (N,)."""
+    """Visual tokens that the language model saw, bool (N,)."""
     positions: np.ndarray
     """Row and column of each visual token in the image, in [0, 1], (N, 2)."""
     cells: np.ndarray | None
-    """Height and width of what each shows, as shares of the image, (N, 2); ``None`` where all show as much."""
+    """Height and width of each token's area, as shares of the image, (N, 2); ``None`` if all areas are equal."""
     seconds: dict[str, float]
-    """Time spent: "encode" (vision), "select", "prefill" (up to the first token), "decode" (the other tokens)."""
+    """Seconds per stage: "encode" (vision), "select", "prefill" (up to the first token), "decode" (the others)."""
 
 
 class Pruner:
-    """A vision-language model that looks at a share of each image.
+    """A vision-language model that sees a share of the visual tokens of each image.
 
     Args:
         vlm: The model.
-        selector: Chooses the tokens.
+        selector: The agent that chooses the tokens.
 
     >>> pruner = Pruner.load("tiny")
     >>> from grip_env import SceneTask
@@ -80,15 +80,15 @@ class Pruner:
         """Load a model and an agent.
 
         Args:
-            vlm: As for :func:`grip_env.load_vlm`.
-            agent: Folder of a run, or of its agent; the one that comes with the package if not given.
-            algorithm: The class of your own that trained it, or its name "package.module:Class", which is imported;
-                what a run's file names is imported only if it is named here.
+            vlm: The model, as for :func:`grip_env.load_vlm`.
+            agent: Folder of a run or of its agent; by default the agent that comes with the package.
+            algorithm: The user-defined class that trained the agent, or its name "package.module:Class", which is
+                then imported. Code named in a run's files is imported only if it is named here.
             options: Passed on to :func:`grip_env.load_vlm`.
 
         Raises:
             FileNotFoundError: If there is no such model or agent.
-            ValueError: If one is damaged, or they do not fit each other.
+            ValueError: If the model or agent is damaged, or they do not match.
         """
         from grip_env.vlms import load_vlm
 
@@ -100,19 +100,19 @@ class Pruner:
     def wrap(
         cls, model: Any, processor: Any, agent: str | Path, algorithm: str | type | None = None, **options: Any
     ) -> Pruner:
-        """Put an agent before a model that is loaded already.
+        """Combine an agent with a model that is already loaded.
 
         Args:
-            model: An image-text model of transformers, of a supported family, adapters merged into it. It is frozen:
-                put in eval mode, and none of its parameters requires gradients any more.
+            model: An image-text model of transformers, of a supported family, with adapters merged. It is frozen: set
+                to eval mode, with no parameter requiring gradients.
             processor: Its processor.
-            agent: Folder of a run, or of its agent.
-            algorithm: The class of your own that trained it, as for :meth:`load`.
+            agent: Folder of a run or of its agent.
+            algorithm: The user-defined class that trained the agent, as for :meth:`load`.
             options: Passed on to :class:`~grip_env.vlms.huggingface.HuggingFaceVLM`.
 
         Raises:
             FileNotFoundError: If there is no such agent.
-            ValueError: If it is damaged, or does not fit the model.
+            ValueError: If the agent is damaged or does not fit the model.
         """
         name = getattr(getattr(model, "config", None), "model_type", "vlm")
         vlm = HuggingFaceVLM(model, processor, name=name, **options)
@@ -123,11 +123,11 @@ class Pruner:
         """Run the vision encoder on images, one question each.
 
         Args:
-            images: Of Pillow, or arrays: whatever :func:`~grip_env.tasks.pictures.as_pixels` takes.
-            questions: One for each.
+            images: Pillow images or arrays, as accepted by :func:`~grip_env.tasks.pictures.as_pixels`.
+            questions: One question for each image.
 
         Raises:
-            ValueError: If there are not as many of both, or an image is no picture.
+            ValueError: If the numbers of images and questions differ, or an image is invalid.
         """
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images and {len(questions)} questions: give one question for each image")
@@ -140,10 +140,10 @@ class Pruner:
 
         Args:
             encoded: B examples.
-            budget: Share of the visual tokens, one for all or one for each.
+            budget: Share of the visual tokens, one for all examples or one for each.
 
         Raises:
-            ValueError: If one is outside (0, 1], or there are not as many as examples.
+            ValueError: If a budget is outside (0, 1], or the number of budgets does not match the examples.
         """
         counts = budget_to_count(encoded, budget)
         if bool((counts == encoded.token_mask.sum(1)).all()):
@@ -157,7 +157,7 @@ class Pruner:
         budget: float | Sequence[float] = 0.1,
         max_new_tokens: int = 16,
     ) -> list[str]:
-        """Answer questions about images greedily, looking at a share of each image."""
+        """Answer questions about images by greedy decoding, with a share of the visual tokens."""
         encoded = self.encode(images, questions)
         selection = self.select(encoded, budget)
         return [texts[0] for texts in self.vlm.generate(encoded, selection[:, None], max_new_tokens)]
@@ -168,26 +168,26 @@ class Pruner:
         sizes: Sequence[tuple[int, int]] | None = None,
         **inputs: Any,
     ) -> Any:
-        """Do what ``model.generate(**inputs)`` does, with a share of the visual tokens.
+        """Run ``model.generate(**inputs)`` with a share of the visual tokens.
 
         Args:
             budget: Share of the visual tokens, one for all or one for each prompt; 1 keeps all.
-            sizes: (height, width) of each image, where the processor's tensors do not tell them; see
+            sizes: (height, width) of each image, if the processor's tensors do not contain them; see
                 :func:`~grip_env.vlms.processor_inputs.encode_inputs`.
-            inputs: What the model's processor returned, one image for each prompt (padding on any side), and options
-                of ``generate``: ``max_new_tokens``, ``do_sample``, ``generation_config``, ... Lengths among them count
-                the prompts as given, and streamers, stopping criteria and processors of logits see these; see
-                :meth:`~grip_env.vlms.huggingface.HuggingFaceVLM.generate_ids`. What comes of them is what the whole
-                prompts would give with the dropped tokens masked; an option for which that is not so is refused.
+            inputs: Outputs of the model's processor, one image per prompt (padding on either side), and options of
+                ``generate``: ``max_new_tokens``, ``do_sample``, ``generation_config``, ... Length options refer to the
+                full prompts, which streamers, stopping criteria and logits processors see as well; see
+                :meth:`~grip_env.vlms.huggingface.HuggingFaceVLM.generate_ids`. The result is that of the full prompts
+                with the dropped tokens masked; options that would break this are refused.
 
         Returns:
-            What ``model.generate`` returns: the prompts as they were given, all image placeholders included, and
-            after them the new tokens, long (B, L + T); so that what cuts off or decodes it need not change. With
-            ``return_dict_in_generate=True`` that is its ``sequences``.
+            The output of ``model.generate``: the prompts as given, including all image placeholders, followed by the
+            new tokens, long (B, L + T), so that code that slices or decodes it works unchanged. With
+            ``return_dict_in_generate=True`` these are its ``sequences``.
 
         Raises:
-            ValueError: If something is missing, or cannot be dealt with (several images in a prompt, video), an option
-                is not supported (beams), or prompt and answer are longer than the model has positions.
+            ValueError: If an input is missing or unsupported (several images in a prompt, video), an option is not
+                supported (beams), or prompt and answer exceed the positions of the model.
         """
         text, images, options = split_inputs(inputs)
         saved, embeddings = self.vlm.model.generation_config, self.vlm.model.get_input_embeddings()
@@ -201,7 +201,7 @@ class Pruner:
     def __call__(
         self, image: np.ndarray | Image, question: str, budget: float = 0.1, max_new_tokens: int = 16
     ) -> Answer:
-        """Answer one question, and tell how sure the answer is, what was looked at and how long it took."""
+        """Answer one question; also return its likelihood, the selection and the timings."""
         began = self._now()
         encoded = self.encode([image], [question])
         seen = self._now()
@@ -235,14 +235,14 @@ def load_agent(
 
     Args:
         vlm: The model.
-        name: The model's name, for an agent that comes with the package.
-        agent: Folder of a run, or of its agent; the one that comes with the package if not given.
-        algorithm: The class of the user's own that trained it, or its name; see :func:`agents.saved.load_saved`.
+        name: The model's name, to find an agent that comes with the package.
+        agent: Folder of a run or of its agent; by default the agent that comes with the package.
+        algorithm: The user-defined class that trained the agent, or its name; see :func:`agents.saved.load_saved`.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, was made for visual tokens of another width, or is of a class that ``algorithm``
-            does not name.
+        FileNotFoundError: If there is no such agent.
+        ValueError: If the agent is damaged, was made for visual tokens of another width, or is of a class other than
+            ``algorithm``.
     """
     folder = PRETRAINED / name if agent is None else Path(agent)
     if agent is None and (name != Path(name).name or not folder.is_dir()):
@@ -261,7 +261,7 @@ def load_agent(
 
 
 def _warn(agent: str | Path | None) -> None:
-    """Warn that the training of an agent has not finished, if so."""
+    """Warn if the training of an agent has not finished."""
     described = None if agent is None else unfinished(Path(agent))
     if described is not None:
         warnings.warn(described, UserWarning, stacklevel=3)

@@ -1,4 +1,7 @@
-"""Agents as runs keep them; code that a run's file names is imported only where the user names it, too."""
+"""Loading the agents of saved runs.
+
+Code that is named in a run's files is imported only if the user names it as well.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +31,19 @@ def load_saved(
     algorithm: str | type | None = None,
     part: str = "agent",
 ) -> Selector:
-    """Return the agent of a run, ready to choose.
+    """Load the agent of a run, ready to choose tokens.
 
     Args:
-        folder: Of the run.
-        saved: Its ``config.json``, see :func:`~grip_env.run_folder.config.read_run_config`.
+        folder: Folder of the run.
+        saved: Its ``config.json``; see :func:`~grip_env.run_folder.config.read_run_config`.
         vlm: The model.
-        algorithm: The class of the user's own that trained it, or its name as the run has it: "package.module:Class".
-            Without, no code that the run names is imported.
+        algorithm: The user-defined class that trained the agent, or its name as in the run: "package.module:Class".
+            Without it, no code named by the run is imported.
         part: "agent" or "warmup".
 
     Raises:
         FileNotFoundError: If the run has no such agent.
-        ValueError: If it is damaged, made for another model, or of a class that ``algorithm`` does not name.
+        ValueError: If the agent is damaged, was made for another model, or is of a class other than ``algorithm``.
     """
     name: str = saved["config"]["algo"]
     if ":" not in name:
@@ -62,13 +65,13 @@ def load_saved(
             return as_selector(found.load(folder_on_disk(folder / part), vlm))
         except (FileNotFoundError, ValueError):
             raise
-        except Exception as error:  # whatever a class of the user's raises
+        except Exception as error:  # a user-defined class may raise anything
             reason = " ".join(str(error).split())
             raise ValueError(f"{name} cannot load {folder / part} ({type(error).__name__}: {reason})") from error
 
 
 def folder_of(name: str) -> str | None:
-    """Return the folder that "package.module:Class" was imported from; ``None`` for other names, and if unknown."""
+    """Return the folder that "package.module:Class" was imported from, or ``None`` if unknown."""
     module = name.partition(":")[0] if ":" in name else ""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
@@ -85,21 +88,23 @@ def _checked(algorithm: type) -> type[Agent]:
 
 @contextlib.contextmanager
 def _importable(name: str, place: str | None) -> Iterator[None]:
-    """Let a class be imported from where Python looks and from here, or else from where it lay when it was trained.
+    """Make a class importable inside the context.
+
+    It is imported from Python's path or the working directory, or else from its folder at training time.
 
     Raises:
-        ValueError: If its module is in none of these.
+        ValueError: If its module is in none of these places.
     """
     package = name.partition(":")[0].partition(".")[0]
     with importable_from_here():
         try:
             here = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # no name of a module, which find_algorithm says
+        except (ImportError, ValueError):  # an invalid module name, which find_algorithm reports
             place = here = None
         there = PathFinder.find_spec(package, [place]) if place and Path(place).is_absolute() else None
         if here is None and there is None and place is not None:
             raise ValueError(
-                f"cannot import {name!r}: there is no module {package!r} here, nor in {place}, where it lay when the "
+                f"cannot import {name!r}: there is no module {package!r} here, nor in {place}, where it was when the "
                 "agent was trained: set PYTHONPATH to its folder"
             )
         if here is not None and there is not None and not _same(here.origin, there.origin):
@@ -109,7 +114,7 @@ def _importable(name: str, place: str | None) -> Iterator[None]:
 
 
 def _same(one: str | None, other: str | None) -> bool:
-    """Return whether two files of Python have the same content; ``None`` is none."""
+    """Return whether two Python files have the same content; ``None`` stands for no file."""
     try:
         return one == other or (one is not None and other is not None and filecmp.cmp(one, other, shallow=False))
     except OSError:

@@ -28,36 +28,38 @@ SEAL = "scorer"
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Sizes of the scorer."""
+    """Sizes and options of the scorer."""
 
     token_width: int = 128
-    """Width D of the visual tokens and question embeddings; follows from the vision-language model."""
+    """Width D of the visual tokens and question embeddings, given by the vision-language model."""
     width: int = 96
     """Width of the scorer's own layers."""
     blocks: int = 2
-    """Decoder blocks: self-attention over the tokens, cross-attention to the question, feed-forward."""
+    """Number of decoder blocks: self-attention over the tokens, cross-attention to the question, feed-forward."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     use_question: bool = True
-    """False hides the question: the agent then learns what matters whatever is asked."""
+    """Use the question; if False, the agent learns which tokens matter for any question."""
     in_turn: bool = False
-    """Choose tokens one after another, each choice knowing of those before
-    (:class:`~agents.ordered_subset.OrderedSubset`), rather than all at once by their scores
+    """Choose tokens one after another, each choice depending on the earlier ones
+    (:class:`~agents.ordered_subset.OrderedSubset`), instead of jointly by their scores
     (:class:`~agents.subset.KSubset`)."""
     pair_width: int = 16
-    """Width in which two tokens are compared where they are chosen in turn."""
+    """Width of the features that compare two tokens if tokens are chosen one after another."""
 
     @classmethod
     def read(cls, values: Any, weights: Mapping[str, torch.Tensor], prefix: str = "") -> ScorerConfig:
-        """Return what a file says, if it fits the weights beside it: no network is made of any other size.
+        """Return the configuration from a file, checked against the weights stored with it.
+
+        The check ensures that no network of any other size is built.
 
         Args:
-            values: By name, as read from JSON.
-            weights: By the names in :class:`Scorer`, with ``prefix`` before them.
-            prefix: For scorers that are part of a network.
+            values: Values by name, as read from JSON.
+            weights: Weights by their names in :class:`Scorer`, preceded by ``prefix``.
+            prefix: Prefix of the names, for scorers that are part of a network.
 
         Raises:
-            ValueError: If something is unknown, or of another type or size.
+            ValueError: If a key is unknown, or a value has the wrong type or does not fit the weights.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or not values.keys() <= set(names):
@@ -75,7 +77,7 @@ class ScorerConfig:
 
 
 class ScorerInputs(NamedTuple):
-    """What a scorer reads of B examples: the arguments of :meth:`Scorer.forward`, which says what each is."""
+    """Inputs of a scorer for B examples, as described in :meth:`Scorer.forward`."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -86,7 +88,7 @@ class ScorerInputs(NamedTuple):
 
     @classmethod
     def of(cls, encoded: Encoded, counts: torch.Tensor) -> ScorerInputs:
-        """Return those of encoded examples at the given counts, long (B,)."""
+        """Return the inputs for encoded examples at the given counts, long (B,)."""
         return cls(
             encoded.tokens.float(),
             encoded.positions.float(),
@@ -98,10 +100,10 @@ class ScorerInputs(NamedTuple):
 
 
 def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
-    """Let queries start out matching keys of like content, and pass on what they find.
+    """Initialise attention so that queries match keys of similar content and copy their values.
 
-    Tokens then find the words that name them in a fraction of the steps. After Trockman & Kolter, "Mimetic
-    initialization of self-attention layers", 2023.
+    Tokens then learn in a fraction of the steps to attend to the words that name them. After Trockman & Kolter,
+    "Mimetic initialization of self-attention layers", 2023.
     """
     width = attention.embed_dim
     match, content = (nn.init.orthogonal_(torch.empty(width, width)) for _ in range(2))
@@ -111,24 +113,28 @@ def _match_and_pass_on(attention: nn.MultiheadAttention) -> None:
 
 
 class Interaction(nn.Module):
-    """Says what choosing one token takes from the score of another: more where they are near each other, and alike.
+    """Network for the interactions of tokens that are chosen one after another.
+
+    Choosing a token lowers the score of another by more, the nearer and the more alike the two are.
 
     Args:
-        width: Of the tokens' features.
-        pair_width: Of what is compared.
+        width: Width of the tokens' features.
+        pair_width: Width of the features that are compared.
     """
 
     def __init__(self, width: int, pair_width: int) -> None:
         super().__init__()
         self.strength = nn.Linear(width, 1)
         self.pair = nn.Linear(width, 2 * pair_width, bias=False)
-        # at first 2 on the spot, and half of it at 0.16 of the picture's side
+        # initially 2 at distance 0, and half of that at 0.16 of the image side
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.strength.bias, math.log(math.exp(2) - 1))
         self.log_reach = nn.Parameter(torch.tensor(math.log(0.133)))
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return what a choice of j takes from the score of i, at [b, i, j], float (B, N, N).
+        """Return the amount that choosing j subtracts from the score of i, float (B, N, N).
+
+        The amount for example b is at [b, i, j].
 
         Args:
             features: float (B, N, W).
@@ -137,26 +143,26 @@ class Interaction(nn.Module):
         asks, answers = self.pair(features).chunk(2, -1)
         alike = 2 * (asks @ answers.transpose(1, 2) / math.sqrt(asks.shape[-1])).sigmoid()
         along, across = (part[:, :, None] - part[:, None] for part in positions.unbind(-1))
-        apart = along.square() + across.square()  # a sum over an axis of two takes several times as long
+        apart = along.square() + across.square()  # summing over an axis of size 2 takes several times as long
         near = (-0.5 * apart * (-2 * self.log_reach).exp()).exp()
         return nn.functional.softplus(self.strength(features)) * alike * near
 
 
 class Scorer(nn.Module):
-    """Maps visual tokens, question and budget to one score per token.
+    """Network that maps visual tokens, question and budget to one score per token.
 
-    Permutation-equivariant over tokens but for their positions, so that any number of tokens, in any order, can be
-    scored; one set of weights serves every budget.
+    It is permutation-equivariant over tokens with their positions, so that it can score any number of tokens in any
+    order. One set of weights serves every budget.
 
     Args:
-        config: Sizes.
+        config: Sizes and options.
     """
 
     def __init__(self, config: ScorerConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
-        # visual tokens and words live in the language model's input space: one projection serves both
+        # visual tokens and words share the language model's input space, so one projection serves both
         self.embed_in = nn.Sequential(nn.LayerNorm(config.token_width), nn.Linear(config.token_width, width))
         self.position_in = nn.Sequential(nn.Linear(2 * 2 * 6, width), nn.GELU(), nn.Linear(width, width))
         self.budget_in = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
@@ -176,7 +182,7 @@ class Scorer(nn.Module):
         nn.init.zeros_(self.out[1].weight)  # type: ignore[arg-type]  # starts as uniform sampling
         for block in self.blocks:
             _match_and_pass_on(block.multihead_attn)  # type: ignore[arg-type]
-        # last: the other weights of a seed are the same with it and without
+        # created last, so that the other weights of a seed do not depend on it
         self.interaction = Interaction(width, config.pair_width) if config.in_turn else None
 
     def forward(
@@ -202,13 +208,13 @@ class Scorer(nn.Module):
             float (B, N); padding gets 0.
 
         Raises:
-            ValueError: If the tokens are not as wide as those the scorer was made for.
+            ValueError: If the width of the tokens is not that of the scorer.
         """
         features = self.features(tokens, positions, token_mask, question, question_mask, budget)
         return self.rate(features, token_mask)
 
     def rate(self, features: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """Return the scores, float (B, N), of tokens with these features, (B, N, W); padding gets 0."""
+        """Return scores, float (B, N), for features (B, N, W); padding gets 0."""
         return self.out(features)[..., 0].masked_fill(~token_mask, 0.0)
 
     def features(
@@ -221,10 +227,10 @@ class Scorer(nn.Module):
         budget: torch.Tensor,
         more: torch.Tensor | float = 0.0,
     ) -> torch.Tensor:
-        """Return what the scorer makes of each token, float (B, N, W), W its own width; padding has any value.
+        """Return the scorer's features of each token, float (B, N, W).
 
-        The arguments are those of :meth:`forward`, and ``more``, what else is known of each token, (B, N, W), which is
-        added to its embedding.
+        W is the scorer's own width. Values at padding are arbitrary. The arguments are those of :meth:`forward`, and
+        ``more``, further features of each token, (B, N, W), which are added to its embedding.
         """
         if tokens.shape[-1] != self.config.token_width:
             raise ValueError(
@@ -235,13 +241,13 @@ class Scorer(nn.Module):
         waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(2)
         scale = torch.stack([budget, budget.log()], -1)  # (B, 2)
         real = token_mask[..., None].to(tokens.dtype)
-        # what all tokens of an image share says nothing about which to keep, and in some models outweighs the rest
+        # the mean token of an image does not tell tokens apart, and in some models it outweighs the differences
         tokens = tokens - (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
         x = self.embed_in(tokens) + self.position_in(waves) + self.budget_in(scale)[:, None] + more
         question, question_mask = question[:, :64], question_mask[:, :64]
         if not self.config.use_question:
             question_mask = torch.zeros_like(question_mask)
-        # one place that is always there, for questions that are hidden or empty
+        # one position that is never masked, for hidden or empty questions
         words = self.embed_in(question) + self.question_place[: question.shape[1]]
         memory = torch.cat([words.new_zeros(len(x), 1, x.shape[-1]), words], 1)
         hidden = torch.cat([question_mask.new_zeros(len(x), 1), ~question_mask], 1)
@@ -256,17 +262,17 @@ class Scorer(nn.Module):
         return self(*ScorerInputs.of(encoded, counts))
 
     def policy(self, encoded: Encoded, counts: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
-        """Return the distribution over selections of encoded examples at the given counts (B,), as ``in_turn`` says.
+        """Return the distribution over selections of encoded examples, as set by ``in_turn``.
 
         Args:
             encoded: B examples.
-            counts: Tokens to keep, long (B,).
-            temperature: What scores, and what choices take from them, are divided by.
+            counts: Number of tokens to keep, long (B,).
+            temperature: Divisor of scores and interactions.
         """
         return self.decide(ScorerInputs.of(encoded, counts), counts, temperature)
 
     def decide(self, inputs: ScorerInputs, counts: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
-        """Return the same from what the scorer reads; see :meth:`policy`."""
+        """Return the distribution over selections for given inputs; see :meth:`policy`."""
         features = self.features(*inputs)
         scores = self.rate(features, inputs.token_mask) / temperature
         if not bool(scores.detach().isfinite().all()):
@@ -278,14 +284,20 @@ class Scorer(nn.Module):
         )
 
     def check_in_turn(self, wanted: bool) -> None:
-        """Raise ValueError unless this scorer chooses as options say."""
+        """Raise ValueError unless the scorer's ``in_turn`` is the one wanted."""
         if wanted != self.config.in_turn:
             raise ValueError(
                 f"in_turn={wanted}, and the scorer was made with in_turn={self.config.in_turn}: give both the same"
             )
 
     def check_width(self, width: int, folder: Path, vlm: str) -> None:
-        """Raise ValueError unless this scorer, from ``folder``, is for the visual tokens of ``vlm``, ``width`` wide."""
+        """Raise ValueError unless the scorer's token width is ``width``.
+
+        Args:
+            width: Width of the visual tokens of ``vlm``.
+            folder: Folder of the scorer, for the message.
+            vlm: Name of the model, for the message.
+        """
         if self.config.token_width != width:
             raise ValueError(
                 f"the agent in {folder} was made for visual tokens of width {self.config.token_width}, and those of "
@@ -293,12 +305,13 @@ class Scorer(nn.Module):
             )
 
     def save(self, folder: Path) -> None:
-        """Write ``scorer.safetensors`` and ``scorer.json``; a crash while writing leaves the previous ones whole.
+        """Write ``scorer.safetensors`` and ``scorer.json`` into a folder.
 
-        The first holds a digest of every weight and of the configuration, which the second repeats for readers.
+        A crash while writing leaves the previous files intact. The first file holds the weights, the configuration and
+        a digest of both; the second repeats the configuration for human readers.
 
         Raises:
-            NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+            NonFiniteError: If a weight is NaN or infinite; nothing is written in that case.
             OSError: If the files cannot be written.
         """
         weights = self.state_dict()
@@ -309,11 +322,11 @@ class Scorer(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Scorer:
-        """Read what :meth:`save` wrote.
+        """Load a scorer that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: If there is no scorer in ``folder``.
-            ValueError: If there is one, but it cannot be read, or is not what was written.
+            ValueError: If the files cannot be read, or differ from those that were written.
         """
         if not (folder / "scorer.json").is_file() or not (folder / "scorer.safetensors").is_file():
             raise FileNotFoundError(f"no scorer in {folder}: expected scorer.json and scorer.safetensors")
@@ -331,7 +344,7 @@ class Scorer(nn.Module):
 
 
 def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:
-    """FLOPs of the scorer over ``tokens`` visual tokens and a question of ``words`` tokens."""
+    """Return the FLOPs of a scorer on ``tokens`` visual and ``words`` question tokens."""
     width, memory = config.width, words + 1
     embed = 2 * (tokens + words) * config.token_width * width
     positions = 2 * tokens * (24 * width + width**2) + 2 * (2 * width + width**2)

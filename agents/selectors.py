@@ -14,11 +14,11 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 __all__ = ["ScorerPolicy", "ScorerSelector"]
 
 MOST_PAIRS = 2**24
-"""Pairs of tokens looked at together where tokens are chosen in turn: 64 MiB for each number that a pair has."""
+"""Most token pairs per call if tokens are chosen one after another: 64 MiB for each float32 value of a pair."""
 
 
 class ScorerSelector:
-    """Keeps the tokens a scorer would: the mode of its policy.
+    """Selector that keeps the mode of a scorer's policy.
 
     Args:
         scorer: The trained network.
@@ -40,7 +40,7 @@ class ScorerSelector:
 
 
 class ScorerPolicy:
-    """The same on one observation of the environment.
+    """Policy that keeps the mode of a scorer's policy for one observation.
 
     Args:
         scorer: The trained network.

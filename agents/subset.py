@@ -1,19 +1,19 @@
-"""The exact distribution over k-subsets of scored tokens: likelihood, samples, marginals, entropy, KL.
+"""Exact distribution over the k-subsets of scored tokens.
 
 Give every token i an independent coin that keeps it with probability p_i = sigmoid(theta_i + c). Conditioned
-on k kept tokens in all, the kept set has the k-subset law, whatever the constant c ("conditional Bernoulli").
-With c set to make the expected count k, log p(S) = log-likelihood of the coins - log P(count = k), which only
+on k kept tokens in all, the kept set has the k-subset distribution for any constant c ("conditional Bernoulli").
+With c such that the expected count is k, log p(S) = log-likelihood of the coins - log P(count = k), which only
 needs the count distribution of prefixes,
 
-    f_j(i) = (1 - p_i) f_j(i-1) + p_i f_{j-1}(i-1):
+    f_j(i) = (1 - p_i) f_j(i-1) + p_i f_{j-1}(i-1).
 
-the recurrence of the elementary symmetric polynomials, rescaled to sums of positive terms in [0, 1], with no
-logarithm in the loop. P(count = k) is never small at that c, so an entry that underflows is a state visited
-with probability below 1e-37. Everything else comes from the ratios
+This is the recurrence of the elementary symmetric polynomials, rescaled to sums of positive terms in [0, 1],
+with no logarithm in the loop. P(count = k) is never small at that c, so an entry that underflows is a state
+visited with probability below 1e-37. Everything else comes from the ratios
 
     R_j(i) = p_i f_{j-1}(i-1) / f_j(i) = P(token i kept | j kept among the first i),
 
-a Markov chain run from (N, k) down to (0, 0): samples follow it, marginals are sums of its state
+which define a Markov chain from (N, k) down to (0, 0): samples are its paths, marginals are sums of its state
 probabilities, and covariances (the gradient of the marginals) are expectations along it.
 """
 
@@ -27,14 +27,15 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import logsigmoid
 
-# The tilted score of a masked token: its sigmoid is exactly 0, even in float64, and 0 times it is 0.
+# Tilted score of a masked token: its sigmoid is exactly 0, even in float64, and it is finite, so 0 times it is 0.
 _NEVER = -1e4
 
 
 class _Chain:
-    """The ratios R of a batch of conditional Bernoulli laws, and what they give; values only, no autograd.
+    """Markov chain of a batch of conditional Bernoulli distributions, given by the ratios R.
 
-    Tables are laid out (N, K, B) with K = max(k) + 1, so that one step of a loop reads contiguous memory.
+    It has values only, no autograd. Tables are laid out (N, K, B) with K = max(k) + 1, so that one step of a loop
+    reads contiguous memory.
     """
 
     def __init__(self, tilted: Tensor, k: Tensor) -> None:
@@ -44,7 +45,7 @@ class _Chain:
         self.k = k.reshape(-1)  # (B,)
         self.row = torch.arange(len(self.k), device=flat.device)  # (B,)
         keep, drop = flat.sigmoid(), (-flat).sigmoid()
-        # Row 0 of axis 1 stands for a count of -1 and stays zero.
+        # Row 0 of axis 1 represents a count of -1 and stays zero.
         f = flat.new_zeros(n_tokens + 1, int(self.k.max()) + 2, len(self.k))
         f[0, 1] = 1
         here, below = f[:, 1:].unbind(0), f[:, :-1].unbind(0)
@@ -58,7 +59,7 @@ class _Chain:
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Return ``count`` exact draws per row, bool (count, B, N)."""
         n_rows, like = len(self.k), self.ratio
-        source = like.device if generator is None else generator.device  # one on the CPU gives any device equal draws
+        source = like.device if generator is None else generator.device  # on the CPU: same draws on all devices
         u = torch.rand(len(like), count, n_rows, generator=generator, dtype=like.dtype, device=source).to(like.device)
         kept = torch.empty(u.shape, dtype=torch.bool, device=u.device)  # (N, count, B)
         state = (self.k * n_rows + self.row).repeat(count, 1)  # (count, B): where r holds (tokens left, row)
@@ -69,7 +70,7 @@ class _Chain:
 
     @cached_property
     def states(self) -> Tensor:
-        """(N+1, K, B): P(j kept among the first i)."""
+        """P(j kept among the first i), (N+1, K, B)."""
         states = self.ratio.new_zeros(len(self.ratio) + 1, *self.ratio.shape[1:])
         states[-1, self.k, self.row] = 1
         at = states.unbind(0)
@@ -81,20 +82,21 @@ class _Chain:
 
     @cached_property
     def joint(self) -> Tensor:
-        """(N, K, B): P(token i is kept and is the j-th kept one)."""
+        """P(token i is kept and is the j-th kept one), (N, K, B)."""
         return self.states[1:] * self.ratio
 
     @cached_property
     def marginals(self) -> Tensor:
-        """(B..., N): P(token i is kept)."""
+        """P(token i is kept), (B..., N)."""
         return self.joint.sum(1).T.reshape(self.shape).clamp(max=1.0)
 
     def covariance_product(self, v: Tensor) -> Tensor:
-        """Multiply the covariance matrix of the kept indicators x by v (B..., N).
+        """Return the covariance matrix of the kept indicators x times v, (B..., N).
 
-        Entry i is E[x_i * y], y = sum of v_l * (x_l - m_l) with m the marginals: what y gathers up to token i
-        (``prefix``, given the state) and after it (``suffix``, times the probability of the state). The count
-        is fixed, so v may be shifted by a constant; the shift and m keep the sums small, for float32's sake.
+        Entry i is E[x_i * y], with y = sum of v_l * (x_l - m_l) and m the marginals. It is split into the terms
+        of y up to token i (``prefix``, given the state) and after it (``suffix``, times the probability of the
+        state). The count is fixed, so v may be shifted by a constant; the shift and m keep the sums small, which
+        preserves float32 precision.
         """
         spread = self.marginals * (1 - self.marginals)
         v = v - ((v * spread).sum(-1) / spread.sum(-1).clamp(min=1e-9)).unsqueeze(-1)
@@ -119,7 +121,10 @@ class _Chain:
 
 
 class _LogPmf(torch.autograd.Function):
-    """log P(count = k) as a function of the tilted scores; its gradient is marginals - sigmoid(tilted)."""
+    """log P(count = k) as an autograd function of the tilted scores.
+
+    Its gradient is marginals - sigmoid(tilted).
+    """
 
     @staticmethod
     def forward(ctx: Any, tilted: Tensor, chain: _Chain) -> Tensor:
@@ -134,7 +139,10 @@ class _LogPmf(torch.autograd.Function):
 
 
 class _Marginals(torch.autograd.Function):
-    """The marginals as a function of the tilted scores; their Jacobian is the covariance matrix."""
+    """Marginals as an autograd function of the tilted scores.
+
+    Their Jacobian is the covariance matrix.
+    """
 
     @staticmethod
     def forward(ctx: Any, tilted: Tensor, chain: _Chain) -> Tensor:
@@ -148,7 +156,7 @@ class _Marginals(torch.autograd.Function):
 
 
 class _KSubsets(constraints.Constraint):
-    """0/1 vectors with exactly k ones, none of them on a masked token."""
+    """Constraint to 0/1 vectors with exactly k ones, none of them on a masked token."""
 
     is_discrete = True
     event_dim = 1
@@ -162,21 +170,22 @@ class _KSubsets(constraints.Constraint):
 
 
 class KSubset(Distribution):
-    """Distribution over the subsets S of exactly k tokens, p(S) = exp(sum of theta over S) / e_k(exp theta).
+    """Distribution over the subsets of exactly k tokens.
 
-    e_k is the elementary symmetric polynomial. Log-probabilities, entropies and divergences are in nats,
-    exact and differentiable in theta. One (N, max(k) + 1, B) table, built on first use, serves every method.
-    In float32 with thousands of tokens, entropies lose digits if k is near N or scores span hundreds.
+    The probability of a subset S is p(S) = exp(sum of theta over S) / e_k(exp theta), with e_k the elementary
+    symmetric polynomial. Log-probabilities, entropies and divergences are in nats, exact and differentiable in
+    theta. One (N, max(k) + 1, B) table, built on first use, serves every method. In float32 with thousands of
+    tokens, entropies lose digits if k is near N or scores span hundreds.
 
     Args:
-        theta: scores, float (B..., N); half precision is raised to float32. A score of -inf masks its token.
-        k: tokens kept, an int or an integer tensor that broadcasts with the batch shape (one k per row).
+        theta: Scores, float (B..., N); half precision is converted to float32. A score of -inf masks its token.
+        k: Number of tokens kept, an int or an integer tensor that broadcasts with the batch shape (one k per row).
         mask: True where a token is real, bool (B..., N); the others are never kept. Default: all real.
-        validate_args: see :class:`torch.distributions.Distribution`.
+        validate_args: See :class:`torch.distributions.Distribution`.
 
     Raises:
-        ValueError: theta has no token axis, a NaN or +inf; k is not an integer, is negative, or exceeds the
-            number of real tokens of its row.
+        ValueError: If theta has no token axis or contains NaN or +inf, or if k is not an integer, is negative, or
+            exceeds the number of real tokens of its row.
 
     Sources: Chen, Dempster & Liu (1994), "Weighted finite population sampling to maximize entropy",
     Biometrika 81(3); Ahmed, Zeng, Niepert & Van den Broeck (2023), "SIMPLE: a gradient estimator for k-subset
@@ -224,7 +233,7 @@ class KSubset(Distribution):
         super().__init__(rows, theta.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
-        """Return the same distribution with its batch shape broadcast to ``batch_shape``."""
+        """Return this distribution with its batch shape broadcast to ``batch_shape``."""
         new = self._get_checked_instance(KSubset, _instance)
         rows = torch.Size(batch_shape)
         theta, mask = (x.expand(rows + self.event_shape) for x in (self.theta, self.mask))
@@ -239,7 +248,10 @@ class KSubset(Distribution):
 
     @cached_property
     def _shift(self) -> Tensor:
-        """(B...): the c of the module docstring, to a quarter of a token; results do not depend on it."""
+        """The constant c of the module docstring, (B...).
+
+        It sets the expected count to within a quarter of a token of k; results do not depend on it.
+        """
         theta = self.theta.detach().masked_fill(~self.mask, -torch.inf)
         real, k = self.mask.sum(-1), self.k
         ranked = theta.sort(-1, descending=True).values
@@ -262,7 +274,7 @@ class KSubset(Distribution):
         with torch.no_grad():
             return _Chain(self._tilted(), self.k)
 
-    # Built anew for every quantity, so that each can be back-propagated on its own.
+    # Rebuilt for every quantity, so that each can be back-propagated separately.
     def _tilted(self) -> Tensor:
         return (self.theta + self._shift.unsqueeze(-1)).masked_fill(~self.mask, _NEVER)
 
@@ -290,7 +302,7 @@ class KSubset(Distribution):
 
     @property
     def mode(self) -> Tensor:
-        """The k best tokens, bool (B..., N); among equal scores the lower index wins."""
+        """The k best tokens, bool (B..., N); ties go to the lower index."""
         scores = self.theta.detach().masked_fill(~self.mask, -torch.inf)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         best = torch.arange(order.shape[-1], device=order.device) < self.k.unsqueeze(-1)
@@ -300,22 +312,22 @@ class KSubset(Distribution):
         """Draw exact samples, bool (*sample_shape, B..., N).
 
         Args:
-            sample_shape: leading shape of the draws; all of them share one pass over the tokens.
-            generator: source of randomness, on any device; default, the global one of theta's device.
+            sample_shape: Leading shape of the draws; all of them share one pass over the tokens.
+            generator: Source of randomness, on any device; by default the global one of theta's device.
         """
         shape = torch.Size(sample_shape)
         with torch.no_grad():
             return self._chain.draw(shape.numel(), generator).reshape(self._extended_shape(shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of the selections, (S..., B...).
+        """Return the log-probability of selections, (S..., B...).
 
         Args:
-            value: bool (or 0/1 of any dtype), (S..., B..., N).
+            value: Selections, bool (or 0/1 of any dtype), (S..., B..., N).
 
         Raises:
-            ValueError: the last axis is not N, or, with validate_args, a selection does not keep exactly k
-                tokens or keeps a masked one; without, its log-probability is -inf.
+            ValueError: If the last axis is not N, or, with validate_args, if a selection does not keep exactly k
+                tokens or keeps a masked one; without validate_args, its log-probability is -inf.
         """
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"value must be (..., {self.event_shape[0]}); got shape {tuple(value.shape)}")
@@ -333,7 +345,7 @@ class KSubset(Distribution):
         return (coins - _LogPmf.apply(tilted, self._chain)).masked_fill(~valid, -torch.inf)
 
     def entropy(self) -> Tensor:
-        """Entropy in nats, (B...): log_partition - sum(marginals * theta)."""
+        """Return the entropy in nats, (B...): log_partition - sum(marginals * theta)."""
         tilted = self._tilted()
         per_token = logsigmoid(-tilted) + self.marginals * tilted
         return _LogPmf.apply(tilted, self._chain) - per_token.sum(-1)
@@ -341,7 +353,7 @@ class KSubset(Distribution):
 
 @register_kl(KSubset, KSubset)
 def _kl_ksubset_ksubset(p: KSubset, q: KSubset) -> Tensor:
-    """KL(p || q) in nats, (B...); +inf where q masks a token that p can keep."""
+    """Return KL(p || q) in nats, (B...); +inf where q masks a token that p can keep."""
     if p.event_shape != q.event_shape or (p.k != q.k).any():
         raise ValueError(
             f"KL needs the same N and k in both; got N = {p.event_shape[0]}, k = {p.k.tolist()} and "

@@ -1,4 +1,6 @@
-"""An agent of your own that the project's commands train, save, draw and compare like any other:
+"""A user-defined agent that the commands train, save, draw and compare like any other.
+
+Run it with:
 
 cd examples && python -m grip_env.train --algo own_agent:Matcher --agent.steps 150
 """
@@ -16,18 +18,18 @@ from grip_env import FrozenVLM
 
 @dataclass
 class MatcherOptions:
-    """REINFORCE on a score for how well a token matches the question's words."""
+    """Options of :class:`Matcher`, which is trained with REINFORCE."""
 
     steps: int = 150
-    """Updates."""
+    """Number of updates."""
     num_envs: int = 64
-    """Episodes per update."""
+    """Number of episodes per update."""
     learning_rate: float = 3e-3
-    """Of Adam."""
+    """Learning rate of Adam."""
 
 
 class Matcher(torch.nn.Module):
-    """Scores a token by how well it matches the best-matching word of the question."""
+    """Policy that scores each token by its best match among the words of the question."""
 
     Options = MatcherOptions
 
@@ -66,6 +68,6 @@ class Matcher(torch.nn.Module):
 
     @classmethod
     def load(cls, folder: Path, vlm: FrozenVLM) -> "Matcher":
-        agent = cls(Setting(vlm, None, None), MatcherOptions())  # type: ignore[arg-type] # neither is needed to choose
+        agent = cls(Setting(vlm, None, None), MatcherOptions())  # type: ignore[arg-type] # not needed to choose tokens
         agent.load_state_dict(torch.load(folder / "matcher.pt", weights_only=True))
         return agent

@@ -1,4 +1,4 @@
-"""A policy of your own, trained with REINFORCE through the environment and compared with the baselines.
+"""A user-defined policy, trained with REINFORCE and compared with the baselines.
 
 Run with ``python examples/own_policy.py [steps]`` (default 150, about two minutes on two CPU cores).
 """
@@ -14,7 +14,7 @@ from grip_env import compare
 
 
 class Matcher(torch.nn.Module):
-    """Scores a token by how well it matches the best-matching word of the question."""
+    """Policy that scores each token by its best match among the words of the question."""
 
     def __init__(self, width):
         super().__init__()
@@ -24,7 +24,7 @@ class Matcher(torch.nn.Module):
         match = self.token(torch.as_tensor(seen["tokens"])) @ self.word(torch.as_tensor(seen["question"])).mT
         return match.masked_fill(torch.as_tensor(seen["question_mask"])[..., None, :] == 0, -30).logsumexp(-1)
 
-    def select(self, seen):  # all that grip_env asks of a policy: a bool mask over the tokens
+    def select(self, seen):  # the whole interface of a policy: return a bool mask over the tokens
         return keep_best(self(seen).detach().numpy(), seen)
 
 

@@ -1,6 +1,6 @@
-"""PPO in a single file, in the manner of CleanRL: everything from the options to the update, read top to bottom.
+"""PPO in a single file, in the style of CleanRL.
 
-It picks visual tokens one by one (``GRIP/SequentialSelection-v0``); tokens that are taken are masked out of the policy.
+The agent picks visual tokens one by one (``GRIP/SequentialSelection-v0``); the policy masks tokens already taken.
 Run with ``python examples/ppo_single_file.py`` (a few minutes on two CPU cores); ``--help`` lists the options.
 
 Schulman et al., "Proximal policy optimization algorithms", 2017; Huang et al., "CleanRL: high-quality single-file
@@ -26,45 +26,48 @@ class Args:
     """Train PPO on token-by-token selection."""
 
     seed: int = 0
-    """Of the network, the actions and the episodes."""
+    """Seed of the network, the actions and the episodes."""
     budget: float = 0.05
-    """Share of the visual tokens to keep; an episode has as many steps as tokens are kept."""
+    """Share of the visual tokens to keep; an episode has one step for each kept token."""
     iterations: int = 60
-    """Updates of the policy."""
+    """Number of policy updates."""
     num_envs: int = 64
-    """Episodes that run side by side; the frozen model scores all of them in one call."""
+    """Number of parallel environments; the frozen model scores all of them in one call."""
     num_steps: int = 14
-    """Steps in each environment between two updates."""
+    """Number of steps in each environment between two updates."""
     learning_rate: float = 2e-3
-    """Of Adam; falls linearly to 0."""
+    """Initial learning rate of Adam; falls linearly to 0."""
     gae_lambda: float = 0.95
-    """Of generalised advantage estimation; there is no discount, as rewards add up to that of the final set."""
+    """Lambda of generalised advantage estimation. There is no discount, as rewards sum to that of the final set."""
     epochs: int = 4
-    """Passes over the data of an update."""
+    """Number of passes over the data of an update."""
     minibatches: int = 4
-    """Parts of each pass."""
+    """Number of minibatches per pass."""
     clip: float = 0.2
-    """How far the ratio of new to old probability counts from 1."""
+    """Clipping range of the probability ratio around 1."""
     entropy: float = 0.002
     """Weight of the entropy bonus."""
     value: float = 0.5
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
-    """Gradients are scaled down to this norm."""
+    """Norm to which gradients are clipped."""
     examples: int = 96
-    """Validation examples of the table at the end."""
+    """Number of validation examples for the final table."""
 
 
 class Agent(nn.Module):
-    """The same network for each token, told of the others by their mean: any number of tokens, in any order."""
+    """Policy and value network, shared by all tokens.
+
+    Each token sees the others through their mean, so that any number of tokens works, in any order.
+    """
 
     def __init__(self, token_width: int, width: int = 64) -> None:
         super().__init__()
-        self.token = nn.Linear(token_width + 3, width)  # a token, where it is, and whether it is in
+        self.token = nn.Linear(token_width + 3, width)  # a token, its position, and whether it is taken
         self.word = nn.Sequential(nn.Linear(token_width, width), nn.Tanh(), nn.Linear(width, width))
         self.body = nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.actor, self.critic = nn.Linear(width, 1), nn.Linear(width, 1)
-        nn.init.zeros_(self.actor.weight)  # begins with uniformly random tokens
+        nn.init.zeros_(self.actor.weight)  # starts as a uniform policy
 
     def forward(self, obs: dict[str, torch.Tensor]) -> tuple[torch.distributions.Categorical, torch.Tensor]:
         """Return the policy over the tokens that can be taken, and the value, (B,)."""
@@ -78,7 +81,7 @@ class Agent(nn.Module):
         return torch.distributions.Categorical(logits=logits), self.critic(mean(h, real))[:, 0]
 
     def select(self, seen: dict[str, np.ndarray]) -> np.ndarray:
-        """Take the likeliest token until the budget is used: what grip_env asks of a policy, bool (N,)."""
+        """Take the likeliest token until the budget is used; return a bool mask, (N,)."""
         obs = {key: torch.as_tensor(value)[None] for key, value in seen.items()}
         obs["selected"] = torch.zeros_like(obs["token_mask"])
         for _ in range(round(float(obs["budget"] * obs["token_mask"].sum()))):
@@ -88,7 +91,7 @@ class Agent(nn.Module):
 
 
 def mean(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the rows of x, (B, M, W), that a mask (B, M) is True for; 0 for none: (B, W)."""
+    """Return the mean, (B, W), of the rows of x, (B, M, W), where a mask is True; 0 if none."""
     return (x * which[..., None]).sum(1) / which.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -112,7 +115,7 @@ started = time.time()
 for iteration in range(args.iterations):
     optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.iterations)
 
-    # act; an environment whose episode has ended goes on with the next one in the same step
+    # rollout; an environment whose episode has ended starts the next one in the same step
     ended = []
     for step in range(args.num_steps):
         for key, part in seen.items():
@@ -139,7 +142,7 @@ for iteration in range(args.iterations):
         advantages[step] = carried = delta + args.gae_lambda * (1 - over) * carried
     returns = advantages + values
 
-    # learn
+    # update
     flat = {key: part.flatten(0, 1) for key, part in obs.items()}  # (T * B, ...)
     for _ in range(args.epochs):
         for rows in torch.randperm(actions.numel()).chunk(args.minibatches):

@@ -1,4 +1,4 @@
-"""One episode: look at a scene, keep a tenth of its visual tokens, see what the model still understands.
+"""One episode of token selection: keep a tenth of a scene's visual tokens.
 
 Run with ``python examples/quickstart.py``; it writes ``quickstart.png``.
 """
@@ -13,7 +13,7 @@ observation, info = env.reset(seed=3)
 print(f"question: {env.unwrapped.example.question}")
 print(f"the agent sees {len(observation['tokens'])} visual tokens and may keep {info['k']} of them")
 
-# Any number per token will do as an action: the k highest are kept. Here: how strongly each token stands out.
+# An action is one score per token; the k highest are kept. Here: how strongly each token stands out.
 tokens = observation["tokens"]
 action = ((tokens - tokens.mean(0)) ** 2).sum(1)
 action = 2 * (action - action.min()) / (action.max() - action.min()) - 1

@@ -1,15 +1,17 @@
-"""Reinforcement learning on visual-token pruning: Gymnasium environments around a frozen VLM.
+"""Gymnasium environments for learning to prune the visual tokens of a frozen VLM.
 
-Importing this package registers the environments ``GRIP/...-v0``. What is heavier than Gymnasium loads when used.
+Importing this package registers the environments ``GRIP/...-v0``. Anything heavier than Gymnasium is imported only
+when it is used.
 
-The rooms, in the order in which data pass through them; none imports from one behind it:
+The subpackages, in the order in which data pass through them; none imports from a later one:
 
-- ``common``: files that appear whole, signals, checks;
-- ``tasks``: images with questions and answers; ``vlms``: the frozen models; ``pretraining``: how the embedded one came
-  about;
-- ``rewards``: what a selection is worth; ``exact``: every selection of small instances; ``envs``: the environments;
+- ``common``: atomic file writes, signals, checks;
+- ``tasks``: images with questions and answers; ``vlms``: the frozen models; ``pretraining``: training of the embedded
+  model;
+- ``rewards``: the value of a selection; ``exact``: every selection of small instances; ``envs``: the environments;
 - ``run_folder``: the folder of a run; then the package ``agents``;
-- ``reports``: agents and methods compared; ``cli``, ``bench`` and the commands, ``python -m grip_env.train`` and so on.
+- ``reports``: comparisons of agents and methods; ``cli``, ``bench`` and the commands, such as
+  ``python -m grip_env.train``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("grip_env.") for word in sys.orig_argv):
-    # python -m grip_env.COMMAND imports this package first: Ctrl-C is dealt with from here on
+    # python -m grip_env.COMMAND imports this package first, so Ctrl-C is handled from here on
     from grip_env.common.stopping import quit_while_starting
 
     quit_while_starting()
@@ -146,12 +148,12 @@ __getattr__, __dir__ = public_names(__name__, _HOMES)
 
 for _name, _module, _class, _preset in (
     ("TokenSelection", "selection", "TokenSelection", {}),
-    ("TokenScores", "selection", "TokenSelection", {"action_mode": "scores"}),  # for what is told nothing but an id
+    ("TokenScores", "selection", "TokenSelection", {"action_mode": "scores"}),  # for tools that are given only an id
     ("SequentialSelection", "sequential", "SequentialSelection", {}),
     ("ProgressivePruning", "progressive", "ProgressivePruning", {}),
     ("SmallSelection", "small", "SmallSelection", {}),
 ):
-    if f"GRIP/{_name}-v0" not in gymnasium.registry:  # a reload would warn
+    if f"GRIP/{_name}-v0" not in gymnasium.registry:  # registering again on a reload would warn
         gymnasium.register(
             f"GRIP/{_name}-v0",
             f"grip_env.envs.{_module}:{_class}Env",

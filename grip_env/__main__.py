@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 COMMANDS = {
-    "train": "train an agent, and compare it with the baselines",
+    "train": "train an agent and compare it with the baselines",
     "evaluate": "compare trained agents and other methods",
     "answer": "ask one question about one image, with few visual tokens and with all",
-    "probe": "mislead a trained agent: does it look for evidence?",
-    "landscape": "how hard the choice is, exactly, on small instances",
-    "benchmark": "train with several seeds and check what the project promises",
-    "benchmark speed": "what the environments cost beside the model they call",
-    "benchmark latency": "time, memory and FLOPs of pruning at LLaVA-1.5's shapes",
+    "probe": "mislead a trained agent to test whether it looks for evidence",
+    "landscape": "measure how hard selection is on small instances, by scoring every one",
+    "benchmark": "train with several seeds and check the claims of the README",
+    "benchmark speed": "measure the time of the environments against that of the model",
+    "benchmark latency": "measure time, memory and FLOPs of pruning at LLaVA-1.5's shapes",
     "pretrain_vlm": "train the embedded vision-language model from scratch",
 }
-"""What each command does, in the order in which one needs them."""
+"""Purpose of each command, in the usual order of use."""
 
 
 def main() -> None:

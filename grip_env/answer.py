@@ -1,4 +1,4 @@
-"""Ask one question about one image: ``python -m grip_env.answer --image P --question Q``."""
+"""Answer a question about an image: ``python -m grip_env.answer --image P --question Q``."""
 
 from __future__ import annotations
 
@@ -37,34 +37,33 @@ STAGES = ("encode", "select", "prefill", "decode")
 
 @dataclass
 class _Asked:
-    """What this command alone asks."""
+    """Options of this command alone."""
 
     image: Path = tyro.MISSING
-    """An image file."""
+    """Image file."""
     question: str = tyro.MISSING
-    """The question."""
+    """Question about the image."""
     run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of a run, as train printed it; the agent that comes with the package if not given."""
+    """Folder of a run, as printed by train; by default, the agent that comes with the package is used."""
     algo: str = ""
-    """The class of your own that the agent was trained with, as package.module:Class: no code that a run's file names
-    is imported unless you name it here as well."""
+    """Your own class that the agent was trained with, as package.module:Class; it is only imported if named here."""
     budget: float = 0.1
-    """Share of the visual tokens to look at, in (0, 1]."""
+    """Share of the visual tokens to keep, in (0, 1]."""
     max_new_tokens: int = 16
-    """Most tokens of an answer."""
+    """Maximum number of tokens in an answer."""
     out: Path = Path()
-    """Folder for answer.png, the picture of what was kept."""
+    """Folder for answer.png, a picture of the kept tokens."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
 
 
 @dataclass
 class Config(ModelConfig, _Asked):  # fields of the last base come first
-    """Answer a question about an image from a share of its visual tokens, and from all of them beside it."""
+    """Answer a question from a share of an image's visual tokens and, to compare, from all."""
 
 
 def table(pruned: Answer, dense: Answer) -> str:
-    """Return both answers, their likelihoods and times, as a text table."""
+    """Return a text table of both answers with their likelihoods and times."""
 
     def likelihood(one: Answer) -> str:
         return "-" if math.isnan(one.log_likelihood) else f"{math.exp(one.log_likelihood):.3f}"
@@ -81,14 +80,14 @@ def table(pruned: Answer, dense: Answer) -> str:
 
 
 def plain(one: Answer) -> dict[str, Any]:
-    """Return an answer as JSON has it."""
+    """Return an answer as a dictionary that JSON can store."""
     likelihood = None if math.isnan(one.log_likelihood) else one.log_likelihood
     kept = np.flatnonzero(one.kept).tolist()
     return {"text": one.text, "log_likelihood": likelihood, "kept": kept, "of": len(one.kept), "seconds": one.seconds}
 
 
 def answer(config: Config) -> tuple[Answer, Answer]:
-    """Answer from the kept tokens and from all, print both, and draw what was kept.
+    """Answer from the kept tokens and from all, print both answers, and draw the kept tokens.
 
     Raises:
         CommandError: If an option is wrong, or the image, the model or the agent cannot be read.
@@ -117,7 +116,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     say_unfinished(config.run)
     try:
         pruner: Pruner = Pruner(vlm, load_agent(vlm, config.vlm, config.run, config.algo or None))
-        for budget in (config.budget, 1.0):  # what runs for the first time is slower than it will ever be again
+        for budget in (config.budget, 1.0):  # warm up: the first call is slower than later ones
             pruner(image, config.question, budget, 1)
         pruned, dense = (
             pruner(image, config.question, budget, config.max_new_tokens) for budget in (config.budget, 1.0)
@@ -126,7 +125,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
         raise CommandError(str(error)) from None
     print(table(pruned, dense))
     if vlm.cache is not None:
-        print(f"{vlm.cache.describe()}; so encode is the time to read it")
+        print(f"{vlm.cache.describe()}; so encode is the time to read from it")
     from grip_env.envs.core.rendering import draw_selection
 
     lines = [config.question, f'"{pruned.text}" from {int(pruned.kept.sum())} tokens', f'"{dense.text}" from all']

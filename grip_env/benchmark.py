@@ -1,7 +1,7 @@
-"""Train with several seeds and measure what the project promises: ``python -m grip_env.benchmark``.
+"""Benchmark of the default agent over several seeds: ``python -m grip_env.benchmark``.
 
-``python -m grip_env.benchmark latency`` measures what pruning saves instead (see :mod:`grip_env.bench.latency`), and
-``python -m grip_env.benchmark speed`` what the environments cost (see :mod:`grip_env.bench.speed`).
+``python -m grip_env.benchmark latency`` measures what pruning saves (see :mod:`grip_env.bench.latency`), and
+``python -m grip_env.benchmark speed`` the time of the environments (see :mod:`grip_env.bench.speed`).
 """
 
 from __future__ import annotations
@@ -32,29 +32,35 @@ RIVALS = ("uniform grid", "CLS attention", "max-min diversity")
 
 @dataclass
 class Config:
-    """Train the default agent with several seeds, print means over them, and check each promise.
+    """Train the default agent with several seeds and check the claims of the README.
 
-    Runs that have finished are not repeated, so that an interrupted benchmark goes on where it was; one that has not
-    finished is removed and started again. `python -m grip_env.benchmark latency` measures speed and memory of pruning
-    instead, and `python -m grip_env.benchmark speed` those of the environments; both train nothing: see their --help.
+    Means over the seeds are printed. Finished runs are not repeated, so an interrupted benchmark can be resumed; an
+    unfinished run is removed and started again. Two other benchmarks train nothing (see their --help):
+    `python -m grip_env.benchmark latency` measures time and memory of pruning, and `python -m grip_env.benchmark speed`
+    those of the environments.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to train with."""
     runs: Path = Path("runs")
-    """Where the runs ``benchmark-seed0``, ... are kept."""
+    """Folder for the runs ``benchmark-seed0``, ``benchmark-seed1``, ..."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     examples: int = 1440
-    """Test examples the means are over."""
+    """Number of test examples that the means are taken over."""
     drawing: bool = True
-    """Also compare the time to draw an example with the time to score it."""
+    """Also compare the time to draw an example's picture with the time to score it."""
     extra: tuple[str, ...] = field(default_factory=tuple)
-    """Options of grip_env.train for every run, as in --extra=--grpo.steps=100."""
+    """Options passed to grip_env.train in every run, as in --extra=--grpo.steps=100."""
 
 
 def summary(reports: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
-    """Return {method: {budget: {"log_likelihood" | "accuracy" | "gap": (mean, standard deviation over seeds)}}}."""
+    """Return means and standard deviations over seeds for each method and budget.
+
+    Returns:
+        {method: {budget: {"log_likelihood" | "accuracy" | "gap": (mean, standard deviation)}}}; "gap" is the share
+        of the gap from random to oracle that the method closes.
+    """
     table: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for method, row in reports[0]["cells"].items():
         table[method] = {}
@@ -74,9 +80,9 @@ def summary(reports: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, tupl
 
 
 def paired(reports: list[dict[str, Any]], method: str, rival: str, budget: str) -> tuple[float, float]:
-    """Return by how many nats ``method`` beats ``rival``, and the half width of the 95% interval.
+    """Return by how many nats ``method`` beats ``rival``, with the 95% interval's half width.
 
-    The interval is over examples: both methods answer the same ones, so that what makes an example hard cancels out.
+    The interval is over examples. Both methods answer the same examples, so their difficulty cancels out.
     """
     keys = (f"{name}@{float(budget)}" for name in (method, rival))
     margin = Margin.of(*(np.stack([report["single"][key] for report in reports]) for key in keys))
@@ -84,7 +90,15 @@ def paired(reports: list[dict[str, Any]], method: str, rival: str, budget: str) 
 
 
 def promises(reports: list[dict[str, Any]], ratio: float) -> list[tuple[str, bool]]:
-    """Check what the README says of the default agent; returns (statement with numbers, whether it holds)."""
+    """Check the README's claims about the default agent.
+
+    Args:
+        reports: One report for each seed, from :func:`run_seed`.
+        ratio: Time of GRPO steps over the time of the scoring inside them.
+
+    Returns:
+        For each claim, (statement with numbers, whether it holds).
+    """
     from grip_env.reports.comparison import AGENT, WARMUP
 
     table, checks = summary(reports), []
@@ -107,13 +121,14 @@ def promises(reports: list[dict[str, Any]], ratio: float) -> list[tuple[str, boo
 
 
 def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
-    """Train with one seed and compare, or read what an earlier call left.
+    """Train with one seed and compare, or read the results of an earlier call.
 
     Returns:
-        The report, with the log-likelihoods of single examples as "single", and the minutes the training took (if any).
+        The report, with the log-likelihoods of single examples as "single", and the minutes that training took, or
+        ``None`` if the run existed already.
 
     Raises:
-        CommandError: If the runs were made with other settings.
+        CommandError: If a run was made with other settings, or ``extra`` gives --data.
     """
     from grip_env import evaluate, train
     from grip_env.reports.saved_runs import load_run
@@ -133,7 +148,7 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
         print(f"{folder} has not finished: starting it again")
         shutil.rmtree(folder)
     if folder.is_dir():
-        # runs made before an option was there have its default
+        # an option that is newer than the run has its default value
         saved = train.saved_config(train.parse([])) | load_run(folder).config
         wanted = json.loads(json.dumps(train.saved_config(options), default=str))
         other = sorted(
@@ -155,10 +170,10 @@ def run_seed(config: Config, seed: int) -> tuple[dict[str, Any], float | None]:
 
 
 def drawing_speed(batches: int = 5, size: int = 48) -> tuple[float, float, float]:
-    """Return milliseconds per example to draw its picture, to make all of it, and to score it.
+    """Return milliseconds to draw an example's picture, to make the example, and to score it.
 
-    Making includes choosing scene, question and relevance; scoring includes the vision encoder. Medians over batches,
-    each kind of work in a stretch of its own: PyTorch's threads go on spinning for a while after they have worked.
+    Making includes choosing scene, question and relevance; scoring includes the vision encoder. The times are medians
+    over batches. Each kind of work runs separately, because PyTorch's threads keep spinning for a while after work.
     """
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
@@ -195,7 +210,7 @@ def main() -> None:
         from grip_env.bench import speed
 
         return speed.main(sys.argv[2:])
-    with interruptible("interrupted; the same command goes on after the runs that have finished."):
+    with interruptible("interrupted; run the same command again to continue after the finished runs."):
         _run(parsed(Config, "python -m grip_env.benchmark"))
 
 
@@ -228,11 +243,11 @@ def _run(config: Config) -> None:
     print()
     print_result({"table": table, "verdicts": print_verdicts(promises(reports, spent / scoring))})
     if minutes:
-        print(f"minutes per run, its own report included: {', '.join(f'{value:.1f}' for value in minutes)}")
+        print(f"minutes per run, including its report: {', '.join(f'{value:.1f}' for value in minutes)}")
     if config.drawing:
         draw, make, score = drawing_speed()
         print(f"scoring an example takes {score:.2f} ms: {score / draw:.1f}x the time to draw its picture, ", end="")
-        print(f"{score / make:.1f}x the time to make all of it")
+        print(f"{score / make:.1f}x the time to make the example")
 
 
 if __name__ == "__main__":

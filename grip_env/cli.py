@@ -1,4 +1,4 @@
-"""What the commands share: options, checks before the work starts, loading, and how a command ends."""
+"""Shared parts of the commands: option parsing, early checks, loading, and exit behaviour."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ __all__ = [
 
 
 def check_agents_package() -> None:
-    """Stop with advice when the importable package ``agents`` is not the one that came with grip_env.
+    """Stop with advice if another package or module ``agents`` hides that of grip_env.
 
-    A file ``agents.py`` or a folder ``agents`` of the user's own may come first where Python looks for modules, and
-    other distributions (openai-agents is one) install a package of that name over ours.
+    A user's file ``agents.py`` or folder ``agents`` may come first on Python's search path, and other distributions
+    (such as openai-agents) install a package of the same name over ours.
     """
     ours = Path(__file__).parent.parent / "agents"
     spec = importlib.util.find_spec("agents")
@@ -77,8 +77,8 @@ def check_agents_package() -> None:
     said = f"the {what} 'agents' at {theirs}"
     if installed:
         raise CommandError(
-            f"{said} of the distribution {' and '.join(installed)} shadows the package of grip_env. Use an environment "
-            f"of its own for grip-env, or `pip uninstall {' '.join(installed)}` and reinstall grip-env."
+            f"{said} of the distribution {' and '.join(installed)} shadows the package of grip_env. Use a separate "
+            f"environment for grip-env, or `pip uninstall {' '.join(installed)}` and reinstall grip-env."
         )
     remedy = f"rename {theirs}"
     if theirs.parent.resolve() == Path.cwd():
@@ -91,13 +91,13 @@ def check_agents_package() -> None:
 
 
 def _belongs(path: Path, distribution: str) -> bool:
-    """Return whether a distribution says that it installed ``path``, a module or a package."""
+    """Return whether a distribution installed ``path``, a module or a package."""
     try:
         files = metadata.files(distribution)
     except metadata.PackageNotFoundError:
         return False
     listed = {Path(str(file.locate())).resolve() for file in files or ()}
-    if not listed:  # it keeps no list: then by where it lies
+    if not listed:  # no list of files: decide by its location
         return path.parent.resolve() == Path(str(metadata.distribution(distribution).locate_file(""))).resolve()
     return any(path.resolve() in (file, *file.parents) for file in listed)
 
@@ -105,8 +105,8 @@ def _belongs(path: Path, distribution: str) -> bool:
 _T = TypeVar("_T")
 
 EVERYWHERE = (
-    "Every command also takes --quiet (print nothing but errors), --json (print the result as one JSON object; what is "
-    "for people goes to standard error) and --version."
+    "Every command also takes --quiet (print only errors), --json (print the result as one JSON object, and everything "
+    "else on standard error) and --version."
 )
 
 
@@ -117,18 +117,18 @@ def parsed(
     lists: Sequence[str] = (),
     description: str | None = None,
 ) -> _T:
-    """Return what command-line arguments say, the same way for every command.
+    """Parse the command-line arguments of a command.
 
-    ``--version`` prints the versions that results depend on; ``--quiet`` and ``--json`` decide what is printed, see
-    :func:`~grip_env.common.output.choose_output`. An option that is true or false may be followed by that
-    word, as in ``--progress false``; options with several values take them with spaces or commas between them.
+    ``--version`` prints the versions that results depend on. ``--quiet`` and ``--json`` decide what is printed, see
+    :func:`~grip_env.common.output.choose_output`. A boolean option may be followed by its value, as in
+    ``--progress false``. The values of an option that takes several are separated by spaces or commas.
 
     Args:
         config: A dataclass with a docstring, whose fields become options.
-        prog: What the command is called.
-        arguments: Those after it; the program's own by default.
-        lists: Names of text options with commas in them, which may be given with spaces as well.
-        description: What the help begins with; the dataclass's docstring by default.
+        prog: Name of the command.
+        arguments: Arguments to parse; by default, the command line's.
+        lists: Names of text options whose comma-separated values may be separated by spaces as well.
+        description: Beginning of the help; by default, the dataclass's docstring.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
@@ -145,29 +145,29 @@ def parsed(
 
 
 def check_at_least(least: int, **options: int) -> None:
-    """Stop with one line unless each option, given by its field's name, is at least ``least``."""
+    """Stop with an error if an option, given by its field's name, is below ``least``."""
     for name, value in options.items():
         if value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
 
 
 def check_out(path: Path | None) -> None:
-    """Stop with one line unless files can be written in the folder of ``--out``, which need not be there yet."""
+    """Stop with an error if the folder of ``--out``, which may not exist yet, is not writable."""
     if path is None:
         return
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        reason = "cannot be written to" if there.is_dir() else "is no folder"
+        reason = "cannot be written to" if there.is_dir() else "is not a folder"
         raise CommandError(f"--out {path}: {there} {reason}; choose another folder")
 
 
 def give_numbers(config: Any, numbers: dict[str, Any], name: str) -> None:
-    """Give all numbers of a command to programs: with ``--json``, and as a file in ``--out``.
+    """Output all numbers of a command: as JSON with ``--json``, and as a file in ``--out``.
 
     Args:
         config: The command's options, a dataclass with ``out``; they and the versions come first.
-        numbers: What was measured.
-        name: Of the file.
+        numbers: The measurements.
+        name: Name of the file.
     """
     content, out = {"config": asdict(config), "versions": versions(), **numbers}, config.out
     print_result(content)
@@ -179,10 +179,9 @@ def give_numbers(config: Any, numbers: dict[str, Any], name: str) -> None:
 
 
 def print_verdicts(checked: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Print a line for each statement, and whether it holds; the command ends with exit code 1 where one does not.
+    """Print each statement with its verdict, and return both for JSON.
 
-    Returns:
-        The same for JSON.
+    If a statement does not hold, the command ends with exit code 1.
     """
     for text, holds in checked:
         print(("holds   " if holds else "MISSED  ") + text)
@@ -192,18 +191,18 @@ def print_verdicts(checked: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
 
 
 _missed: list[str] = []
-"""Statements of the command that runs which do not hold."""
+"""Statements of the running command that do not hold."""
 
 _written: list[Path] = []
-"""What the command that runs has written so far, outside a run's folder."""
+"""Files that the running command has written so far, outside a run's folder."""
 
 
 @contextlib.contextmanager
 def writing(*paths: Path) -> Iterator[None]:
-    """Let signals wait while a command writes its files, and say in one line if it cannot.
+    """Defer signals while a command writes its files, and stop with an error if it cannot.
 
     Args:
-        paths: What is written; an interrupt that comes later tells of them.
+        paths: The files; the message of a later interrupt lists them.
     """
     with stopping.held():
         try:
@@ -217,18 +216,18 @@ def writing(*paths: Path) -> Iterator[None]:
 
 
 def note_written(*paths: Path) -> None:
-    """Remember what a command has written, for what an interrupt says."""
+    """Remember files that the command has written, for the message of an interrupt."""
     _written.extend(paths)
 
 
 @contextlib.contextmanager
 def interruptible(said: str) -> Iterator[None]:
-    """End a command that Ctrl-C, SIGTERM or SIGHUP stops with the shell's code for it, and say where that leaves one.
+    """Handle Ctrl-C, SIGTERM and SIGHUP: print a message and exit with the shell's code.
 
-    One whose output nobody reads any more, as before ``| head``, ends as quietly as other programs do.
+    If the output is no longer read, as with ``| head``, the command ends quietly, as other programs do.
 
     Args:
-        said: The line printed if it had written nothing.
+        said: The message if nothing has been written.
     """
     stopping.begin()
     _written.clear()
@@ -264,7 +263,7 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def say_unfinished(agent: Path | None) -> None:
-    """Say on standard error that the training of an agent, given by its folder, has not finished, if so."""
+    """Print a note on standard error if the training of the agent in this folder is unfinished."""
     described = None if agent is None else unfinished(Path(agent))
     if described is not None:
         say(f"note: {described}", error=True)
@@ -324,13 +323,13 @@ def load_model_and_task(
     splits: Sequence[str] = (),
     progress: bool = True,
 ) -> tuple[HuggingFaceVLM, Task]:
-    """Return the frozen model and the task of these names, or stop and say what is wrong.
+    """Load the frozen model and the task, or stop with an error.
 
     Args:
-        model: Which model.
-        task: Name of the task, of no meaning with ``data``.
-        data: The user's own data. They are checked before the model is loaded.
-        skip_bad: Leave out rows with faults, and say so on standard error.
+        model: Options of the model.
+        task: Name of the task, ignored if there is ``data``.
+        data: The user's own data, which are checked before the model is loaded.
+        skip_bad: Leave out faulty rows, and list them on standard error.
         splits: Splits that must have examples.
         progress: Show progress bars.
     """
@@ -370,21 +369,19 @@ def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
         if not task.size(split):
             raise CommandError(
                 f"the {split} split has no examples: {task.describe()}. The contents of an image decide its split: "
-                f'add images, or choose for each row, with the key "split"'
+                f'add images, or set the split of each row with the key "split"'
                 + (", or pass --examples 0" if split == "test" and "train" in splits else "")
             )
 
 
 def check_name(name: str) -> None:
-    """Stop with one line unless ``--name`` can be the name of a folder, and be given to other commands."""
+    """Stop with an error if ``--name`` cannot name a folder or be passed to other commands."""
     if Path(name).name != name or name in (".", ".."):
-        raise CommandError(f"--name is the name of a folder in --runs, without '/' in it; got {_short(name)}")
+        raise CommandError(f"--name is the name of a folder in --runs, without '/'; got {_short(name)}")
     if not name.isprintable() or name.startswith("-"):
-        raise CommandError(f"--name has printable letters, and no '-' in front; got {_short(name)}")
+        raise CommandError(f"--name must have printable characters only and not begin with '-'; got {_short(name)}")
     if len(os.fsencode(name)) > 255:
-        raise CommandError(
-            f"--name must have at most 255 bytes; got {len(os.fsencode(name))}, which begin with {_short(name)}"
-        )
+        raise CommandError(f"--name must have at most 255 bytes; got {len(os.fsencode(name))}: {_short(name)}")
 
 
 def _short(text: str) -> str:
@@ -392,7 +389,7 @@ def _short(text: str) -> str:
 
 
 def find_algorithm(name: str) -> type[Agent]:
-    """Return the algorithm of this name, or stop with one line."""
+    """Return the algorithm of this name, or stop with an error."""
     check_agents_package()
     from agents.agent import find_algorithm
 

@@ -1,4 +1,4 @@
-"""Compare trained agents and other methods: ``python -m grip_env.evaluate runs/NAME --policies a,b,c``."""
+"""Compare trained agents with other methods: ``python -m grip_env.evaluate runs/NAME``."""
 
 from __future__ import annotations
 
@@ -41,42 +41,43 @@ __all__ = ["Config", "evaluate", "main", "report"]
 
 @dataclass
 class Config:
-    """Print the comparison tables of trained agents and other methods, and draw their curves and a gallery.
+    """Compare trained agents with other methods in tables, curves and a gallery.
 
-    One run is compared with the baselines and its own warm-up. Of several runs, those that differ by their seed alone
-    stand in one row, with means over the seeds and standard deviations; the first run's row is held against all others.
+    A single run is compared with the baselines and its own warm-up. With several runs, runs that differ only in their
+    seed share one row, with means and standard deviations over the seeds; the first run's row is compared with all
+    others.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders of runs, as train printed them; none compares the --policies alone."""
+    """Folders of runs, as printed by train; without any, only the --policies are compared."""
     policies: str = ""
-    """What to compare with, separated by commas, instead of the usual baselines. Pruners: random, uniform-grid, norm,
+    """Methods to compare with instead of the usual baselines, separated by commas. Pruners: random, uniform-grid, norm,
     cls-attention, received-attention, vispruner, divprune, cdpruner, fastv-score, sparsevlm-score, dart-score. Other
     tokens: visionzip, downsampled. Inside the language model: fastv, fastv-kept, pyramiddrop, pyramiddrop-kept. With
-    the answer: oracle, random-search, greedy-forward, greedy-backward, swap-search, cross-entropy. Or a policy of your
-    own, as package.module:Class."""
+    the answer: oracle, random-search, greedy-forward, greedy-backward, swap-search, cross-entropy. Or your
+    own policy, as package.module:Class."""
     split: Literal["test", "validation", "train"] = "test"
     """Examples to compare on; use validation while you tune."""
     examples: int = 480
-    """How many examples."""
+    """Number of examples."""
     budgets: tuple[float, ...] = BUDGETS
     """Shares of the visual tokens to keep."""
     algo: str = ""
-    """Classes of your own that the runs were trained with, as package.module:Class, separated by commas: no code that a
-    run's file names is imported unless you name it here as well."""
+    """Your own classes that the runs were trained with, as package.module:Class, separated by commas. Code named in a
+    run's files is only imported if you name it here as well."""
     data: Path | None = None
-    """Your own images and questions to compare on; those the run was trained on, if any, when not given."""
+    """Your own images and questions to compare on; by default, those the run was trained on, if any."""
     skip_bad: bool = False
-    """Leave out rows of the data with faults, and list them; runs trained with --skip-bad do so anyway."""
+    """Leave out faulty rows of the data, and list them; runs trained with --skip-bad do so anyway."""
     vlm: str = ""
-    """The frozen model, where no run says which: "tiny", if not given, or a folder with a saved model."""
+    """The frozen model if no runs are given: "tiny" (the default) or a folder with a saved model."""
     out: Path | None = None
-    """Where tables (report.*), pareto.png and kept_tokens.png go; RUN/SPLIT-EXAMPLES if not given, and for several runs
-    or none comparison-SPLIT-EXAMPLES beside the first."""
+    """Folder for the tables (report.*), pareto.png and kept_tokens.png. By default, RUN/SPLIT-EXAMPLES for one run;
+    for several, comparison-SPLIT-EXAMPLES beside the first; for none, the same in the folder runs."""
     device: str = "auto"
-    """Where the model runs: "cpu", "cuda", "cuda:1", "mps", ...; auto takes a CUDA device if there is one."""
+    """Device for the model: "cpu", "cuda", "cuda:1", "mps", ...; "auto" takes a CUDA device if there is one."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show progress bars."""
 
@@ -97,17 +98,17 @@ def report(
     """Compare a run's agent, print the tables, and write tables and pictures.
 
     Args:
-        run: The run's folder, whose warm-up is compared with, if there is one.
+        run: The run's folder; its warm-up, if there is one, is included in the comparison.
         vlm: The frozen model.
-        task: Where the examples come from.
-        agent: What was trained.
-        split: Examples to compare on.
-        examples: How many.
-        out: Where to write; the run's folder by default.
-        policies: What to compare with, see :class:`Config`.
-        budgets: Shares of the tokens.
+        task: The task that the examples come from.
+        agent: The trained agent.
+        split: Split of the examples.
+        examples: Number of examples.
+        out: Folder to write to; by default, the run's.
+        policies: Methods to compare with, see :class:`Config`.
+        budgets: Shares of the tokens to keep.
         progress: Show a progress bar.
-        algorithm: The class of the user's own that the run may load its warm-up with; see :class:`Config`.
+        algorithm: User-defined class, if any, that the run's warm-up may be loaded with; see ``Config.algo``.
     """
     methods, notes = named_methods(policies, vlm, task, split)
     if folder_on_disk(run / "warmup").is_dir():
@@ -123,10 +124,13 @@ def report(
 
 
 def named_methods(policies: str, vlm: HuggingFaceVLM, task: Task, split: str) -> tuple[dict[str, Runnable], list[str]]:
-    """Return the methods that a text names, by their names in tables, and why others were left out.
+    """Return the methods named in ``policies``, and notes on usual methods that were left out.
+
+    Returns:
+        Methods by their names in tables, and a reason for each method that cannot run here.
 
     Raises:
-        CommandError: If there is none of a name, or one that was asked for cannot run here.
+        CommandError: If a name is unknown, or a method that was asked for cannot run here.
     """
     from agents.methods import find_method
 
@@ -149,13 +153,13 @@ def named_methods(policies: str, vlm: HuggingFaceVLM, task: Task, split: str) ->
             found[one.title] = one.run
         elif policies:
             raise CommandError(f"--policies {name}: {refusal}; leave it out")
-        elif "ground truth" not in one.needs:  # that nobody knows the truth about one's own images needs no words
+        elif "ground truth" not in one.needs:  # missing ground truth needs no note
             notes.append(refusal)
     return found, notes
 
 
 def _own_policy(name: str) -> Runnable:
-    """Return a user's own policy, made without arguments."""
+    """Return a user-defined policy, constructed without arguments."""
     import pkgutil
 
     from agents.agent import as_selector
@@ -165,21 +169,24 @@ def _own_policy(name: str) -> Runnable:
             return as_selector(pkgutil.resolve_name(name)())
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise CommandError(
-            f"--policies {name}: {error}; give package.module:Class, importable from here and made without arguments"
+            f"--policies {name}: {error}; give package.module:Class, importable from here and without arguments"
         ) from None
 
 
 def _try(name: str, policy: Runnable, vlm: HuggingFaceVLM, first: Encoded) -> None:
-    """Let a policy of a user choose once, or stop with one line: later it would cost what was computed until then."""
+    """Run a user-defined policy on one example, or stop with an error.
+
+    A failure in the middle of a comparison would lose the results so far.
+    """
     import torch
 
     from agents.methods import run_method
 
     try:
-        one = torch.ones_like(first.lengths)  # on the model's device, as everything that a policy is given
+        one = torch.ones_like(first.lengths)  # on the model's device, as all inputs of a policy
         chosen = run_method(policy, vlm, first, one, torch.Generator())
         vlm.score(first, chosen[:, None])  # type: ignore[index]
-    except Exception as error:  # whatever it is, it is the policy's
+    except Exception as error:  # any error here is the policy's
         raise CommandError(
             f"--policies {name} fails on the first example with one token to keep: {type(error).__name__}: {error}"
         ) from None
@@ -194,16 +201,16 @@ def print_and_draw(
     main: str | None,
     first: str = AGENT,
 ) -> None:
-    """Print the tables, and write tables and pictures into ``out``.
+    """Print the tables, and write tables and pictures to the folder ``out``.
 
     Args:
-        comparison: The numbers.
-        out: A folder.
+        comparison: The results.
+        out: The folder.
         vlm: The frozen model.
-        task: Where the examples come from.
-        shown: Whose selections the gallery shows.
-        main: Which method is held against the others; ``None`` leaves that table out.
-        first: Which method stands out in the curves where ``main`` is ``None``.
+        task: The task that the examples come from.
+        shown: Selector whose selections the gallery shows; ``None`` for no gallery.
+        main: Method that a further table compares with all others; ``None`` leaves this table out.
+        first: Method highlighted in the curves if ``main`` is ``None``.
     """
     from PIL import Image
 
@@ -217,7 +224,7 @@ def print_and_draw(
         encoded = vlm.encode([task.example(split, index) for index in range(min(6, task.size(split)))])
         gallery = Image.fromarray(draw_gallery(vlm, encoded, shown))
         written.append(out / "kept_tokens.png")
-    with writing(*written):  # before anything is printed: whoever reads that may go away
+    with writing(*written):  # before printing, as the reader of the output may have gone
         draw_curve(comparison, out / "pareto.png", main or first)
         if gallery is not None:
             write_atomically(out / "kept_tokens.png", content_of(lambda file: gallery.save(file, "png")))
@@ -229,7 +236,7 @@ def print_and_draw(
 
 
 def _model_and_task(config: Config, run: Run | None) -> tuple[HuggingFaceVLM, Task]:
-    """Return the run's model, and its task unless the command names other data."""
+    """Load the run's model, and its task or the data given to the command."""
     from grip_env.tasks.files import FileTask
 
     if run is None:
@@ -251,7 +258,7 @@ def _model_and_task(config: Config, run: Run | None) -> tuple[HuggingFaceVLM, Ta
 
 
 def evaluate(config: Config) -> Comparison:
-    """Compare agents of runs with other methods, print the tables and draw the pictures.
+    """Compare the agents of runs with other methods, print the tables and draw the pictures.
 
     Raises:
         CommandError: If an option is wrong, or a run, its agent, its model or its data cannot be read.
@@ -275,7 +282,7 @@ def evaluate(config: Config) -> Comparison:
     if config.threads:
         torch.set_num_threads(config.threads)
     vlm, task = _model_and_task(config, runs[0] if runs else None)
-    # a folder of its own, so that a look at validation does not replace the report that training wrote
+    # a separate folder, so that evaluating on validation does not replace the report written by training
     parts = [task.name] if config.data is not None else []
     place = "-".join([*parts, config.split, str(config.examples)])
     try:
@@ -302,17 +309,17 @@ def _named(algo: str) -> list[str]:
 
 
 def _algorithm(config: Config, run: Run) -> str | None:
-    """Return the class of the user's own that a run was trained with, if --algo names it, or else ``None``."""
+    """Return the algorithm that a run was trained with if --algo names it, or else ``None``."""
     return run.config["algo"] if run.config["algo"] in _named(config.algo) else None
 
 
 def _check_algo(algo: str, runs: Sequence[Run]) -> None:
-    """Stop with one line where --algo names what no run was trained with, or leaves out what one was."""
+    """Stop with an error if --algo names an unused class or omits a user-defined one of a run."""
     known = list(dict.fromkeys(run.config["algo"] for run in runs))
     for name in _named(algo):
         if name not in known:
-            theirs = f"they were trained with {', '.join(known)}" if runs else "there is no run"
-            raise CommandError(f"--algo {name} is of no run that is compared: {theirs}")
+            theirs = f"they were trained with {', '.join(known)}" if runs else "no run is given"
+            raise CommandError(f"--algo {name} was not used by any of the runs: {theirs}")
     for run in runs:
         if ":" in run.config["algo"] and run.config["algo"] not in _named(algo):
             wanted = ",".join(name for name in known if ":" in name)
@@ -320,7 +327,7 @@ def _check_algo(algo: str, runs: Sequence[Run]) -> None:
 
 
 def _compare_runs(config: Config, runs: Sequence[Run], vlm: HuggingFaceVLM, task: Task, out: Path) -> Comparison:
-    """Compare several runs, or none, with each other and with what --policies names."""
+    """Compare several runs, or none, with each other and with the --policies."""
     for run in runs[1:]:
         for key in ("vlm", "dtype", "attn_implementation", "position_policy", "task", "data"):
             if run.config.get(key) != runs[0].config.get(key):

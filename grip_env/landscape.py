@@ -1,7 +1,7 @@
-"""How hard the choice is: local optima, interactions and gaps, exactly, on small instances.
+"""Exact reward landscape of small instances: local optima, interactions and gaps.
 
 ``python -m grip_env.landscape`` scores every selection of up to k blocks of some images (see
-:class:`grip_env.BlockVLM`) and tells how rugged the reward is and how far methods are from the optimum.
+:class:`grip_env.BlockVLM`) and reports how rugged the reward is and how far methods are from the optimum.
 """
 
 from __future__ import annotations
@@ -43,59 +43,59 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "draw", "landscape", "main", "markdown", "survey"]
 
-ORACLE_DRAWS = 64  # the oracle fills up at random
+ORACLE_DRAWS = 64  # the oracle fills up its selections at random
 
 
 @dataclass
 class _Asked:
-    """What this command alone asks."""
+    """Options of this command alone."""
 
     k: tuple[int, ...] = (4,)
-    """Numbers of blocks kept; all selections of 0 to the largest are scored."""
+    """Numbers of blocks kept; all selections of 0 blocks up to the largest number are scored."""
     rows: int = 4
-    """Rows of blocks an image is cut into."""
+    """Number of rows of blocks that an image is divided into."""
     columns: int = 4
-    """Columns of blocks."""
+    """Number of columns of blocks."""
     examples: int = 24
-    """How many instances. With the embedded model each takes some six seconds of one CPU core for k = 4, three minutes
-    for k = 8."""
+    """Number of instances. With the embedded model, each takes about six seconds of one CPU core for k = 4, and three
+    minutes for k = 8."""
     split: Literal["validation", "test", "train"] = "validation"
-    """Where they come from."""
+    """Split of the examples."""
     task: str = "scenes"
-    """The task."""
+    """Name of the task."""
     data: Path | None = None
     """Your own images and questions instead of the task."""
     skip_bad: bool = False
-    """Leave out rows of the data with faults, and list them."""
+    """Leave out faulty rows of the data, and list them."""
     reward: str = "log_likelihood"
-    """What selections are worth: the name of a reward."""
+    """Name of the reward."""
     table_cache: str = "auto"
-    """Folder where scores are kept between runs; auto: grip_env/tables in the user's cache folder; none: nowhere."""
+    """Folder for scores kept between runs; "auto" is grip_env/tables in the user's cache folder, "none" keeps none."""
     seed: int = 0
-    """Decides what the oracle fills up with."""
+    """Seed of the tokens that the oracle fills up its selections with."""
     out: Path = Path("runs/landscape")
-    """Folder for landscape.md, landscape.json and landscape.png; those of an earlier run are replaced."""
+    """Folder for landscape.md, landscape.json and landscape.png; files of an earlier run are replaced."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
 
 
 @dataclass
 class Config(ModelConfig, _Asked):  # fields of the last base come first
-    """Score every selection of up to k blocks of some images and describe the landscape of the reward."""
+    """Score every selection of up to k image blocks and describe the reward landscape."""
 
 
 # -- measured ------------------------------------------------------------------------------------------------------
 
 
 def _selectors(vlm: BlockVLM, first: Encoded) -> dict[str, Selector]:
-    """Return the baselines that the model and the task allow for, random left out."""
+    """Return the baselines that work with the model and the task, except random."""
     from agents.heuristics import BASELINES
 
-    chosen = {name: selector for name, selector in BASELINES.items() if name != "random"}  # known without drawing
+    chosen = {name: selector for name, selector in BASELINES.items() if name != "random"}  # computed from the table
     if first.relevance() is None:
-        del chosen["oracle"]  # nobody knows the truth
+        del chosen["oracle"]  # no ground truth
     try:
         vlm.attention(first)
     except NotImplementedError as error:
@@ -107,7 +107,10 @@ def _selectors(vlm: BlockVLM, first: Encoded) -> dict[str, Selector]:
 def survey(
     vlm: BlockVLM, task: Task, config: Config, reward: Reward, cache: TableCache | None, done: Callable[[int], object]
 ) -> list[Terrain]:
-    """Explore every instance at every k; ``done`` is told how many selections have been scored."""
+    """Explore every instance at every k.
+
+    ``done`` is called with the number of selections scored since its last call.
+    """
     import torch
 
     from grip_env.exact.reward_table import RewardTable
@@ -119,7 +122,7 @@ def survey(
         encoded = vlm.encode([task.example(config.split, index)])
         selectors = _selectors(vlm, encoded) if selectors is None else selectors
         if int(encoded.token_mask.sum()) <= max(config.k):
-            continue  # an image of which the model sees too small a part
+            continue  # an image with too few blocks that hold tokens
         full = vlm.score(encoded, encoded.full_selection())
         tables = []
         for size in range(max(config.k) + 1):
@@ -140,7 +143,10 @@ def survey(
 
 
 def markdown(terrains: Sequence[Terrain], blocks: int) -> str:
-    """Return two tables for each k: the landscape, and how far from the optimum methods are; by question family."""
+    """Return two tables for each k: the landscape, and the methods' gaps to the optimum.
+
+    Both are also split by question family if there are several.
+    """
     return "\n\n".join(
         _tables([terrain for terrain in terrains if terrain.k == k], k, blocks)
         for k in dict.fromkeys(terrain.k for terrain in terrains)
@@ -190,7 +196,7 @@ def _tables(terrains: Sequence[Terrain], k: int, blocks: int) -> str:
 
 
 def draw(terrains: Sequence[Terrain], blocks: int, path: Path) -> None:
-    """Draw, for each k, the sorted rewards, the numbers of local optima and the gaps of methods; write to ``path``."""
+    """Draw sorted rewards, numbers of local optima and methods' gaps for each k to ``path``."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -254,7 +260,7 @@ def draw(terrains: Sequence[Terrain], blocks: int, path: Path) -> None:
 
 
 def _check(config: Config) -> tuple[Reward, int]:
-    """Return the reward, and how many selections an instance has, or stop and say what is wrong."""
+    """Return the reward and the number of selections per instance, or stop with an error."""
     from grip_env.exact.reward_table import count_subsets
     from grip_env.rewards.parsing import resolve_reward
 
@@ -271,7 +277,7 @@ def _check(config: Config) -> tuple[Reward, int]:
 
 
 def landscape(config: Config) -> list[Terrain]:
-    """Explore the instances, print the tables, and write tables and picture.
+    """Explore the instances, print the tables, and write the tables and the picture.
 
     Raises:
         CommandError: If an option is wrong, or the model or the data cannot be read.
@@ -333,8 +339,8 @@ def main() -> None:
     """Run the command."""
     config = parsed(Config, "python -m grip_env.landscape")
     check_agents_package()
-    said = "interrupted; the next run goes on from the scores that are on disk."
-    with interruptible("interrupted before there were results." if config.table_cache == "none" else said):
+    said = "interrupted; the next run continues from the scores on disk."
+    with interruptible("interrupted before there were any results." if config.table_cache == "none" else said):
         landscape(config)
 
 

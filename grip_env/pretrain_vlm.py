@@ -79,9 +79,9 @@ class Config:
     drop: float = 0.45
     """Share of the language stage's steps that show only a subset of the visual tokens."""
     test_examples: int = 3000
-    """Examples of the untouched test split the model card is measured on."""
+    """Number of examples of the untouched test split that the model card is measured on."""
     card_only: bool = False
-    """Train nothing; measure the embedded model and print the table of its card."""
+    """Only measure the embedded model and print the table of its card, without training."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     device: str = "auto"
@@ -94,8 +94,8 @@ def landscape(vlm: HuggingFaceVLM, task: SceneTask, split: str, count: int, budg
     """Measure accuracy per family with all tokens and under three ways to keep ``budget`` of them.
 
     Returns:
-        {family: {"majority": .., "all tokens": .., "random": .., "max-min diversity": .., "oracle": ..}}, with the
-        mean over all examples as family "all". "majority" is the share of the most frequent answer.
+        {family: {"majority": .., "all tokens": .., "random": .., "max-min diversity": .., "oracle": ..}}; the family
+        "all" is the mean over all examples. "majority" is the share of the most frequent answer.
     """
     from agents.base import budget_to_count
     from agents.heuristics import BASELINES, all_tokens
@@ -139,7 +139,7 @@ def format_landscape(table: dict[str, dict[str, float]], count: int, split: str,
 
 
 def main(config: Config) -> None:
-    """Run every stage that is not finished yet, write the model, and print the table of its card."""
+    """Run the unfinished stages, write the model, and print the table of its card."""
     check_agents_package()
     from grip_env.pretraining.embedded_models import SIZES, build_model, build_processor, start_from
     from grip_env.pretraining.language_stage import PLACE_WEIGHT, LanguageStage, place_loss
@@ -271,5 +271,5 @@ def _copy_words(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerFast, st
 
 
 if __name__ == "__main__":
-    with interruptible("interrupted; the same command goes on from the last checkpoint, if there is one."):
+    with interruptible("interrupted; run the same command again to continue from the last checkpoint, if any."):
         main(parsed(Config, "python -m grip_env.pretrain_vlm"))

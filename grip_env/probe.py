@@ -1,8 +1,8 @@
-"""Is a trained agent cheating? ``python -m grip_env.probe``: what it keeps must not help when it was misled.
+"""Tests of whether a trained agent relies on evidence: ``python -m grip_env.probe``.
 
-An agent that sees the question could steer the frozen model instead of showing it evidence: certain tokens make certain
-answers likelier, whatever is in the image. Each probe breaks one link between what the agent saw and what it is paid
-for; an agent that finds evidence loses by it, one that steers does not.
+An agent that sees the question could steer the frozen model instead of showing it evidence, because some tokens make
+some answers more likely whatever the image shows. Each probe breaks one link between what the agent sees and what it is
+rewarded for. This lowers the reward of an agent that finds evidence, but not of one that steers.
 """
 
 from __future__ import annotations
@@ -43,44 +43,46 @@ HONEST = "as trained"
 PROBES = {
     "shuffled question": "chose for another example's question",
     "swapped image": "chose on another example's image",
-    "without the evidence": "what shows the answer is taken out of its choice",
+    "without the evidence": "what shows the answer is removed from its choice",
 }
-"""What each probe does to the agent, by its name in the table."""
+"""Description of each probe, by its name in the table."""
 RANDOM = "random tokens"
 
 
 @dataclass
 class _Asked:
-    """What this command alone asks."""
+    """Options of this command alone."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of a run, as train printed it; the agent that comes with the package if not given."""
+    """Folder of a run, as printed by train; by default, the agent that comes with the package is used."""
     algo: str = ""
-    """The class of your own that the agent was trained with, as package.module:Class: no code that a run's file names
-    is imported unless you name it here as well."""
+    """Your own class that the agent was trained with, as package.module:Class; it is only imported if named here."""
     data: Path | None = None
     """Your own images and questions instead of the scenes task."""
     split: Literal["test", "validation", "train"] = "test"
     """Examples to probe on."""
     examples: int = 480
-    """How many examples."""
+    """Number of examples."""
     budgets: tuple[float, ...] = (0.05, 0.1)
     """Shares of the visual tokens to keep."""
     out: Path | None = None
     """Folder for probe.json, with all numbers."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
 
 
 @dataclass
 class Config(ModelConfig, _Asked):  # fields of the last base come first
-    """Mislead a trained agent in several ways; it must lose by each of them, or its reward is not for evidence."""
+    """Mislead a trained agent to test whether it looks for evidence.
+
+    An agent that looks for evidence loses reward under each of the probes.
+    """
 
 
 def partners(keys: Sequence[object]) -> list[int]:
-    """Return for each example the next one, around the end, whose key differs from its own.
+    """Return for each example the index of the next one with another key, wrapping around.
 
     Raises:
         ValueError: If all keys are the same.
@@ -89,7 +91,7 @@ def partners(keys: Sequence[object]) -> list[int]:
     [2, 2, 0]
     """
     if len(set(keys)) < 2:
-        raise ValueError("misleading an agent needs at least two different examples: give more of them")
+        raise ValueError("the probes need at least two different examples: give more of them")
     count = len(keys)
     return [next(j % count for j in range(i + 1, i + count) if keys[j % count] != keys[i]) for i in range(count)]
 
@@ -97,25 +99,26 @@ def partners(keys: Sequence[object]) -> list[int]:
 def selections(
     vlm: FrozenVLM, encoded: Encoded, selector: Selector, kept: torch.Tensor, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Let an agent choose, honestly and misled.
+    """Return the selections of an agent as trained, and of the same agent misled.
 
     Args:
         vlm: The frozen model.
         encoded: B examples.
         selector: The agent.
-        kept: How many tokens to keep, long (B,).
-        generator: For the random tokens.
+        kept: Number of tokens to keep, long (B,).
+        generator: Generator of the random numbers.
 
     Returns:
-        bool (B, N) by the names of ``PROBES``, and HONEST and RANDOM; the last probe only where the truth is known.
+        bool (B, N) for each name in ``PROBES``, HONEST and RANDOM. The probe "without the evidence" is only there if
+        the task knows the relevant tokens.
 
     Raises:
-        ValueError: If images differ in their number of tokens, or all examples are alike.
+        ValueError: If images differ in their number of tokens, or all have the same question or the same picture.
     """
     from agents.heuristics import random_tokens
 
     if not bool(encoded.token_mask.all()):
-        raise ValueError("what was chosen on one image can be used on another only if all have as many visual tokens")
+        raise ValueError("selections are probed on other images, so all images need the same number of visual tokens")
     asked = partners([example.question for example in encoded.examples])
     seen = partners([example.image.tobytes() for example in encoded.examples])
     question = replace(encoded, question=encoded.question[asked], question_mask=encoded.question_mask[asked])
@@ -143,7 +146,11 @@ def probe(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, dict[float, np.ndarray]]:
-    """Return answer log-likelihoods of single examples, {name: {budget: float32 (examples,)}}; see ``selections``."""
+    """Return the answer log-likelihood of each example under each probe.
+
+    Returns:
+        {name: {budget: float32 (examples,)}}, with the names of :func:`selections`.
+    """
     import torch
     from tqdm import tqdm
 
@@ -153,7 +160,7 @@ def probe(
     found: dict[str, dict[float, list[np.ndarray]]] = {}
     count = min(examples, task.size(split))
     size = min(48, count)
-    starts = range(0, count - count % size, size)  # whole batches, so that each example has others to be mistaken for
+    starts = range(0, count - count % size, size)  # whole batches, so that each example has partners
     for start in tqdm(starts, desc=f"probing on {split}", unit="batch", disable=not progress, dynamic_ncols=True):
         encoded = vlm.encode([task.example(split, index) for index in range(start, start + size)])
         for budget in budgets:
@@ -165,7 +172,10 @@ def probe(
 
 
 def loss(values: dict[str, dict[float, np.ndarray]], name: str, budget: float) -> tuple[float, float]:
-    """Return what being misled costs, in nats, and the half width of its 95% interval over examples."""
+    """Return the mean loss under a probe in nats, and the half width of its 95% interval.
+
+    The interval is over examples.
+    """
     lost = values[HONEST][budget] - values[name][budget]
     return float(lost.mean()), 1.96 * float(lost.std(ddof=1)) / math.sqrt(len(lost))
 
@@ -181,7 +191,7 @@ def table(values: dict[str, dict[float, np.ndarray]]) -> str:
 
 
 def verdicts(values: dict[str, dict[float, np.ndarray]]) -> list[tuple[str, bool]]:
-    """Tell for each probe whether the agent loses by it beyond the 95% interval: (statement with numbers, holds)."""
+    """Return for each probe (statement with numbers, whether the loss exceeds its interval)."""
     found = []
     for name, meaning in PROBES.items():
         for budget in values.get(name, {}):

@@ -46,7 +46,7 @@ __all__ = ["main", "parse", "train"]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Return what command-line arguments say: options of the command and of the algorithm they name."""
+    """Parse command-line arguments: options of the command and of the chosen algorithm."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     names = [Config.algo]
     for place, argument in enumerate(given):
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 
 def _options_of(name: str) -> type[Any]:
-    """Return the dataclass of an algorithm's options; of those in the package without loading what they need."""
+    """Return the dataclass of an algorithm's options, avoiding heavy imports if possible."""
     check_agents_package()
     from agents.training.options import options_of
 
@@ -80,10 +80,10 @@ def _options_class(algorithm: type[Agent]) -> type[Any]:
 
 
 def train(config: Config) -> Path:
-    """Train, save and report; returns the run's folder.
+    """Train an agent, save it, compare it with others, and return the run's folder.
 
-    Ctrl-C, SIGTERM and SIGHUP save the agent as it is; SystemExit then carries the shell's code for them. So do errors,
-    with exit code 1, or 2 where it is the data or an option that is wrong.
+    On Ctrl-C, SIGTERM and SIGHUP the agent is saved as it is, and SystemExit carries the shell's code for the signal.
+    The same happens on errors, with exit code 1, or 2 if the data or an option is wrong.
     """
     with stopping.handled():
         return _train(config)
@@ -103,7 +103,7 @@ def _train(config: Config) -> Path:
     if config.seed >= 2**63:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
     check_name(config.name)
-    if not free_folder(config.runs / config.name) and config.name:  # again below: a while passes until then
+    if not free_folder(config.runs / config.name) and config.name:  # checked again below, as loading takes time
         raise CommandError(f"{config.runs / config.name} already exists: choose another --name, or remove it")
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -115,8 +115,8 @@ def _train(config: Config) -> Path:
     teacher, key = getattr(options, "teacher", None), options_name(config.algo)
     if config.data is not None and teacher == "relevance":
         raise CommandError(
-            f"--{key.replace('_', '-')}.teacher relevance needs the ground truth that the scenes task has and --data "
-            "has not: choose another teacher"
+            f"--{key.replace('_', '-')}.teacher relevance needs the ground truth, which only the scenes task has: "
+            "choose another teacher"
         )
     try:
         reward = resolve_reward(config.reward)
@@ -132,7 +132,7 @@ def _train(config: Config) -> Path:
         config = dataclasses.replace(config, vlm=str(Path(config.vlm).absolute()))
     try:
         agent = algorithm(Setting(vlm, task, reward, seed=config.seed, progress=config.progress), options)
-        look = "validation" if task.size("validation") else "train"  # few images of one's own may leave it empty
+        look = "validation" if task.size("validation") else "train"  # the user's data may have too few images for it
         shown = vlm.encode([task.example(look, index) for index in range(min(6, task.size(look)))])
     except (ValueError, NotImplementedError) as error:
         raise CommandError(str(error)) from None
@@ -143,7 +143,7 @@ def _train(config: Config) -> Path:
         except NotImplementedError as error:
             raise CommandError(f"--{key.replace('_', '-')}.teacher attention: {error}: choose gradient") from None
     checksum = vlm.checksum()
-    # as a user's own class and data may be called anything
+    # the names of user-defined classes and data may be long
     default = (
         f"{config.algo.replace(':', '.')[:100]}-{task.name[:60]}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
@@ -156,7 +156,7 @@ def _train(config: Config) -> Path:
         run.write_config(saved_config(config), **about)
         training = _Training(config, run, agent, vlm, task)
         try:
-            training.keep()  # from here on, whatever happens leaves an agent that evaluate can read
+            training.keep()  # from here on, there is always an agent that evaluate can read
             say(f"run: {run.path}")
             if isinstance(task, FileTask):
                 say(f"data: {task.describe()}")
@@ -170,7 +170,7 @@ def _train(config: Config) -> Path:
 
 
 class _Training:
-    """A training and its run's folder: signals are held but where it says otherwise."""
+    """Training of an agent and its run's folder, with signals deferred unless stated otherwise."""
 
     def __init__(self, config: Config, run: RunFolder, agent: Any, vlm: HuggingFaceVLM, task: Task) -> None:
         from agents.agent import as_selector
@@ -181,12 +181,12 @@ class _Training:
         self.last = Metrics("start", 0)
         self.bars: dict[str, tqdm[Any]] = {}
         self.over = False
-        """Whether there is nothing left to learn, and the agent is saved."""
+        """True once training is finished and the agent is saved."""
         self.broken_update = False
-        """Whether weights may be half updated."""
+        """True if an update of the weights may be incomplete."""
 
     def status(self, state: str = "running", reason: str = "") -> RunStatus:
-        """Return how far the agent in memory has come."""
+        """Return the progress of the agent in memory."""
         if self.last.phase == "start":
             return RunStatus(state, reason=reason)
         total = self.phases.get(self.last.phase)
@@ -194,15 +194,15 @@ class _Training:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The steps of each phase, of agents that say so."""
+        """Number of steps of each phase, empty if the agent does not define them."""
         return getattr(self.agent, "phases", {})
 
     def keep(self, part: str = "agent") -> None:
-        """Save the agent as it is."""
+        """Save the agent in its current state."""
         self.run.keep(self.agent, self.status(), part)
 
     def learn(self, shown: Encoded) -> None:
-        """Train to the end, with a row of the log for each step, and checkpoints."""
+        """Train to the end, logging each step and saving checkpoints."""
         from grip_env.reports.plots import draw_gallery
         from grip_env.run_folder.tensorboard import Board
 
@@ -232,7 +232,7 @@ class _Training:
                     self._update_bar(last.phase, averages)
                     if last.phase == "warmup":
                         if last.step + 1 == self.phases.get("warmup"):
-                            self.keep("warmup")  # now: what comes next is already one reward further
+                            self.keep("warmup")  # now, as the next step already updates on a reward
                             checkpoint(0)
                     elif (last.step + 1) % self.config.picture_every == 0:
                         checkpoint(last.step + 1)
@@ -244,7 +244,7 @@ class _Training:
                 checkpoint(self.last.step + 1)
 
     def report(self) -> None:
-        """Say that the run is done, and compare the agent with others."""
+        """Mark the run as done, and compare the agent with other methods."""
         self.run.write_status(self.status("done"))
         self.over = True
         with stopping.at_once():
@@ -260,7 +260,7 @@ class _Training:
                 print(self.vlm.cache.describe())
 
     def stop(self, error: BaseException) -> NoReturn:
-        """Save what can be saved, say in one line where that leaves the user, and end."""
+        """Save as much as possible, print a one-line message, and exit."""
         from grip_env.common.finite import NonFiniteError
         from grip_env.envs.core.instances import RoomError
         from grip_env.tasks.files import DataError
@@ -276,7 +276,7 @@ class _Training:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         reason = " ".join(reason.split())
         status = RunStatus("interrupted" if interrupted or unheard else "failed", reason=reason)
-        if isinstance(error, NonFiniteError):  # what the agent has become since the last checkpoint may be worthless
+        if isinstance(error, NonFiniteError):  # the agent in memory may be broken
             saved = f"the agent of the last checkpoint, {self._leave(status)}, is in {self.run.path}"
         else:
             saved = self._save_what_can_be(status)
@@ -297,7 +297,7 @@ class _Training:
         raise SystemExit(1) from error
 
     def _save_what_can_be(self, status: RunStatus) -> str:
-        """Save the agent with a run's status, and return what there is now."""
+        """Save the agent with the run's status, and return a message about the result."""
         own = f" --algo {self.config.algo}" if ":" in self.config.algo else ""
         compare = f"compare it with `python -m grip_env.evaluate {self.run.path}{own}`"
         if self.over:
@@ -310,7 +310,7 @@ class _Training:
         else:
             for spare in (False, True):
                 try:
-                    if spare:  # the disk is full, or the folder was made read-only: anywhere is better than nowhere
+                    if spare:  # full disk or read-only folder: save to a temporary folder instead
                         self.run.path = Path(tempfile.mkdtemp(prefix="grip_env-"))
                     self.run.keep(self.agent, current)
                     if not spare:
@@ -331,14 +331,14 @@ class _Training:
         return f"the agent so far could not be saved ({told[0]}), and there is no earlier one"
 
     def _leave(self, status: RunStatus) -> str:
-        """Write a run's status and leave its agent as it is; returns what the agent has learnt, in words."""
+        """Write the run's status, keep the saved agent, and return its progress in words."""
         left = dataclasses.replace(self.run.status, state=status.state, reason=status.reason)
         with contextlib.suppress(OSError):
             self.run.write_status(left)
         return f"that of {left.trained}" if left.phase else "untrained"
 
     def _write_traceback(self, error: BaseException) -> str:
-        """Write down where an error happened, and return where that is."""
+        """Write the traceback of an error to a file, and return a message with its path."""
         path = self.run.path / "traceback.txt"
         try:
             write_atomically(path, "".join(traceback.format_exception(error)))
@@ -366,16 +366,18 @@ class _Training:
         )
 
     def _close_bars(self) -> None:
-        with contextlib.suppress(OSError):  # the terminal may have gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             for bar in self.bars.values():
                 bar.close()
 
 
 def saved_config(config: Config) -> dict[str, Any]:
-    """Return a configuration as it is saved: the algorithm's hyperparameters under its own name, all filled in.
+    """Return a configuration as it is saved in ``config.json``.
+
+    The algorithm's hyperparameters are under its own name, with all defaults filled in.
 
     Raises:
-        ValueError: If a hyperparameter is impossible.
+        ValueError: If a hyperparameter is invalid.
     """
     options = config.options
     content = dataclasses.asdict(

@@ -87,7 +87,7 @@ class FakeVLM:
         return Scores(
             log_likelihood=likelihood,
             correct=likelihood > -1.0,
-            kept_fraction=selection.sum(-1) / encoded.token_mask.sum(-1, keepdim=True),
+            kept=selection.sum(-1) / encoded.token_mask.sum(-1, keepdim=True),
             first_token=start if first_token else None,
             agreement=None if reference is None else negative_divergence(reference, start),
         )

@@ -51,7 +51,7 @@ def test_command_prints_both_answers_and_draws_what_was_kept(picture: Path, tmp_
         ({"device": "gpu"}, "cannot use --device 'gpu' .*: choose cpu"),
         ({"vlm": "/no/such/model"}, "cannot load the vision-language model '/no/such/model'"),
         ({"question": "what is <image>?"}, "exactly one image placeholder"),
-        ({"out": Path(__file__)}, "--out .*test_answer.py is no folder; choose another folder"),
+        ({"out": Path(__file__)}, "--out .*test_answer.py is not a folder; choose another folder"),
     ],
 )
 def test_wrong_options_end_with_one_line(

@@ -77,7 +77,7 @@ def test_examples_that_are_all_alike_mislead_nobody() -> None:
 
 def test_images_of_different_size_are_refused() -> None:
     vlm, task = FakeVLM(count=lambda example: 12 + int(example.key[-1]) % 2), FakeTask()
-    with pytest.raises(ValueError, match="as many visual tokens"):
+    with pytest.raises(ValueError, match="same number of visual tokens"):
         probe.probe(vlm, task, brightest, "test", 4, (0.1,))
 
 
@@ -101,7 +101,7 @@ def test_the_command_prints_and_writes_what_it_found(
         ("--budgets 0", "--budgets are shares of the visual tokens in (0, 1]; got 0"),
         ("--budgets", "got nothing"),
         ("--examples 1", "--examples must be at least 2; got 1"),
-        (f"--out {__file__}", "is no folder; choose another folder"),
+        (f"--out {__file__}", "is not a folder; choose another folder"),
         ("missing", "no scorer in missing"),
     ],
 )

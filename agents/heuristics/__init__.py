@@ -1,8 +1,8 @@
-"""Training-free ways to choose tokens before the language model: what every learnt agent stands beside.
+"""Training-free methods that choose tokens before the language model runs.
 
-Selectors are batched, take any budget, keep exactly as many real tokens as they are asked for (but ``all_tokens``) and
-never padding. Replacers, which change what tokens say, use no more. No published code says how it breaks ties; here, of
-equal scores the one with the lower index wins.
+They are the baselines for every learnt agent. Selectors work on batches, take any budget, keep exactly as many real
+tokens as asked for (except ``all_tokens``) and never keep padding. Replacers, which change the tokens themselves, use
+no more than asked for. No published code documents how it breaks ties; here the lower index wins among equal scores.
 """
 
 from agents.base import Selector
@@ -36,4 +36,4 @@ BASELINES: dict[str, Selector] = {
     "max-min diversity": max_min_diversity,
     "oracle": oracle,
 }
-"""What every report compares with unless it is told otherwise, by the name in its tables."""
+"""Baselines that every report includes by default, by their name in its tables."""

@@ -1,4 +1,4 @@
-"""Keeping tokens that the vision tower itself attends to, alone or with what differs from them."""
+"""Selectors that rank tokens by the attention of the vision tower."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ __all__ = ["VisPruner", "cls_attention", "received_attention"]
 
 
 def cls_attention(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Keep the tokens the vision tower's CLS token attends to most, at the layer the features come from.
+    """Keep the tokens that the vision tower's CLS token attends to most.
 
-    The same rule is FasterVLM's and that of VisionZip's dominant tokens: sum and mean over heads rank alike.
+    Attention is taken at the layer that the features come from. FasterVLM uses this rule, and so does VisionZip for its
+    dominant tokens: the sum and the mean over heads give the same ranking.
     Sources: Zhang et al., "[CLS] attention is all you need for training-free visual token pruning" (FasterVLM), 2024;
     Yang et al., "VisionZip: longer is better but not necessary in vision language models", CVPR 2025.
 
     Raises:
-        NotImplementedError: If the model's tower has no CLS token that stands beside its visual tokens.
+        NotImplementedError: If the model's tower has no CLS token beside its visual tokens.
     """
     return top_k(vlm.attention(encoded, "cls"), counts, encoded.token_mask)
 
@@ -27,37 +28,40 @@ def cls_attention(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, genera
 def received_attention(
     vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Keep the tokens that the vision tower's patches attend to most, on average: for towers without a CLS token.
+    """Keep the tokens that the vision tower's patches attend to most on average.
+
+    For towers without a CLS token.
 
     Raises:
-        NotImplementedError: If the model's attention is not known for each visual token.
+        NotImplementedError: If the model does not give attention for each visual token.
     """
     return top_k(vlm.attention(encoded, "received"), counts, encoded.token_mask)
 
 
 class VisPruner:
-    """Keeps important tokens, and of the others those that are no duplicates.
+    """Selector that keeps important tokens and, among the others, removes near-duplicates.
 
     The first int(k * ratio) places go to the tokens of highest CLS attention. The others are listed by falling
-    attention, and rounds follow until as many are left as there are places. In each, the (at most ``pace``) tokens at
-    even places of the list, counted from 0, that are most similar to one at an odd place leave it. The list is then
-    what is left of the even places, in the order of falling similarity, and behind it all of the odd places: the next
-    round counts on that. Of equal attentions the lower index is the more important one, but the list has the higher
-    index first (the published code leaves it to an unstable sort; so its results in the tests have it); of equal
-    similarities, the earlier place in the list leaves first. Without ties, the choice moves with the tokens if they are
-    permuted.
+    attention, and rounds remove tokens until the list fits the remaining places. Each round compares the even places of
+    the list, counted from 0, with the odd ones, and removes up to ``pace`` tokens: the ones at even places that are
+    most similar to a token at an odd place. The next list has the remaining even places first, in the order of falling
+    similarity, and then all odd places.
 
-    Similarity is the cosine of the tower's features before the projector, as in the paper, where the model gives them
-    for each token (a CLIP tower in LLaVA; blocks of it by their mean); elsewhere, as with ``kind="received"`` on towers
-    without CLS, it is that of the tokens behind the projector.
+    Among tokens of equal attention, the lower index counts as more important, but the list has the higher index first
+    (the published code uses an unstable sort, and its results in the tests have this order). Among equal similarities,
+    the earlier place in the list leaves first. Without ties, the choice is equivariant to permutations of the tokens.
 
-    The published code cannot run for many k, where what is left to remove is odd or the list short; here a round then
+    Similarity is the cosine of the tower's features before the projector, as in the paper, if the model gives them for
+    each token (a CLIP tower in LLaVA; a block of tokens has their mean). Otherwise, as with ``kind="received"`` on
+    towers without CLS, it is the cosine of the tokens behind the projector.
+
+    The published code fails for many k, where an odd number is left to remove or the list is short; here a round then
     removes fewer.
 
     Args:
-        ratio: Share of important tokens among the kept, in [0, 1].
-        pace: How many leave in a round at most.
-        kind: Which attention ranks the tokens: "cls", or, as an approximation, "received" for towers without CLS.
+        ratio: Share of important tokens among the kept ones, in [0, 1].
+        pace: Most tokens to remove in a round.
+        kind: Attention that ranks the tokens: "cls", or, as an approximation for towers without CLS, "received".
 
     Source: Zhang et al., "Beyond text-visual attention: exploiting visual cues for effective token pruning in VLMs"
     (VisPruner), ICCV 2025.
@@ -81,7 +85,7 @@ class VisPruner:
         mask = encoded.token_mask
         attention = vlm.attention(encoded, self.kind).masked_fill(~mask, -torch.inf)
         order = attention.argsort(dim=1, descending=True, stable=True)  # (B, N), padding last
-        listing = attention.argsort(dim=1, stable=True).flip(1)  # the same, but for the order of equals
+        listing = attention.argsort(dim=1, stable=True).flip(1)  # the same, except for ties
         features = _compared(vlm, encoded)
         similarity = cosine(features, features)  # (B, N, N)
         chosen = torch.zeros_like(mask)
@@ -94,7 +98,7 @@ class VisPruner:
         return chosen
 
     def _distinct(self, listed: torch.Tensor, similarity: torch.Tensor, count: int) -> torch.Tensor:
-        """Return which ``count`` of the listed tokens (n,) are left when duplicates have gone."""
+        """Return the ``count`` of the listed tokens (n,) that are left when duplicates are removed."""
         if not count:
             return listed[:0]
         while (surplus := len(listed) - count) > 0:
@@ -105,7 +109,10 @@ class VisPruner:
 
 
 def _compared(vlm: FrozenVLM, encoded: Encoded) -> torch.Tensor:
-    """Return what duplicates are known by, float (B, N, W): features before the projector, or tokens behind it."""
+    """Return the features that similarity is measured on, float (B, N, W).
+
+    They are the tower's features before the projector if the model gives them, otherwise the tokens behind it.
+    """
     before = getattr(vlm, "tower_features", None)
     if before is None:
         return encoded.tokens

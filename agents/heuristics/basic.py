@@ -1,4 +1,4 @@
-"""Where every comparison starts: chance, a grid, the loudest tokens, the truth, and everything."""
+"""Simple selectors: random, uniform grid, feature norm, ground truth and all tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def random_tokens(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, genera
 
 
 def uniform_grid(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Keep tokens spread evenly over the image: k lattice points, each taken by the nearest token still free.
+    """Keep tokens spread evenly over the image.
 
-    Of equally near ones, the one with the lower index. Where tokens are is all that counts, so that the choice moves
-    with them if they are permuted, but for these ties.
+    Each of k lattice points takes the nearest free token; ties go to the lower index. Only the positions of the tokens
+    matter, so without ties the choice is equivariant to permutations of the tokens.
     """
     cache: dict[tuple[int, bytes], torch.Tensor] = {}
     chosen = torch.zeros_like(encoded.token_mask)
@@ -40,7 +40,7 @@ def uniform_grid(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generat
 
 
 def _lattice(count: int) -> torch.Tensor:
-    """Return ``count`` points of the unit square in rows as equal as possible, (count, 2)."""
+    """Return ``count`` points of the unit square, in rows of nearly equal length, (count, 2)."""
     rows = max(1, round(math.sqrt(count)))
     points = []
     for row in range(rows):
@@ -50,7 +50,7 @@ def _lattice(count: int) -> torch.Tensor:
 
 
 def _nearest_free(positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    # a lattice point in the middle of four tokens is common: rounding must not choose among them
+    # a lattice point in the middle of four tokens is common: rounding errors must not decide between them
     distance = (targets[:, None] - positions[None]).square().sum(-1).round(decimals=7)
     taken: list[int] = []
     for row in distance:
@@ -61,12 +61,14 @@ def _nearest_free(positions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 def feature_norm(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Keep the tokens of largest Euclidean norm, as the language model gets them: behind the projector."""
+    """Keep the tokens of largest Euclidean norm behind the projector."""
     return top_k(encoded.tokens.float().norm(dim=-1), counts, encoded.token_mask)
 
 
 def oracle(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Keep the ground-truth relevant tokens, best first, and fill up with random ones. Uses the answer's place.
+    """Keep the ground-truth relevant tokens, best first, and fill up with random ones.
+
+    Uses the answer's place in the image.
 
     Raises:
         ValueError: If an example has no ground truth.
@@ -79,5 +81,5 @@ def oracle(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: to
 
 
 def all_tokens(vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Keep everything, whatever the budget: the model without pruning."""
+    """Keep all tokens, whatever the budget: the model without pruning."""
     return encoded.token_mask.clone()

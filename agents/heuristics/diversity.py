@@ -1,4 +1,4 @@
-"""Keeping tokens that differ: max-min diversity, and determinants weighted by what is asked."""
+"""Selectors that keep diverse tokens: max-min diversity and determinantal point processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from grip_env.vlms.base import Encoded, FrozenVLM
 __all__ = ["CDPruner", "cosine", "max_min_diversity", "question_relevance"]
 
 NO_VOLUME = 1e-6
-"""Squared volume below which a token is as good as a combination of those already kept: rounding is all that is left"""
+"""Squared volume below which a token counts as a linear combination of the kept ones; less is rounding error."""
 
 
 def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the cosine of each pair of vectors, (B, N, M), in float64; 0 where one of them is zero.
+    """Return the cosine of each pair of vectors, (B, N, M), in float64 (float32 on MPS).
 
-    Rounded to nine decimals, so that equal vectors tie exactly and the order of summation, which depends on the batch,
-    decides nothing.
+    The cosine is 0 if one of the vectors is zero. It is rounded to nine decimals: equal vectors tie exactly, and the
+    order of summation, which depends on the batch, does not decide between them.
 
     Args:
         left: float (B, N, D).
@@ -32,11 +32,11 @@ def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def max_min_diversity(
     vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Greedily keep the token farthest, in cosine distance, from its nearest kept one.
+    """Keep tokens greedily, each the farthest in cosine distance from its nearest kept one.
 
     The first pick is the token whose distance to its nearest neighbour is largest. Ties go to the lower index: two
-    tokens that are each other's nearest often tie for the first pick. Without ties, the choice moves with the tokens if
-    they are permuted.
+    tokens that are each other's nearest often tie for the first pick. Without ties, the choice is equivariant to
+    permutations of the tokens.
     Source: Alvar et al., "DivPrune: diversity-based visual token pruning for large multimodal models", CVPR 2025.
     """
     mask = encoded.token_mask
@@ -57,15 +57,15 @@ def max_min_diversity(
 
 
 def question_relevance(encoded: Encoded, sign: int = 1) -> torch.Tensor:
-    """Return how well each token fits the question, (B, N): 0 for the token that fits least, 1 for the best.
+    """Return how well each token fits the question, in [0, 1], (B, N).
 
-    That is ``sign`` times the mean over the question's words of the cosine between token and word, both as the language
-    model gets them, scaled to [0, 1] within each image. Where all tokens fit alike (or nothing is asked) it is 1, and
-    0 for padding.
+    The relevance is ``sign`` times the mean over the question's words of the cosine between token and word, both as the
+    language model gets them, scaled within each image to 0 for the worst token and 1 for the best. If all tokens fit
+    equally well, or there is no question, it is 1. Padding has 0.
 
     Args:
         encoded: B examples.
-        sign: 1, or -1 to prefer what fits least.
+        sign: 1, or -1 to prefer the tokens that fit least.
     """
     mask = encoded.token_mask
     words = encoded.question_mask[:, None]  # (B, 1, Q)
@@ -79,23 +79,24 @@ def question_relevance(encoded: Encoded, sign: int = 1) -> torch.Tensor:
 
 
 class CDPruner:
-    """Keeps the tokens that are most diverse given the question: MAP of a determinantal point process, greedily.
+    """Selector that keeps the most diverse tokens given the question.
 
-    The kernel is L[i, j] = r[i] S[i, j] r[j], with S the cosines of the tokens as the language model gets them and r
-    their relevance to the question. Each step keeps the token that raises det L of the kept ones most, by incremental
-    Cholesky; ties go to the lower index. Once no token adds volume (there are no more than D independent ones, and one
-    of relevance 0 never does; less than 1e-6 counts as none, for rounding's sake), the most relevant go first. Without
-    ties, the choice moves with the tokens if they are permuted.
+    It searches greedily for the MAP of a determinantal point process. The kernel is L[i, j] = r[i] S[i, j] r[j], where
+    S are the cosines of the tokens as the language model gets them and r is their relevance to the question. Each step
+    keeps the token that raises det L of the kept ones most, by incremental Cholesky; ties go to the lower index. Once
+    no token adds volume, the most relevant ones are kept first: there are at most D independent tokens, a token of
+    relevance 0 adds nothing, and less than 1e-6 counts as rounding error. Without ties, the choice is equivariant to
+    permutations of the tokens.
 
-    Departure: the paper's relevance is the similarity of CLIP's image tokens and its text tower's embedding of the
+    Departure: in the paper, relevance is the similarity of CLIP's image tokens to its text tower's embedding of the
     question. The models here come without a text tower; :func:`question_relevance`, the embedding cosine in the
-    language model's input space, stands in for it. On models with tiles, the published code keeps k tokens of each
-    tile, scales relevance over all tiles together, and leaves newline tokens out of the budget; here k counts all
-    tokens of an image, newlines among them.
+    language model's input space, replaces it. On models with tiles, the published code keeps k tokens of each tile,
+    scales relevance over all tiles together, and leaves newline tokens out of the budget; here k counts all tokens of
+    an image, including newlines.
 
     Args:
-        sign: 1 prefers tokens that fit the question; -1, which the official code uses with CLIP's embeddings, those
-            that do not.
+        sign: 1 prefers tokens that fit the question; -1, which the official code uses with CLIP's embeddings, prefers
+            tokens that do not.
 
     Source: Zhang et al., "Beyond attention or similarity: maximizing conditional diversity for token pruning in MLLMs",
     NeurIPS 2025; greedy MAP: Chen, Zhang and Zhou, "Fast greedy MAP inference for determinantal point process", 2018.

@@ -1,15 +1,15 @@
-"""FastV and PyramidDrop as published: visual tokens leave *inside* the language model, between its layers.
+"""FastV and PyramidDrop as published: they drop visual tokens *inside* the language model.
 
-A method that keeps k tokens from some layer on has spent more than one that lets k tokens in: all tokens went through
-the layers before. So "k tokens" is two things here, and ``budget_of`` says which is meant:
+A method that keeps k tokens from some layer on costs more than one that passes k tokens to the model, because all
+tokens go through the earlier layers. A budget of k tokens can therefore mean two things, and ``budget_of`` chooses one:
 
-- ``"layers"`` (default): the mean over all layers of the visual tokens present is at most k. The language model then
-  spends on them about what it spends on k tokens chosen before it, and results may stand in one table.
-- ``"kept"``: k tokens are left at the end, as papers quote it. That costs more, so results belong in a table of their
-  own, or beside ``InsideScores.flops``.
+- ``"layers"`` (default): the number of visual tokens present, averaged over all layers, is at most k. The language
+  model then spends about as much on them as on k tokens chosen before it, so the results fit in one table.
+- ``"kept"``: k tokens are left at the end, as papers quote it. This costs more, so the results belong in a separate
+  table, or beside ``InsideScores.flops``.
 
-A budget of layers cannot be below what the layers before the first drop take: FastV before layer 2 of 4 spends half of
-everything before it drops anything. Such a budget is refused, never exceeded.
+A budget of layers cannot be below the cost of the layers before the first drop: FastV before layer 2 of 4 spends half
+of the full cost before it drops anything. Such a budget raises an error and is never exceeded.
 
 B examples, N visual tokens, n of them real, T drops.
 """
@@ -34,35 +34,38 @@ if TYPE_CHECKING:
 __all__ = ["BudgetOf", "FastV", "InsidePruner", "InsideScores", "PyramidDrop"]
 
 BudgetOf: TypeAlias = Literal["layers", "kept"]
-"""Whether a budget is the mean over the layers, or what is left at the end."""
+"""Meaning of a budget: tokens present, averaged over the layers, or tokens left at the end."""
 PositionPolicy: TypeAlias = Literal["original", "reindex"]
-"""Whether what stays keeps its position, or is renumbered: a choice of each method, whatever the model's own is."""
+"""Positions of the remaining tokens, original or renumbered: set by each method, whatever the model's own policy."""
 
 
 @dataclass(frozen=True)
 class InsideScores:
-    """How a model answers that drops tokens between its layers, and what that cost."""
+    """Scores of a model that drops tokens between its layers, and their cost."""
 
     scores: Scores
-    """Fields of shape (B, 1); ``kept_fraction`` is the mean over the layers of the share of the tokens present."""
+    """Fields of shape (B, 1); ``kept`` is the share of the tokens present, averaged over the layers."""
     selection: torch.Tensor
-    """Which visual tokens are left at the end, bool (B, N)."""
+    """Visual tokens that are left at the end, bool (B, N)."""
     layer_average: torch.Tensor
-    """Visual tokens present, mean over the layers, float32 (B,): k of a selector that costs the same."""
+    """Number of visual tokens present, averaged over the layers, float32 (B,): k of a selector of equal cost."""
     flops: torch.Tensor
-    """FLOPs of the language model over the prompt, as a share of those with nothing dropped, float32 (B,), in (0, 1].
+    """FLOPs of the language model over the prompt, as a share of the cost without drops, float32 (B,), in (0, 1].
 
-    Attention of the layers is counted, and so is the head; the ranking, a fraction of one layer's attention, is not."""
+    The attention of the layers and the head are counted. The ranking, a fraction of one layer's attention, is not."""
 
     @property
     def kept(self) -> torch.Tensor:
-        """How many visual tokens are left at the end, long (B,)."""
+        """Number of visual tokens left at the end, long (B,)."""
         return self.selection.sum(1)
 
 
 @runtime_checkable
 class InsidePruner(Protocol):
-    """Anything that drops tokens while the language model runs: it cannot be a selector, so it scores by itself."""
+    """Interface of methods that drop tokens while the language model runs.
+
+    Such a method cannot be a selector, so it scores the answers itself.
+    """
 
     def score(self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator) -> InsideScores:
         """Answer under a budget.
@@ -70,22 +73,22 @@ class InsidePruner(Protocol):
         Args:
             vlm: The model the examples were encoded with.
             encoded: B examples, with answers.
-            counts: How many tokens the budget allows of each, long (B,); what that counts is for the method to say.
+            counts: Budget of each example in tokens, long (B,); its meaning depends on the method.
             generator: Source of any randomness, on the CPU.
 
         Raises:
             NotImplementedError: If the layers of the model cannot be run one by one.
-            ValueError: If the budget cannot be kept.
+            ValueError: If the budget cannot be met.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FastV:
-    """Drops once, before layer K: what the last token of the prompt attended to least in layer K - 1.
+    """Method that drops once, before layer K, the tokens of least attention in layer K - 1.
 
-    Attention is the mean over heads; layers count from 0; of equals the lower index stays. What stays keeps its
-    position, as in the published code.
+    The attention is from the last token of the prompt, averaged over heads. Layers count from 0; ties keep the lower
+    index. The remaining tokens keep their positions, as in the published code.
 
     Source: Chen et al., "An image is worth 1/2 tokens after layer 2: plug-and-play inference acceleration for large
     vision-language models", ECCV 2024, arXiv 2403.06764.
@@ -94,20 +97,21 @@ class FastV:
     layer: int = 2
     """K, from 1 to the number of layers - 1."""
     budget_of: BudgetOf = "layers"
-    """What a budget counts; see the module."""
+    """Meaning of the budget; see the module."""
     position_policy: PositionPolicy = "original"
-    """Whether what stays keeps its position, or is renumbered at the drop."""
+    """Positions of the remaining tokens: original, or renumbered at the drop."""
 
     def plan(self, layers: int, count: int, k: int) -> tuple[int, ...]:
         """Return how many tokens stay after the drop, as a tuple of one.
 
         Args:
-            layers: Of the language model.
+            layers: Number of layers of the language model.
             count: n, visual tokens of the image.
             k: The budget.
 
         Raises:
-            ValueError: If ``budget_of`` is "layers" and the layers before the drop spend it; if K is no such layer.
+            ValueError: If ``budget_of`` is "layers" and the layers before the drop use up the budget, or if K is out of
+                range.
 
         >>> FastV().plan(layers=32, count=576, k=192)  # (32 * 192 - 2 * 576) / 30
         (166,)
@@ -128,7 +132,7 @@ class FastV:
         run = _begin("FastV", vlm, encoded, self.position_policy)
         plans = _plans(encoded, counts, lambda count, budget: self.plan(run.layers, count, budget))
         run.advance(self.layer - 1)
-        seen = run.attention()  # of layer K - 1, before it runs: the states that go into it
+        seen = run.attention()  # in layer K - 1, computed from its input before it runs
         run.advance(self.layer)
         run.drop(top_k(seen, plans[:, 0], run.alive))
         return _finish(run, vlm, encoded, PruningSchedule((self.layer,), run.layers), plans)
@@ -136,31 +140,32 @@ class FastV:
 
 @dataclass(frozen=True)
 class PyramidDrop:
-    """Drops in stages: before each of some layers, what the last token of the prompt attends to least in that layer.
+    """Method that drops, before each of several layers, the tokens of least attention in it.
 
-    Attention is the mean over heads; layers count from 0; of equals the lower index stays. Published for 32 layers:
-    drops before layers 8, 16 and 24, which leave 1/2, 1/4 and 1/8 of the tokens, 0.469 on average over the layers. The
-    first three quarters of the depth are its layers here at any depth, unless they are given.
+    The attention is from the last token of the prompt, averaged over heads. Layers count from 0; ties keep the lower
+    index. The published method, for 32 layers, drops before layers 8, 16 and 24 and leaves 1/2, 1/4 and 1/8 of the
+    tokens, 0.469 on average over the layers. Here the default is to drop after each of the first three quarters of the
+    layers, at any depth.
 
-    What stays is renumbered at every drop, as in the published code.
+    The remaining tokens are renumbered at every drop, as in the published code.
 
     Source: Xing et al., "PyramidDrop: accelerating your large vision-language models via pyramid visual redundancy
     reduction", CVPR 2025, arXiv 2410.17247.
     """
 
     layers: tuple[int, ...] | None = None
-    """Before which layers tokens leave, strictly increasing, from 1; ``None``: before a quarter, a half and three
-    quarters of the layers (each rounded half up, as far as they differ)."""
+    """Layers before which tokens are dropped, strictly increasing, from 1. ``None``: one quarter, one half and three
+    quarters of the depth, each rounded half up and without repeats."""
     ratios: tuple[float, ...] | None = None
-    """Which share of the image's tokens each drop leaves, rounded down, one at least; the published ones are
-    (0.5, 0.25, 0.125). ``None``: every drop leaves the same share of what is there, the largest the budget allows."""
+    """Share of the image's tokens that each drop leaves, rounded down, at least one token; (0.5, 0.25, 0.125) as
+    published. ``None``: each drop leaves the same share of the present tokens, the largest that the budget allows."""
     budget_of: BudgetOf = "layers"
-    """What a budget counts; see the module."""
+    """Meaning of the budget; see the module."""
     position_policy: PositionPolicy = "reindex"
-    """Whether what stays keeps its position, or is renumbered at every drop."""
+    """Positions of the remaining tokens: original, or renumbered at every drop."""
 
     def stages(self, layers: int) -> tuple[int, ...]:
-        """Return before which of so many layers tokens leave.
+        """Return the layers before which a model of ``layers`` layers drops tokens.
 
         >>> PyramidDrop().stages(32), PyramidDrop().stages(4), PyramidDrop().stages(2)
         ((8, 16, 24), (1, 2, 3), (1,))
@@ -174,12 +179,12 @@ class PyramidDrop:
         """Return how many tokens stay after each drop.
 
         Args:
-            layers: Of the language model.
+            layers: Number of layers of the language model.
             count: n, visual tokens of the image.
             k: The budget.
 
         Raises:
-            ValueError: If the budget cannot be kept; if layers or ratios are none.
+            ValueError: If the budget cannot be met, or the layers or ratios are invalid.
 
         >>> PyramidDrop(ratios=(0.5, 0.25, 0.125)).plan(layers=32, count=576, k=288)
         (288, 144, 72)
@@ -204,7 +209,7 @@ class PyramidDrop:
         _check_total("PyramidDrop", schedule, k, count)
         if count <= k:
             return (count,) * len(stages)
-        low, high = 0.0, 1.0  # the share each drop leaves of what is there
+        low, high = 0.0, 1.0  # share of the present tokens that each drop leaves
         for _ in range(60):
             middle = (low + high) / 2
             fits = schedule.spent(count, _geometric(count, middle, len(stages))) <= layers * k
@@ -241,8 +246,11 @@ class PyramidDrop:
 
 
 def _geometric(count: int, share: float, drops: int) -> list[int]:
-    """Return what drops leave that each leave a share of what is there, rounded down, one at least."""
-    # a root taken to its power again may be a hair below a whole number
+    """Return how many tokens are left after each drop, if each leaves the same share of them.
+
+    Numbers are rounded down and at least 1.
+    """
+    # floating-point error may put a root raised to its power just below a whole number
     return [max(1, math.floor(count * share ** (drop + 1) + 1e-9)) for drop in range(drops)]
 
 
@@ -270,11 +278,9 @@ def _check_total(name: str, schedule: PruningSchedule, k: int, count: int) -> No
 
 
 def _begin(name: str, vlm: FrozenVLM, encoded: Encoded, position_policy: PositionPolicy) -> StagedForward:
-    """Begin a pass over prompts and answers; a refusal names who asked."""
+    """Begin a pass over prompts and answers; errors name the method."""
     from grip_env.vlms.decoder.staged_forward import StagedForward  # loads transformers
 
-    if position_policy not in ("original", "reindex"):
-        raise ValueError(f"position_policy must be 'original' or 'reindex', not {position_policy!r}")
     try:
         return StagedForward(vlm, encoded, position_policy=position_policy)  # type: ignore[arg-type] # refused there
     except NotImplementedError as error:
@@ -291,7 +297,7 @@ def _plans(encoded: Encoded, counts: torch.Tensor, plan: Callable[[int, int], tu
 def _finish(
     run: StagedForward, vlm: Any, encoded: Encoded, schedule: PruningSchedule, plans: torch.Tensor
 ) -> InsideScores:
-    """Run what is left, score the answers and count what it cost."""
+    """Run the remaining layers, score the answers and count the cost."""
     scores, totals = run.finish(), encoded.token_mask.sum(1)
     prompts = (encoded.lengths - encoded.answer_lengths).tolist()
     rows = list(zip(prompts, totals.tolist(), plans.tolist(), strict=True))
@@ -302,6 +308,6 @@ def _finish(
     return InsideScores(
         scores=scores,
         selection=run.alive,
-        layer_average=scores.kept_fraction[:, 0] * totals,
+        layer_average=scores.kept[:, 0] * totals,
         flops=1 - torch.tensor(saved, device=totals.device),
     )

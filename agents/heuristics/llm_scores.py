@@ -1,12 +1,12 @@
-"""Published scores that look inside the language model, used to choose tokens *before* it.
+"""Published scores from inside the language model, used to choose tokens *before* it.
 
-FastV, SparseVLM and DART drop tokens between the layers of the language model. Here only their scores are taken: the
-first layers run over all tokens, the tokens are chosen by what is seen there, and the model then answers from the start
-with the chosen ones alone. So these are selectors as any other ("index-only"): comparable at equal k, and an
-approximation of the published methods. :mod:`agents.heuristics.inside_llm` has FastV and PyramidDrop as published.
+FastV, SparseVLM and DART drop tokens between the layers of the language model. Here only their scores are used: the
+first layers run over all tokens, their scores choose tokens, and the model then answers from the start with the chosen
+tokens only. These are therefore ordinary selectors ("index-only"): comparable at equal k, and approximations of the
+published methods. :mod:`agents.heuristics.inside_llm` has FastV and PyramidDrop as published.
 
-They are not free: the layers looked at run once over all tokens besides the run that answers. The answer is not in the
-sequence they run on. Of equal scores the lower index is kept: the published codes leave that open.
+They are not free: besides the run that answers, the first layers run once over all tokens, on a sequence without the
+answer. Among equal scores the lower index is kept; the published code does not specify this.
 
 B examples, N visual tokens, D width; W words: the tokens of the prompt after its last visual token.
 """
@@ -30,7 +30,9 @@ __all__ = ["DARTScore", "FastVScore", "SparseVLMScore", "text_raters"]
 
 @dataclass(frozen=True)
 class FastVScore:
-    """Keeps what the last token of the prompt attends to most in layer K - 1, counted from 0; mean over heads.
+    """Selector that keeps the tokens the prompt's last token attends to most in layer K - 1.
+
+    The attention is averaged over heads; layers count from 0.
 
     Source: Chen et al., "An image is worth 1/2 tokens after layer 2: plug-and-play inference acceleration for large
     vision-language models" (FastV), ECCV 2024, arXiv 2403.06764, where the tokens leave before layer K.
@@ -41,7 +43,7 @@ class FastVScore:
     """
 
     layer: int = 2
-    """K, at least 1: before which layer FastV would drop; K - 1 layers and one attention are looked at."""
+    """K, at least 1: the layer before which FastV drops; K - 1 layers and the attention of one more are run."""
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
@@ -53,11 +55,11 @@ class FastVScore:
 
 @dataclass(frozen=True)
 class SparseVLMScore:
-    """Keeps what those words attend to most that the picture speaks of: mean over these raters and over heads.
+    """Selector that keeps the tokens attended to most by the words that fit the image.
 
-    See :func:`text_raters` for which words they are. The published method drops by rank-adaptive shares at several
-    layers and merges some of the dropped tokens again; neither is done here. Words are chosen as in version 1 of the
-    published code.
+    :func:`text_raters` chooses these words, as in version 1 of the published code. The attention is averaged over them
+    and over heads. The published method drops rank-adaptive shares at several layers and merges some of the dropped
+    tokens; neither is done here.
 
     Source: Zhang et al., "SparseVLM: visual token sparsification for efficient vision-language model inference", ICML
     2025, arXiv 2410.04417.
@@ -68,7 +70,7 @@ class SparseVLMScore:
     """
 
     layer: int = 2
-    """In which layer, counted from 0, the words attend."""
+    """Layer whose attention is used, counted from 0."""
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
@@ -84,15 +86,15 @@ class SparseVLMScore:
 def text_raters(
     tokens: torch.Tensor, words: torch.Tensor, token_mask: torch.Tensor, word_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Return which words may rate visual tokens: those that the tokens are closer to than to words on average.
+    """Return a mask of the words that rate visual tokens: words of above-average relevance.
 
-    Each visual token spreads a weight of 1 over the words, the softmax of its products with them. A word's relevance is
-    the mean of its weights over the tokens; raters are the words whose relevance is above the mean over the words. All
-    words are, where none is, as when all are the same.
+    Each visual token spreads a weight of 1 over the words: the softmax of its dot products with them. The relevance of
+    a word is the mean of its weights over the tokens, and raters are the words whose relevance is above the mean over
+    the words. If no word is above the mean, for example if all are equal, all words are raters.
 
     Args:
         tokens: Embeddings of the visual tokens, float (B, N, D).
-        words: Of the words, float (B, W, D).
+        words: Embeddings of the words, float (B, W, D).
         token_mask: Which tokens are real, bool (B, N).
         word_mask: Which words are real, bool (B, W).
 
@@ -112,13 +114,13 @@ def text_raters(
 
 @dataclass(frozen=True)
 class DARTScore:
-    """Keeps a few pivots and, for each of them in turn, the tokens that repeat it least.
+    """Selector that keeps a few pivots and, for each pivot, the tokens least similar to it.
 
-    Pivots are the visual tokens, and the words, whose keys in layer K - 1 have the largest L1 norm, largest first. The
-    visual ones are kept. Then each pivot, visual ones first, takes its share of the other tokens: those of lowest
-    cosine similarity to it, of what enters layer K through the model's final norm. Shares are equal; what is left over
-    goes to the first pivots, so that exactly k are kept (the published code rounds down, leaves the order open, and
-    keeps up to 4 tokens more than k).
+    Pivots are the visual tokens and the words whose keys in layer K - 1 have the largest L1 norm, largest first. Visual
+    pivots are kept. Then each pivot, visual ones first, takes its share of the other tokens: the ones of lowest cosine
+    similarity to it. Similarity is measured on the input of layer K after the model's final norm. Shares are equal, and
+    the remainder goes to the first pivots, so that exactly k tokens are kept (the published code rounds down, does not
+    fix the order, and keeps up to 4 tokens more than k).
 
     Source: Wen et al., "Stop looking for important tokens in multimodal language models: duplication matters more"
     (DART), EMNLP 2025, arXiv 2502.11494, where the tokens leave before layer K.
@@ -129,11 +131,11 @@ class DARTScore:
     """
 
     layer: int = 2
-    """K, at least 1: before which layer DART would drop; K layers are looked at."""
+    """K, at least 1: the layer before which DART drops; K layers are run."""
     token_pivots: int = 4
-    """Most visual pivots; no more than k."""
+    """Maximum number of visual pivots; never more than k."""
     word_pivots: int = 4
-    """Most words that are pivots."""
+    """Maximum number of words that are pivots."""
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
@@ -163,7 +165,7 @@ class DARTScore:
         )  # (B, P)
         similarity = pivots @ tokens.transpose(1, 2)  # (B, P, N)
         rest, count = counts - chosen.sum(1), there.sum(1).clamp_min(1)
-        turn = there.cumsum(1) - 1  # the how manieth pivot of its row
+        turn = there.cumsum(1) - 1  # index of each pivot in its row
         share = (rest // count)[:, None] + (turn < (rest % count)[:, None])
         for pivot in range(there.shape[1]):
             quota = torch.where(there[:, pivot], share[:, pivot], 0)
@@ -172,14 +174,17 @@ class DARTScore:
 
 
 def _first(values: torch.Tensor, sizes: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the chosen rows of ``values`` (B, N, D), largest first, and anything after them: (B, count, D)."""
+    """Return the chosen rows of ``values`` (B, N, D), largest first, as (B, count, D).
+
+    Rows beyond the chosen ones have arbitrary values.
+    """
     order = sizes.masked_fill(~chosen, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
     found = values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
     return F.pad(found, (0, 0, 0, count - found.shape[1]))
 
 
 def _look(name: str, vlm: FrozenVLM, encoded: Encoded, layer: int) -> StagedForward:
-    """Begin a pass over the prompts and run it up to ``layer``; errors name who asked."""
+    """Begin a pass over the prompts and run it up to ``layer``; errors name the method."""
     from grip_env.vlms.decoder.staged_forward import StagedForward  # loads transformers
 
     try:

@@ -1,6 +1,6 @@
-"""Methods that change what tokens say, not only which are kept: merged tokens and smaller images.
+"""Methods that replace visual tokens instead of selecting them: merging and down-sampling.
 
-Their result is no selection of the tokens that an environment shows, so they are reported beside the selectors.
+Their result is not a selection of the tokens that an environment shows, so it is reported separately from selectors.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ __all__ = ["Replacement", "Replacer", "VisionZip", "downsampled_image"]
 
 @dataclass(frozen=True)
 class Replacement:
-    """The same questions about fewer, other tokens: score it with ``vlm.score(it.encoded, it.selection[:, None])``."""
+    """The same questions with fewer, new visual tokens.
+
+    Score it with ``vlm.score(replacement.encoded, replacement.selection[:, None])``.
+    """
 
     encoded: Encoded
     """B examples with the new tokens, float (B, K, D)."""
     selection: torch.Tensor
-    """Which of them are there, bool (B, K): no more than were asked for in each row, ``selection.sum(1)`` exactly.
+    """Mask of the new tokens, bool (B, K); ``selection.sum(1)`` tokens are used, no more than asked for.
 
-    ``Scores.kept_fraction`` is a share of these tokens, not of those they replace."""
+    ``Scores.kept`` is a share of these tokens, not of the replaced ones."""
 
 
 @runtime_checkable
 class Replacer(Protocol):
-    """Anything that puts fewer tokens in the place of those of a batch of examples."""
+    """Interface of methods that replace the tokens of a batch of examples by fewer ones."""
 
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
@@ -46,33 +49,33 @@ class Replacer(Protocol):
         Args:
             vlm: The model the examples were encoded with.
             encoded: B examples, whose images are known.
-            counts: How many tokens to use of each at most, from 1 to all, long (B,).
+            counts: Maximum number of tokens for each example, from 1 to all, long (B,).
             generator: Source of any randomness, on the CPU.
 
         Raises:
-            NotImplementedError: If the model has not what this takes.
+            NotImplementedError: If the model does not support this method.
             ValueError: If an image is not known, or a count is out of range.
         """
         ...
 
 
 class VisionZip:
-    """Keeps the tokens of highest CLS attention and merges the others into a few more.
+    """Replacer that keeps the tokens of highest CLS attention and merges the others.
 
-    Of k tokens, c = round(k * merged) are merged ones and d = k - c dominant: the CLS token itself and the d - 1
-    patches it attends to most, in the order of their indices (ties go to the lower one). The other R patches are
-    compared by their keys, averaged over heads: those at 0, s, 2s, ... with s = max(1, R // c) are the c targets, each
-    other one goes to the target of highest cosine (the first of equals), and a merged token is its target plus the
-    mean of what went to it. All this happens to the tower's features, before the projector. The new tokens stand in
-    the prompt in this order: CLS, dominant, merged. A budget of one token is the CLS token alone, and even with all
-    tokens this is not the model without pruning.
+    Of k tokens, c = round(k * merged) are merged and d = k - c are dominant: the CLS token itself and the d - 1 patches
+    it attends to most, in the order of their indices (ties go to the lower one). The other R patches are compared by
+    their keys, averaged over heads. The patches at 0, s, 2s, ... with s = max(1, R // c) are the c targets. Every other
+    patch is assigned to the target of highest cosine (the first one among ties), and a merged token is its target plus
+    the mean of the patches assigned to it. Merging acts on the tower's features, before the projector. The order of the
+    new tokens in the prompt is CLS, dominant, merged. A budget of one token gives the CLS token alone, and even a
+    budget of all tokens differs from the model without pruning.
 
-    Departure: as the vlm's position policy has it, new tokens keep the positions of what they came from ("original";
-    the CLS token has that of the first patch, a merged one that of its target) or are numbered anew ("reindex", as in
-    the paper's code). That they are placed in the image at all is for pictures only.
+    Departure: the vlm's position policy decides whether new tokens keep the positions of their source patches
+    ("original"; the CLS token has the position of the first patch, a merged one that of its target) or are renumbered
+    ("reindex", as in the paper's code). Their positions in the image are used for pictures only.
 
     Args:
-        merged: Share of merged tokens, in [0, 1). The paper has 10 of 64.
+        merged: Share of merged tokens, in [0, 1). The paper merges 10 of 64.
 
     Source: Yang et al., "VisionZip: longer is better but not necessary in vision language models", CVPR 2025.
     """
@@ -100,7 +103,7 @@ class VisionZip:
         return _replace(model, encoded, pictures, origins)
 
     def _merge(self, view: TowerView, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the features (count, W) of the new tokens and the patches that they came from (count,)."""
+        """Return the features (count, W) of the new tokens and their source patches (count,)."""
         targets = min(round(count * self.merged), count - 1)
         order = view.attention.argsort(descending=True, stable=True)
         split = count - targets - 1
@@ -125,14 +128,14 @@ class VisionZip:
 def downsampled_image(
     vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
 ) -> Replacement:
-    """Encode the image once more, made so small that it gives no more than ``counts`` tokens.
+    """Encode the image again, down-sampled so that it gives at most ``counts`` tokens.
 
-    The tokens form a grid (:func:`grip_env.vlms.families.base.grid_within`), so often fewer than ``counts`` are used:
-    the selection tells how many. Towers for images of one size (CLIP, SigLIP) interpolate their position
-    embeddings. The prompt is as short as the tokens are few, and its positions are those of a prompt of this length.
+    The tokens form a grid (:func:`grip_env.vlms.families.base.grid_within`), so often fewer than ``counts`` are used;
+    the selection has the number. Towers for images of one size (CLIP, SigLIP) interpolate their position embeddings.
+    The prompt is shorter by the tokens saved, and it has the positions of a prompt of this length.
 
     Raises:
-        NotImplementedError: If tiles or pooling decide how many tokens the model gives, or it is no HuggingFaceVLM.
+        NotImplementedError: If tiles or pooling decide the number of tokens, or the model is not a HuggingFaceVLM.
         ValueError: If an image is not known, or a count is out of range.
     """
     model = _adapter(vlm, "a down-sampled image")
@@ -163,19 +166,22 @@ def _checked(encoded: Encoded, counts: torch.Tensor) -> list[int]:
 def _picture(tokens: torch.Tensor, positions: torch.Tensor) -> Picture:
     from grip_env.vlms.families.base import Picture
 
-    return Picture(tokens, positions, "", [len(tokens)])  # the text around it is in the prompt already
+    return Picture(tokens, positions, "", [len(tokens)])  # the prompt already has the text around it
 
 
 def _replace(
     vlm: HuggingFaceVLM, encoded: Encoded, pictures: Sequence[Picture], origins: Sequence[torch.Tensor] | None = None
 ) -> Replacement:
-    """Put other pictures into prompts that show theirs in one run of tokens.
+    """Return the examples with other pictures in their prompts.
+
+    Each prompt must hold its image as one run of tokens.
 
     Args:
         vlm: The model.
         encoded: B examples.
-        pictures: One for each.
-        origins: Which token each new one has the position of, long (K,); those of a shorter prompt if not given.
+        pictures: One for each example.
+        origins: Index of the old token whose position each new token takes, long (K,) for each example; without it,
+            positions are the ones of a shorter prompt.
     """
     image = vlm.family.image_token_id
     ids, position_ids = [], []

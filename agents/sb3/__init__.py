@@ -1,1 +1,1 @@
-"""Agents of Stable-Baselines3 on this project's environments: options, policies that read sets, training."""
+"""Stable-Baselines3 agents for this project's environments: options, policies, training."""

@@ -1,8 +1,8 @@
-"""PPO, A2C and MaskablePPO of Stable-Baselines3 on this project's environments: the general-purpose rivals of GRPO.
+"""PPO, A2C and MaskablePPO of Stable-Baselines3, as general-purpose baselines for GRPO.
 
-They have the scorer network, the warm-up and the reward of GRPO, and log-uniform budgets, but learn through the
-environment: one action for each observation, and a learned value in place of a group. The environments step together,
-with one call of the language model per step (:func:`grip_env.as_sb3_vec_env`).
+They share GRPO's scorer network, warm-up and reward, and draw log-uniform budgets, but learn through the environment:
+one action for each observation, and a learned value instead of a group. The environments step together, with one call
+of the language model per step (:func:`grip_env.as_sb3_vec_env`).
 
 Raffin et al., "Stable-Baselines3: Reliable Reinforcement Learning Implementations", JMLR 22, 2021.
 """
@@ -47,11 +47,11 @@ NETWORK = "features_extractor.network."
 
 
 class _Counting:
-    """A frozen model that notes what it is asked for.
+    """Wrapper of a frozen model that counts the selections scored.
 
     Args:
         vlm: The model.
-        compute: Told of every selection scored.
+        compute: Counter of forward passes.
     """
 
     def __init__(self, vlm: FrozenVLM, compute: ForwardCounter) -> None:
@@ -66,9 +66,9 @@ class _Counting:
 
 
 class _LibraryAgent(ABC):
-    """An algorithm of Stable-Baselines3 as one of this project's.
+    """Base class of this project's agents that train with an algorithm of Stable-Baselines3.
 
-    ``model`` is the library's own: ``model.predict`` takes observations of the environments.
+    ``model`` is the library's object; ``model.predict`` takes observations of the environments.
     """
 
     Options: ClassVar[type]
@@ -82,12 +82,12 @@ class _LibraryAgent(ABC):
         algorithm, policy = self._algorithm()
         self._pool = setting.pool(options.pool, options.reuse)
         self.compute = self._pool.compute
-        """What the language model was run for, warm-up included."""
+        """Forward passes of the language model, including the warm-up."""
         self._seed = setting.seed % 2**32  # NumPy takes no more
         self._randomness = Randomness(device)
         self._anneal = Anneal(options.learning_rate, options.steps if options.anneal else 0)
         self.phases = {"warmup": options.warmup_steps, self.phase: options.steps}
-        """How many steps each phase has."""
+        """Number of steps of each phase."""
         counting: Any = _Counting(setting.vlm, self.compute)
         task: Any = setting.task
         if options.examples:
@@ -106,7 +106,7 @@ class _LibraryAgent(ABC):
             **self._environment_options(),
         )
         longest = self._longest_episode(envs.single_observation_space["token_mask"].n)
-        if 0 < options.steps * options.n_steps < longest:  # there would be nothing to tell
+        if 0 < options.steps * options.n_steps < longest:  # episodes might never end
             raise ValueError(
                 f"an episode may take {longest} steps, and training ends after steps * n_steps = {options.steps} * "
                 f"{options.n_steps} = {options.steps * options.n_steps}: give it more, or a smaller max_budget"
@@ -135,7 +135,7 @@ class _LibraryAgent(ABC):
     @classmethod
     @abstractmethod
     def _algorithm(cls) -> tuple[Any, Any]:
-        """Return the library's classes of algorithm and policy."""
+        """Return the library's algorithm class and the policy class."""
 
     def _environment_options(self) -> dict[str, Any]:
         return {"action_mode": self.options.action_mode, "over_budget_penalty": self.options.over_budget_penalty}
@@ -157,22 +157,22 @@ class _LibraryAgent(ABC):
 
     @property
     def network(self) -> SetNetwork:
-        """What is trained, but for the heads."""
+        """The trained network without the heads."""
         return cast(SetNetwork, self.model.policy.features_extractor.network)
 
     @property
     def scorer(self) -> Scorer:
-        """The scorer in it."""
+        """The scorer in the network."""
         return self.network.scorer
 
     def learn(self) -> Iterator[Metrics]:
-        """Train from where it stands, yielding after each step; see :class:`~agents.agent.Agent`.
+        """Train from the current state, yielding after each step; see :class:`~agents.agent.Agent`.
 
-        Logged at each update, over the episodes that ended in it (if none did, in the last update before): ``reward``,
-        ``log_likelihood`` and ``accuracy``, and ``budget_used``, the share of the tokens allowed that were kept;
-        the library's ``value_loss``, ``entropy`` (nats per action) and, of PPO, ``approx_kl`` and ``clip_fraction``;
-        ``forwards`` and ``seconds`` as by every algorithm. Updates before the first episode's end yield nothing; their
-        seconds are in the first that does.
+        Logged at each update, over the episodes that ended in it (if none did, in the last update in which any did):
+        ``reward``, ``log_likelihood``, ``accuracy`` and ``budget_used``, the share of the allowed tokens that were
+        kept; from the library ``value_loss``, ``entropy`` (nats per action) and, for PPO, ``approx_kl`` and
+        ``clip_fraction``; ``forwards`` and ``seconds`` as for every algorithm. Updates before the end of the first
+        episode yield nothing; their seconds count towards the first update that does.
         """
         options = self.options
         if not self._warm:
@@ -184,9 +184,9 @@ class _LibraryAgent(ABC):
             with named_step(self.phase, self.updates):
                 try:
                     with self._randomness.lent():
-                        # not reset: the rollout goes on where the last one ended, as within one long call
+                        # not reset: the rollout continues where the last one ended, as within one long call
                         self.model.learn(options.num_envs * options.n_steps, self._episodes, reset_num_timesteps=False)
-                finally:  # the library's own error, if it has one, tells of distributions
+                finally:  # of non-finite weights, in place of the library's error about distributions
                     check_finite(dict(self.model.policy.named_parameters()), "the agent")
             self.updates += 1
             if self._episodes.means:
@@ -203,7 +203,7 @@ class _LibraryAgent(ABC):
                 started = time.perf_counter()
 
     def save(self, folder: Path) -> None:
-        """Write the scorer, as by other algorithms, and what :meth:`resume` needs; nothing of it is pickled."""
+        """Write the scorer and the training state that :meth:`resume` needs, without pickle."""
         self.scorer.save(folder)
         about = {
             "algorithm": self.phase,
@@ -215,16 +215,17 @@ class _LibraryAgent(ABC):
         TrainingState.of(self.model.policy, self.model.policy.optimizer, about).write(folder / STATE)
 
     def resume(self, folder: Path) -> None:
-        """Go on with a training that :meth:`save` wrote, on a new agent of the same options: call :meth:`learn` then.
+        """Load a training state that :meth:`save` wrote, into a new agent with the same options.
 
-        Weights, optimiser, the number of updates (and so the learning rate) and forward passes are as they were. Random
-        numbers and episodes are not: they begin anew, from a seed made of the setting's and the number of updates, and
-        episodes that were not over are dropped. A warm-up that was not finished begins anew, from the weights saved.
+        Call :meth:`learn` to continue. Weights, optimiser, the number of updates (and so the learning rate) and forward
+        passes are restored. Random numbers and episodes are not: random numbers start from a new seed, made of the
+        setting's seed and the number of updates, and unfinished episodes are dropped. An unfinished warm-up starts
+        again, from the saved weights.
 
         Raises:
-            FileNotFoundError: If there is nothing.
-            ValueError: If it is damaged or of another algorithm, action mode or model, or if this agent has begun to
-                learn; the agent is then as it was.
+            FileNotFoundError: If there is no saved state.
+            ValueError: If the state is damaged or from another algorithm, action mode or model, or if this agent has
+                begun to learn; the agent is then unchanged.
         """
         if self._warm or self.updates or self.model.num_timesteps:
             raise ValueError("this agent has begun to learn: make a new one to resume with")
@@ -232,11 +233,11 @@ class _LibraryAgent(ABC):
         if state.about.get("algorithm") != self.phase:
             raise ValueError(
                 f"{folder / STATE} was written by {state.about.get('algorithm')}, and this is {self.phase}: resume "
-                "with the algorithm it was trained by"
+                "with the algorithm that wrote it"
             )
         about = {"warm": bool, "updates": int, "forwards": int}
         if any(type(state.about.get(name)) is not kind for name, kind in about.items()):
-            raise ValueError(f"{folder / STATE} does not say how far it came: train again")
+            raise ValueError(f"{folder / STATE} has no valid record of its progress: train again")
         state.restore(self.model.policy, self.model.policy.optimizer, str(folder / STATE))
         self._warm, self.updates = state.about["warm"], state.about["updates"]
         self.compute.add(state.about["forwards"])
@@ -263,8 +264,8 @@ class _LibraryAgent(ABC):
 class A2CAgent(_LibraryAgent):
     """A set-wise policy trained by A2C on the one-shot environment.
 
-    The library's A2C takes RMSProp by default, whose first steps are ten times its learning rate and undo a warm-up;
-    this one takes Adam.
+    It uses Adam. RMSProp, the default of the library's A2C, undoes a warm-up: its first steps are ten times its
+    learning rate.
     """
 
     Options, phase = A2COptions, "a2c"
@@ -294,9 +295,9 @@ class PPOAgent(_LibraryAgent):
 
 @register("maskable-ppo")
 class MaskablePPOAgent(_LibraryAgent):
-    """A set-wise policy trained by MaskablePPO of sb3-contrib on the token-by-token environment.
+    """A set-wise policy trained by sb3-contrib's MaskablePPO on the token-by-token environment.
 
-    Needs the extra "contrib" to train, and not to choose.
+    Training needs the extra "contrib"; choosing tokens does not.
     """
 
     Options, phase = MaskablePPOOptions, "maskable-ppo"
@@ -332,7 +333,7 @@ class MaskablePPOAgent(_LibraryAgent):
                 key.removeprefix(NETWORK): value for key, value in state.weights.items() if key.startswith(NETWORK)
             }
             network = SetNetwork(ScorerConfig.read(state.about["scorer"], weights, "scorer."))
-            # strict: neither heads nor critic are needed to choose, and all the rest is
+            # strict: choosing needs all weights except the heads and the critic
             network.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"{folder / STATE} was not written by maskable-ppo: train again") from error

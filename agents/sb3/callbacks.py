@@ -1,4 +1,4 @@
-"""What lets a training of Stable-Baselines3 be taken update by update, and keep its random numbers to itself."""
+"""Helpers to train Stable-Baselines3 update by update, with random numbers of its own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ __all__ = ["Anneal", "Episodes", "Randomness"]
 
 
 class Anneal:
-    """A learning rate that falls along a line, whatever the library believes of its progress.
+    """Learning rate that falls linearly with the updates.
 
-    ``learn`` is called once per update, and takes each call for a whole training.
+    It ignores the progress that the library reports: ``learn`` is called once per update, and the library treats each
+    call as a whole training.
 
     Args:
-        peak: At update 0.
+        peak: Learning rate at update 0.
         over: Updates over which it falls to 0; 0 leaves it at the peak.
     """
 
@@ -33,10 +34,10 @@ class Anneal:
 
 
 class Randomness:
-    """The random numbers of one agent, which the library takes from global generators: lent to it, and put back.
+    """Random state of one agent, swapped into the global generators that the library uses.
 
     Args:
-        device: Where actions are drawn.
+        device: Device on which actions are drawn.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +46,7 @@ class Randomness:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Put this agent's generators in the place of the global ones while the context lasts."""
+        """Replace the global random state by this agent's within the context."""
         outer = random.getstate(), np.random.get_state()  # noqa: NPY002 (what Stable-Baselines3 uses)
         with torch.random.fork_rng(self._devices):
             if self._state is not None:
@@ -64,7 +65,7 @@ class Randomness:
 
 
 class Episodes(BaseCallback):
-    """Means over the episodes that ended in the last rollout in which any did."""
+    """Callback with means over the episodes of the last rollout in which any ended."""
 
     def __init__(self) -> None:
         super().__init__()

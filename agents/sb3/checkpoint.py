@@ -1,4 +1,4 @@
-"""Weights and optimiser of a training on disk, in one file and without pickles."""
+"""Saved weights and optimiser state of a training, in one file and without pickle."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ SEAL = "training state"
 
 
 class TrainingState(NamedTuple):
-    """What a network and its optimiser hold."""
+    """State of a network and its optimiser."""
 
     about: dict[str, Any]
-    """What else there is to know; goes through JSON."""
+    """Further information, stored as JSON."""
     weights: dict[str, torch.Tensor]
-    """By the names of ``named_parameters``."""
+    """Weights by the names of ``named_parameters``."""
     moments: dict[str, torch.Tensor]
-    """Of the optimiser: by "index/name", the index of a parameter and the name of what is held of it."""
+    """State of the optimiser by "index/name": the index of a parameter and the name of an entry of its state."""
 
     @classmethod
     def of(cls, network: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]) -> TrainingState:
-        """Return the state of a network and of an optimiser of all its parameters; shares their memory."""
+        """Return the state of a network and of an optimiser of all its parameters.
+
+        The tensors share memory with them.
+        """
         moments = {
             f"{index}/{name}": torch.as_tensor(value)
             for index, held in optimizer.state_dict()["state"].items()
@@ -40,7 +43,9 @@ class TrainingState(NamedTuple):
         return cls(dict(about), {name: value.detach() for name, value in network.named_parameters()}, moments)
 
     def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, source: str) -> None:
-        """Put it into a network and an optimiser of the same kind, whose learning rate stays.
+        """Load the state into a network and an optimiser of the same kind.
+
+        The optimiser keeps its learning rate.
 
         Raises:
             ValueError: If the network has other parameters; nothing is changed then. The message names ``source``.
@@ -63,7 +68,9 @@ class TrainingState(NamedTuple):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def write(self, path: Path) -> None:
-        """Write it to a file, whose folder is made; a crash while writing leaves the previous one whole.
+        """Write the state to a file, and create its folder if needed.
+
+        A crash while writing leaves the previous file intact.
 
         Raises:
             NonFiniteError: If a weight is NaN or infinite; nothing is written then.
@@ -76,14 +83,14 @@ class TrainingState(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> TrainingState:
-        """Read what :meth:`write` wrote.
+        """Read a file that :meth:`write` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read, or is not what was written.
+            ValueError: If the file cannot be read, or its contents have changed.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"no state of a training in {path.parent}: expected {path.name}")
+            raise FileNotFoundError(f"no training state in {path.parent}: expected {path.name}")
         try:
             tensors, texts = unseal(SEAL, path.read_bytes())
             about = json.loads(texts["about"])

@@ -1,4 +1,4 @@
-"""The set-wise policy of sb3-contrib's MaskablePPO; importing this needs the extra "contrib"."""
+"""Set-wise policy for sb3-contrib's MaskablePPO; its import needs the extra "contrib"."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ __all__ = ["MaskableSetPolicy"]
 class MaskableSetPolicy(SetWise, MaskableActorCriticPolicy):
     """A set-wise policy for MaskablePPO on the token-by-token environment.
 
-    It knows from an observation which tokens are real and not selected yet, so that ``predict`` makes legal choices
-    with and without ``action_masks``.
+    Observations tell it which tokens are real and not selected yet, so ``predict`` makes legal choices with and without
+    ``action_masks``.
     """

@@ -1,4 +1,4 @@
-"""Options of the algorithms of Stable-Baselines3."""
+"""Options of the Stable-Baselines3 algorithms."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ __all__ = ["A2COptions", "MaskablePPOOptions", "PPOOptions"]
 
 @dataclass
 class _Gathering:
-    """What they have beyond their warm-up."""
+    """Options of all algorithms beyond their warm-up."""
 
     steps: int = 170
     """Updates: each follows n_steps steps of all environments."""
     num_envs: int = 64
     """Environments that step together, with one call of the language model."""
     n_steps: int = 2
-    """Steps of each environment between updates; one step is one image where all is chosen at once."""
+    """Steps of each environment between updates; one step is one image if its tokens are chosen jointly."""
     learning_rate: float = 3e-4
     """Learning rate of Adam (Kingma & Ba, ICLR 2015) at the first update."""
     anneal: bool = True
-    """Let the learning rate fall to 0 along a line (PPO, Schulman et al. 2017, arXiv 1707.06347)."""
+    """Decay the learning rate linearly to 0 (PPO, Schulman et al. 2017, arXiv 1707.06347)."""
     gamma: float = 1.0
-    """Discount; less than 1 would pay for gaining early rather than for the final set."""
+    """Discount factor; below 1, early gains would count more than the final set."""
     gae_lambda: float = 1.0
-    """Generalised advantage estimation (Schulman et al., ICLR 2016); without effect where an episode is one step."""
+    """Lambda of generalised advantage estimation (Schulman et al., ICLR 2016); no effect if an episode is one step."""
     entropy_weight: float = 0.0
     """Weight of an entropy bonus, in nats per action (A3C, Mnih et al., ICML 2016)."""
     value_weight: float = 0.5
     """Weight of the value's squared error; actor and critic share a network (A3C, Mnih et al., ICML 2016)."""
     examples: int = 2048
-    """Training examples the environments draw from, all held encoded in memory: each costs the vision encoder and one
-    more forward pass, that of the full image, once; 0 takes the whole split and holds few."""
+    """Training examples that the environments draw from, all held encoded in memory. Each costs, once, a pass of the
+    vision encoder and a forward pass of the full image. 0 draws from the whole split and holds only a few."""
     obs_dtype: Literal["float32", "float16"] = "float16"
-    """Precision of features in observations, of which the rollout buffer holds num_envs * n_steps."""
+    """Precision of the features in observations; the rollout buffer holds num_envs * n_steps observations."""
     max_tokens: int | None = None
-    """Most visual tokens an image may have, by default as many as the first one has; give it where images differ."""
+    """Maximum number of visual tokens of an image, by default that of the first image; set it if images differ."""
     max_question_tokens: int = 64
-    """Most tokens a question may have; the scorer reads 64."""
+    """Maximum number of tokens of a question; the scorer reads 64."""
 
 
 @dataclass
 class _Common(WarmUpOptions, _Gathering):
-    """What all have."""
+    """Options of all algorithms."""
 
     instances: int = 32
     """Examples per step of the warm-up."""
@@ -68,14 +68,14 @@ class _Common(WarmUpOptions, _Gathering):
 
 @dataclass
 class _OneShot(_Common):
-    """Where all tokens are chosen at once."""
+    """Options of algorithms on the one-shot environment, which choose all tokens jointly."""
 
     action_mode: Literal["binary", "scores"] = "binary"
-    """A coin for each token, or a normally distributed score for each, of which the highest are kept."""
+    """Actions: a Bernoulli draw for each token, or a normally distributed score for each, the highest of which win."""
     log_std_init: float = -2.0
-    """Logarithm of the scores' first standard deviation; much above -2, they run into the bounds of [-1, 1]."""
+    """Logarithm of the initial standard deviation of the scores; far above -2, they reach the bounds of [-1, 1]."""
     over_budget_penalty: float = 0.0
-    """Charged for each token that binary actions keep beyond the budget; those are dropped at random anyway."""
+    """Penalty for each token that binary actions keep beyond the budget; such tokens are dropped at random anyway."""
 
     def check(self) -> None:
         """Raise ValueError, naming the option, if a setting is impossible."""
@@ -86,21 +86,21 @@ class _OneShot(_Common):
 
 @dataclass
 class _Clipped(_Common):
-    """What PPO has beyond A2C."""
+    """Options of PPO beyond those of A2C."""
 
     batch_size: int = 64
-    """Observations per gradient step; divides num_envs * n_steps."""
+    """Observations per gradient step; must divide num_envs * n_steps."""
     epochs: int = 2
-    """How often an update goes through what was gathered (PPO, Schulman et al. 2017)."""
+    """Passes of an update over the rollout (PPO, Schulman et al. 2017)."""
     clip_range: float = 0.2
-    """Ratios further than this from 1 earn nothing more (PPO, Schulman et al. 2017)."""
+    """Clip: probability ratios further than this from 1 earn nothing more (PPO, Schulman et al. 2017)."""
     target_kl: float | None = None
-    """End an update early when the policy has moved by more than 1.5 times this, in nats per action."""
+    """Stop an update early when the policy has moved by more than 1.5 times this KL, in nats per action."""
 
     def check(self) -> None:
         """Raise ValueError, naming the option, if a setting is impossible."""
         super().check()
-        # advantages are normalised within a batch, and a single one would be divided by no deviation
+        # advantages are normalised within a batch, and a single one has no standard deviation
         check_numbers(self, {"batch_size": 2, "epochs": 1}, above_0=("clip_range",))
         if self.target_kl is not None:
             check_numbers(self, {}, above_0=("target_kl",))
@@ -123,8 +123,8 @@ class A2COptions(_OneShot):
     learning_rate: float = 7e-4
     """Learning rate of Adam (Kingma & Ba, ICLR 2015) at the first update."""
     normalize_advantage: bool = True
-    """Bring the advantages of an update to mean 0 and standard deviation 1, as PPO does (Andrychowicz et al., ICLR
-    2021); until the value is learnt, all are of one sign otherwise."""
+    """Normalise the advantages of an update to mean 0 and standard deviation 1, as PPO does (Andrychowicz et al., ICLR
+    2021). Otherwise all have the same sign until the value is learnt."""
 
     def check(self) -> None:
         """Raise ValueError, naming the option, if a setting is impossible."""
@@ -137,12 +137,18 @@ class A2COptions(_OneShot):
 
 @dataclass
 class PPOOptions(_Clipped, _OneShot):
-    """Proximal policy optimisation (PPO; Schulman et al. 2017, arXiv 1707.06347), one decision per episode."""
+    """Proximal policy optimisation (PPO), one decision per episode.
+
+    Schulman et al. 2017, arXiv 1707.06347.
+    """
 
 
 @dataclass
 class MaskablePPOOptions(_Clipped):
-    """PPO token by token, with illegal actions masked (Huang & Ontanon, FLAIRS 2022, arXiv 2006.14171)."""
+    """PPO token by token, with illegal actions masked.
+
+    Huang & Ontanon, FLAIRS 2022, arXiv 2006.14171.
+    """
 
     steps: int = 80
     """Updates: each follows n_steps steps of all environments."""
@@ -151,7 +157,7 @@ class MaskablePPOOptions(_Clipped):
     n_steps: int = 8
     """Steps of each environment between updates; one step is one token."""
     gae_lambda: float = 0.95
-    """Generalised advantage estimation (Schulman et al., ICLR 2016)."""
+    """Lambda of generalised advantage estimation (Schulman et al., ICLR 2016)."""
     dense: bool = True
-    """Pay each token for what it changed (potential-based shaping; Ng, Harada & Russell, ICML 1999), which asks the
-    language model at every step; otherwise the last alone is paid, and asked about."""
+    """Reward each token for the change it makes (potential-based shaping; Ng, Harada & Russell, ICML 1999), which runs
+    the language model at every step; otherwise only the last step is scored and rewarded."""

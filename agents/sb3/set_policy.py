@@ -1,9 +1,9 @@
-"""Policies of Stable-Baselines3 that treat an image as a set of tokens, with no weight that belongs to a place in it.
+"""Stable-Baselines3 policies that treat an image as a set of tokens.
 
-The library's own ``MultiInputPolicy`` flattens an observation: millions of weights, one set for each place, and another
-network for every number of tokens. Here the project's :class:`~agents.scorer.Scorer` reads the observation, each token
-gets its part of the action from its own score, and the value comes from the mean over tokens. Shuffled tokens give
-shuffled actions and the same value, and the number of weights does not depend on N.
+The library's ``MultiInputPolicy`` flattens an observation: it has millions of weights, separate ones for each position,
+and needs a different network for every number of tokens. Here :class:`~agents.scorer.Scorer` reads the observation, the
+action for each token depends on its own score, and the value comes from the mean over tokens. Actions are equivariant
+and the value is invariant to permutations of the tokens, and the number of weights does not depend on N.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ __all__ = [
 ]
 
 _NEVER = -1e4
-"""The logit of a coin that is never heads: its sigmoid is exactly 0, and 0 times it is 0."""
+"""Logit of a token that is never kept: its sigmoid is exactly 0, and 0 times it is 0."""
 _ILLEGAL = -1e8
-"""The logit of an illegal choice, as sb3-contrib has it."""
+"""Logit of an illegal choice, as in sb3-contrib."""
 
 
 class SetFeatures(NamedTuple):
-    """What a network makes of a batch of observations."""
+    """Output of a network for a batch of observations."""
 
     scores: torch.Tensor
-    """One number for each token, float (B, N)."""
+    """Score of each token, float (B, N)."""
     tokens: torch.Tensor
-    """Features of each, float (B, N, W)."""
+    """Features of each token, float (B, N, W)."""
     mask: torch.Tensor
-    """Which tokens are real, bool (B, N)."""
+    """Mask of the real tokens, bool (B, N)."""
     selected: torch.Tensor
-    """Which are in already, bool (B, N)."""
+    """Mask of the tokens already selected, bool (B, N)."""
     counts: torch.Tensor
-    """How many the budget allows, long (B,)."""
+    """Number of tokens that the budget allows, long (B,)."""
 
 
 class SetNetwork(nn.Module):
-    """A scorer that may also be told which tokens are in already.
+    """Scorer with an additional input: the tokens already selected.
 
     Args:
         config: Sizes of the scorer.
@@ -62,7 +62,7 @@ class SetNetwork(nn.Module):
     def __init__(self, config: ScorerConfig) -> None:
         super().__init__()
         self.scorer = Scorer(config)
-        # 0: a scorer that was warmed up without knowing of selected tokens scores as it did
+        # 0: a scorer that was warmed up without selected tokens keeps its scores
         self.selected_in = nn.Parameter(torch.zeros(config.width))
 
     def forward(
@@ -75,7 +75,10 @@ class SetNetwork(nn.Module):
         budget: torch.Tensor,
         selected: torch.Tensor,
     ) -> SetFeatures:
-        """Read B examples; the arguments are those of the scorer, and ``selected``, bool (B, N)."""
+        """Score the tokens of B examples.
+
+        The arguments are the scorer's and ``selected``, bool (B, N).
+        """
         more = selected[..., None] * self.selected_in
         features = self.scorer.features(tokens, positions, token_mask, question, question_mask, budget, more)
         counts = (budget * token_mask.sum(1)).round().long().clamp_min(1)
@@ -83,16 +86,19 @@ class SetNetwork(nn.Module):
 
 
 class SetExtractor(BaseFeaturesExtractor):
-    """Reads observations of the project's environments, one-shot or token by token.
+    """Feature extractor for observations of the project's environments.
+
+    It works with the one-shot and the token-by-token environment.
 
     Args:
-        observation_space: Of the environment; features of any width and precision (``feature_dim``, ``obs_dtype``).
+        observation_space: Space of the environment; features may have any width and precision (``feature_dim``,
+            ``obs_dtype``).
         width: Width W of the network's layers.
-        blocks: Decoder blocks.
-        heads: Attention heads.
+        blocks: Number of decoder blocks.
+        heads: Number of attention heads.
 
     Raises:
-        ValueError: If it is the space of another kind of environment.
+        ValueError: If the space is from another kind of environment.
     """
 
     def __init__(
@@ -112,11 +118,11 @@ class SetExtractor(BaseFeaturesExtractor):
         self.network = SetNetwork(ScorerConfig(token_width=shape[-1], width=width, blocks=blocks, heads=heads))
 
     def forward(self, observations: dict[str, torch.Tensor]) -> SetFeatures:
-        """Return what the network makes of observations, float tensors with a row for each."""
+        """Return the network's output for observations, float tensors with a row for each."""
         tokens = observations["tokens"]
-        question = observations.get("question", tokens[:, :0])  # hidden where the environment is made that way
+        question = observations.get("question", tokens[:, :0])  # an environment may hide the question
         words = observations.get("question_mask", question[..., 0]).bool()
-        # room that no question of the batch takes costs as much as words do
+        # padding beyond the longest question of the batch would cost as much as words do
         question, words = (part[:, : _length(words)] for part in (question, words))
         mask = observations["token_mask"].bool()
         selected = observations["selected"].bool() if "selected" in observations else torch.zeros_like(mask)
@@ -126,16 +132,17 @@ class SetExtractor(BaseFeaturesExtractor):
 
 
 def _length(mask: torch.Tensor) -> int:
-    """Return how many columns of a mask, bool (B, Q), there are up to the last that has anything in it."""
+    """Return the number of columns of a mask, bool (B, Q), up to the last one in use."""
     used = mask.any(0).nonzero()
     return int(used[-1]) + 1 if len(used) else 0
 
 
 def expecting(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Shift the scores of each row so that independent coins with these logits show ``counts`` heads on average.
+    """Shift the scores of each row to logits that keep ``counts`` tokens on average.
 
-    Given that k coins are heads, they have the k-subset law of the scores (:class:`~agents.subset.KSubset`), so that a
-    policy of coins starts out from a warmed-up scorer as GRPO's does. Gradients flow through the shift as well.
+    The logits are of an independent Bernoulli draw for each token. Conditional on k tokens being kept, the draws have
+    the k-subset distribution of the scores (:class:`~agents.subset.KSubset`), so a Bernoulli policy starts from a
+    warmed-up scorer as GRPO's policy does. Gradients also flow through the shift.
 
     Args:
         scores: float (B, N).
@@ -143,8 +150,8 @@ def expecting(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) ->
         mask: Which tokens are real, bool (B, N).
 
     Returns:
-        Logits, float (B, N); those of padding are -10,000. Where all tokens are to be kept, half a token is missing
-        on average, as coins that are sure have infinite logits.
+        Logits, float (B, N); padding has -10,000. If all tokens are to be kept, the expected number is half a token
+        less, because probabilities of 1 have infinite logits.
 
     >>> mask = torch.tensor([[True, True, True, False]])
     >>> logits = expecting(torch.tensor([[0.0, 1.0, 5.0, 9.0]]), torch.tensor([2]), mask)
@@ -155,20 +162,20 @@ def expecting(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) ->
     fixed = scores.detach()
     low = -fixed.masked_fill(~mask, -torch.inf).amax(1, keepdim=True) - 20
     high = -fixed.masked_fill(~mask, torch.inf).amin(1, keepdim=True) + 20
-    for _ in range(24):  # some 40 wide and more at first, and then a millionth of that
+    for _ in range(24):  # an interval at least 40 wide shrinks to 1 / 2**24 of its width
         middle = (low + high) / 2
         enough = ((fixed + middle).sigmoid() * mask).sum(1, keepdim=True) >= target
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     shift = (low + high) / 2
     coins = (scores + shift).sigmoid() * mask
     slope = (coins * (1 - coins)).sum(1, keepdim=True).detach().clamp_min(1e-6)
-    # a step of Newton's method, which changes the value by next to nothing and has the gradient of the exact shift
+    # a step of Newton's method: it hardly changes the value, and has the gradient of the exact shift
     shift = shift - (coins.sum(1, keepdim=True) - target) / slope
     return (scores + shift).masked_fill(~mask, _NEVER)
 
 
 class _Coins(BernoulliDistribution):
-    """A coin for each token; the mode keeps exactly as many as the budget allows."""
+    """A Bernoulli draw for each token; the mode keeps exactly as many as the budget allows."""
 
     counts: torch.Tensor
     mask: torch.Tensor
@@ -180,11 +187,11 @@ class _Coins(BernoulliDistribution):
 
 
 class _KeepHead(nn.Module):
-    """Binary actions: a coin for each token, as many heads as the budget allows on average."""
+    """Head for binary actions, which keep as many tokens as the budget allows on average."""
 
     def __init__(self) -> None:
         super().__init__()
-        # to keep more or fewer than the budget allows may pay: what is over is dropped at random
+        # keeping more or fewer tokens than the budget allows may pay off: surplus ones are dropped at random
         self.lean = nn.Parameter(torch.zeros(()))
 
     def forward(self, features: SetFeatures, distribution: _Coins) -> Distribution:
@@ -194,7 +201,7 @@ class _KeepHead(nn.Module):
 
 
 class _ScoreHead(nn.Module):
-    """Real-valued actions in [-1, 1], of which the environment keeps the k highest."""
+    """Head for real-valued actions in [-1, 1], of which the environment keeps the k highest."""
 
     def __init__(self, log_std: float) -> None:
         super().__init__()
@@ -204,15 +211,15 @@ class _ScoreHead(nn.Module):
         scores, mask = features.scores, features.mask
         centred = scores - scores.sum(1, keepdim=True) / mask.sum(1, keepdim=True)  # padding scores 0
         # within +-0.6, so that noise seldom reaches the bounds, where actions are clipped and ties arise. A unit of
-        # score is 0.1 at most: a deviation of e^-2 is 1.35 units, about that of the Gumbel noise (1.28) whose k highest
-        # make a draw without replacement
+        # score is 0.1 at most, so a standard deviation of e^-2 is 1.35 units, close to that of Gumbel noise (1.28),
+        # with which the k highest scores are a draw without replacement
         mean = (0.6 * nn.functional.softsign(centred / 6)).masked_fill(~mask, 0.0)
-        # what is drawn for padding has no effect and must not teach: constants
+        # draws for padding have no effect and must give no gradient: constants
         return distribution.proba_distribution(mean, self.log_std * mask)
 
 
 class _IndexHead(nn.Module):
-    """The index of one token that is real and not selected yet."""
+    """Head for the index of one token that is real and not selected yet."""
 
     def forward(self, features: SetFeatures, distribution: Any) -> Any:
         legal = features.mask & ~features.selected
@@ -220,7 +227,10 @@ class _IndexHead(nn.Module):
 
 
 class _ValueHead(nn.Module):
-    """The value of an observation: from the mean of its tokens' features (Zaheer et al., "Deep sets", NeurIPS 2017)."""
+    """Head for the value of an observation, from the mean of its tokens' features.
+
+    Zaheer et al., "Deep sets", NeurIPS 2017.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -233,7 +243,7 @@ class _ValueHead(nn.Module):
 
 
 class _Both(nn.Module):
-    """Stands where the library has separate layers for actor and critic: both get the features as they are."""
+    """Identity in place of the library's separate layers for actor and critic."""
 
     def forward(self, features: SetFeatures) -> tuple[SetFeatures, SetFeatures]:
         return features, features
@@ -246,15 +256,18 @@ class _Both(nn.Module):
 
 
 class SetWise:
-    """What makes an actor-critic policy of Stable-Baselines3, which comes after it in the bases, a set-wise one.
+    """Mixin that makes an actor-critic policy of Stable-Baselines3 set-wise.
+
+    It comes before the library's policy in the list of base classes.
 
     Args:
-        arguments: Those of the other base. ``features_extractor_kwargs`` has the sizes of :class:`SetExtractor`, and
-            ``log_std_init`` (-2 by default) is for action_mode="scores".
-        named: As well.
+        arguments: Positional arguments of the library's policy.
+        named: Keyword arguments of the library's policy. ``features_extractor_kwargs`` has the sizes of
+            :class:`SetExtractor`, and ``log_std_init`` (-2 by default in :class:`SetPolicy`) is for
+            action_mode="scores".
 
     Raises:
-        ValueError: If the action space is none of those of this project's environments.
+        ValueError: If the action space is not from one of this project's environments.
     """
 
     action_dist: Any
@@ -289,8 +302,8 @@ class SetPolicy(SetWise, ActorCriticPolicy):
     ``predict(..., deterministic=True)`` keeps exactly as many tokens as the budget allows in both action modes.
 
     Args:
-        arguments: Those of ``ActorCriticPolicy``; see :class:`SetWise`.
-        named: As well.
+        arguments: Positional arguments of ``ActorCriticPolicy``.
+        named: Keyword arguments of ``ActorCriticPolicy``; see :class:`SetWise`.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -298,10 +311,12 @@ class SetPolicy(SetWise, ActorCriticPolicy):
 
 
 class SequentialSelector:
-    """Adds the best token until the budget is used, for a whole batch at once and without asking the language model.
+    """Selector that adds the best token until the budget is used, for a whole batch together.
+
+    It does not run the language model.
 
     Args:
-        network: Of a policy that was trained token by token.
+        network: Network of a policy that was trained token by token.
     """
 
     def __init__(self, network: SetNetwork) -> None:
@@ -311,7 +326,7 @@ class SequentialSelector:
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Choose tokens; see :class:`agents.base.Selector`. Takes max(kept) passes of the network."""
+        """Choose tokens with max(counts) passes of the network; see :class:`agents.base.Selector`."""
         mask = encoded.token_mask
         chosen, one = torch.zeros_like(mask), torch.ones_like(counts)
         seen = (encoded.tokens.float(), encoded.positions.float(), mask, encoded.question.float())

@@ -1,11 +1,11 @@
-"""Reference policies that USE THE ANSWER: they try selections on the frozen model and keep the best they find.
+"""Searches that USE THE ANSWER: they score selections with the model and keep the best.
 
-They are no rivals of a pruner, which has to choose before anything is known of the answer; they tell how good a
-selection can be, and at what price. Every name in a table says so ("uses the answer").
+They do not compete with pruners, which must choose without knowing the answer; they show how good a selection can be,
+and at what cost. Their names in tables say so ("uses the answer").
 
-The price is counted in *calls*: selections scored, for each example. A search never makes more than its budget
-``calls``, and tells how many it made and why it stopped. All examples of a batch advance together: a round scores the
-candidates of all of them in one call of the model. Of equally good tokens, the one with the lower index is kept.
+The cost is counted in *calls*: selections scored for each example. A search never exceeds its budget ``calls``, and it
+reports how many calls it made and why it stopped. All examples of a batch advance together: a round scores the
+candidates of all of them in one call of the model. Among equally good tokens, the one with the lower index is kept.
 
 ```python
 generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a search is, and how it tries selections: scored on the frozen model, against a budget of calls."""
+"""Base class of searches, and the scoring of candidates under a budget of calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ __all__ = ["ScoredCandidates", "Search", "SearchResult", "check_batch", "leading
 
 
 def check_batch(encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens a search is to keep of each example, long (B,): ``counts``, or all where there are fewer.
+    """Return how many tokens a search keeps of each example, long (B,).
+
+    This is ``counts``, or the number of real tokens where there are fewer.
 
     Raises:
         ValueError: If an example has no answer, or ``counts`` is not B integers of at least 1.
@@ -49,21 +51,21 @@ def leading(counts: torch.Tensor) -> torch.Tensor:
 
 
 class ScoredCandidates:
-    """What has been tried of B examples: the calls it took, and the best selection of exactly k tokens so far.
+    """Calls used for B examples, and the best selection of exactly k tokens of each so far.
 
-    A *call* is one selection of one example that the frozen model scores. Where examples have different numbers of
-    candidates in a round, the rows of the shorter ones are filled with empty selections: the shortest sequences there
-    are, whose scores are dropped and which are not counted.
+    A *call* is one selection of one example that the frozen model scores. If examples have different numbers of
+    candidates in a round, the rows of the shorter ones are filled with empty selections: these are the shortest
+    possible sequences, their scores are dropped and they are not counted.
 
     Args:
         vlm: The frozen model.
         encoded: B examples.
         counts: How many tokens to keep of each, as :func:`check_batch` returns it.
-        reward: What is to be maximised; ``None`` for the mean log-likelihood of the answer's tokens, in nats. A reward
-            is told of the full image as well, which takes a call of each example.
-        calls: Most calls for each example.
+        reward: Reward to maximise; ``None`` for the mean log-likelihood of the answer's tokens, in nats. A reward also
+            gets the scores of the full image, which cost one call of each example.
+        calls: Maximum number of calls for each example.
 
-    Of an example with as many tokens as are to be kept there is nothing to search: its only selection is scored here.
+    An example with only as many tokens as it has to keep needs no search: its only selection is scored here.
     """
 
     def __init__(
@@ -86,16 +88,26 @@ class ScoredCandidates:
 
     @property
     def left(self) -> torch.Tensor:
-        """Calls that may still be made for each example, long (B,); none where there is nothing to search."""
+        """Calls left for each example, long (B,); 0 where there is nothing to search."""
         return (self._calls - self.used).masked_fill(self.forced, 0)
 
     def reference(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Return what :meth:`~grip_env.vlms.base.FrozenVLM.score` needs for the reward of examples, long (R,)."""
+        """Return the ``reference`` with which the model scores selections of some examples.
+
+        See :meth:`~grip_env.vlms.base.FrozenVLM.score`.
+
+        Args:
+            rows: Indices of the examples, long (R,).
+        """
         first = None if self._full is None else self._full.first_token
         return None if first is None else first[rows.cpu()]
 
     def judge(self, scores: Scores, rows: torch.Tensor) -> torch.Tensor:
-        """Return what scores of some examples, long (R,), are worth, float32 (R, G), in main memory.
+        """Return the rewards of scores, float32 (R, G), in main memory.
+
+        Args:
+            scores: Scores of R examples.
+            rows: Indices of the examples, long (R,).
 
         Raises:
             ValueError: If the reward returns another shape.
@@ -109,21 +121,21 @@ class ScoredCandidates:
         """Score candidates of all examples in one call of the model.
 
         Args:
-            candidates: Selections of real tokens, none of them empty, bool (B, G, N).
-            valid: Which of them are meant, bool (B, G); the others cost nothing.
+            candidates: Non-empty selections of real tokens, bool (B, G, N).
+            valid: Mask of the candidates to score, bool (B, G); the others cost nothing.
 
         Returns:
-            What they are worth, float32 (B, G); -inf for those that are not meant.
+            Their values, float32 (B, G); -inf for candidates that are not valid.
 
         Raises:
-            ValueError: If there are more than the budget has calls left for, or one is not worth a finite number.
+            ValueError: If this would exceed the budget of calls, or a value is not finite.
         """
         asked = valid.sum(1)
         if bool((self.used + asked > self._calls).any()):
             over = int((self.used + asked).max())
             raise ValueError(f"this would take {over} calls of an example, and the budget is {self._calls}")
         values = torch.full(valid.shape, -torch.inf, device=valid.device)
-        rows = asked.nonzero().flatten()  # examples that are done take no part
+        rows = asked.nonzero().flatten()  # examples that are done are left out
         if not len(rows):
             return values
         part = self.encoded if len(rows) == len(self.encoded) else self.encoded[rows]
@@ -137,12 +149,19 @@ class ScoredCandidates:
         return values
 
     def record(self, row: int, selection: torch.Tensor, value: float, calls: int) -> None:
-        """Take over what was found of one example elsewhere: a selection, bool (N,), its value and its calls."""
+        """Record a result of one example that was found elsewhere.
+
+        Args:
+            row: Index of the example.
+            selection: The selection, bool (N,).
+            value: Its value.
+            calls: Calls that were used to find it.
+        """
         self.used[row] += calls
         self.best[row], self.value[row] = selection.to(self.best.device), value
 
     def _remember(self, candidates: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep the best of the candidates where it beats what is known; of equals the first."""
+        """Keep the first best candidate of each example if it beats the best so far."""
         value, place = values.max(1)
         batch = torch.arange(len(place), device=place.device)
         better = value > self.value
@@ -152,43 +171,43 @@ class ScoredCandidates:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found of B examples, and what it took."""
+    """Result of a search on B examples, and its cost."""
 
     selection: torch.Tensor
     """The best selection of exactly k tokens that was scored, bool (B, N)."""
     value: torch.Tensor
-    """What it is worth: mean answer log-likelihood in nats per token, or the reward; float32 (B,)."""
+    """Value of that selection: mean answer log-likelihood in nats per token, or the reward; float32 (B,)."""
     calls: torch.Tensor
-    """Selections scored, long (B,)."""
+    """Number of selections scored, long (B,)."""
     stopped: tuple[str, ...]
-    """Why the search of each example ended: "budget" (calls), "only choice" (no more tokens than are to be kept), or
-    in the words of the search that it had done all that it does, such as "local optimum"."""
+    """Reason why the search of each example ended: "budget" (no calls left), "only choice" (no more tokens than to be
+    kept), or the search's own word for having finished, such as "local optimum"."""
 
 
 @dataclass(frozen=True)
 class Search(ABC):
-    """A selector that uses the answer; see :class:`agents.base.Selector` for the call.
+    """Selector that uses the answer; see :class:`agents.base.Selector` for the call.
 
     Args:
-        calls: Most selections to score of each example.
-        reward: What to maximise: an object or its name, as in the environments. It is told of the full image as well,
-            which is scored first and counts as a call. ``None``: the mean log-likelihood of the answer's tokens, which
-            has the same best selections as the environments' default and needs no full image.
+        calls: Maximum number of selections to score for each example.
+        reward: Reward to maximise: an object or its name, as in the environments. It also gets the scores of the full
+            image, which is scored first and counts as a call. ``None``: the mean log-likelihood of the answer's tokens,
+            which has the same best selections as the environments' default and does not need the full image.
 
     Raises:
-        ValueError: If ``calls`` is too small for anything to be scored; when called, if an example has no answer,
-            ``counts`` is not B integers of at least 1, or a reward is not finite.
-        TypeError: If the reward is none.
+        ValueError: If ``calls`` is too small to score anything; when called, if an example has no answer, ``counts``
+            is not B integers of at least 1, or a reward is not finite.
+        TypeError: If the reward is invalid.
     """
 
     calls: int = 1000
     reward: Reward | str | None = None
 
     uses_answer: ClassVar[bool] = True
-    """So that who compares methods can tell these from pruners."""
+    """Marks searches, so that comparisons can tell them from pruners."""
     title: ClassVar[str]
     finish: ClassVar[str]
-    """Why it stops if not for lack of calls."""
+    """Reason to stop other than a lack of calls."""
 
     def __post_init__(self) -> None:
         if self.reward is not None:
@@ -205,7 +224,10 @@ class Search(ABC):
     def search(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> SearchResult:
-        """Search, and tell what it took; the arguments are those of a :class:`~agents.base.Selector`."""
+        """Search, and return the result and its cost.
+
+        The arguments are the same as of a :class:`~agents.base.Selector`.
+        """
         counts = check_batch(encoded, counts)
         trials = ScoredCandidates(vlm, encoded, counts, self.reward, self.calls)
         done = self._run(trials, generator).tolist()
@@ -218,7 +240,7 @@ class Search(ABC):
     def __call__(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Return the selection that was found, bool (B, N), of exactly k real tokens in each row."""
+        """Return the best selection found, bool (B, N), of exactly k real tokens in each row."""
         return self.search(vlm, encoded, counts, generator).selection
 
     def _overhead(self) -> int:
@@ -229,4 +251,4 @@ class Search(ABC):
 
     @abstractmethod
     def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
-        """Try selections; return for which examples it did all that it does, bool (B,)."""
+        """Try selections, and return a mask of the examples whose search is complete, bool (B,)."""

@@ -1,4 +1,4 @@
-"""The cross-entropy method over selections of k tokens: a search, which uses the answer."""
+"""The cross-entropy method over selections of k tokens: a search that uses the answer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ __all__ = ["CrossEntropy", "fit_marginals"]
 def fit_marginals(
     target: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, theta: torch.Tensor, rounds: int = 20
 ) -> torch.Tensor:
-    """Return scores under which the k-subset law keeps each token as often as asked.
+    """Return scores for which the k-subset distribution has the marginals ``target``.
 
-    That is the maximum-likelihood fit to selections whose mean is ``target``, as the law is an exponential family.
-    Each round moves the scores by half the difference in log-odds. Near the solution this shrinks the errors by
-    1 - x / 2 for each eigenvalue x of the correlation matrix of the kept tokens. These are at most 2 (Gershgorin): its
-    rows, times the standard deviations, add up to 0, and all but the diagonal is negative.
+    This is the maximum-likelihood fit to selections whose mean is ``target``, as the distribution is an exponential
+    family. Each round moves the scores by half the difference in log-odds. Near the solution this shrinks the errors by
+    1 - x / 2 for each eigenvalue x of the correlation matrix of the kept tokens. The eigenvalues are at most 2
+    (Gershgorin): the rows of the matrix, times the standard deviations, add up to 0, and all entries off the diagonal
+    are negative.
 
     Args:
-        target: How often to keep each token, float (B, N) in [0, 1], adding up to k; within 1e-4 of 0 and 1.
-        kept: k of each example, long (B,).
+        target: How often to keep each token, float (B, N) in [0, 1], adding up to k; clamped to within 1e-4 of 0 and 1.
+        counts: k of each example, long (B,).
         mask: Which tokens are real, bool (B, N).
-        theta: Where to begin, finite, float (B, N).
-        rounds: Most rounds; fewer if no marginal is off by more than 1e-3.
+        theta: Initial scores, finite, float (B, N).
+        rounds: Maximum number of rounds; fewer if no marginal is off by more than 1e-3.
 
     Returns:
         Finite scores, float32 (B, N).
@@ -43,19 +44,20 @@ def fit_marginals(
 
 @dataclass(frozen=True)
 class CrossEntropy(Search):
-    """Sample selections, fit the law they are drawn from to the best of them, and again (uses the answer).
+    """Cross-entropy method: refit a sampling distribution to its best draws (uses the answer).
 
-    The law is the k-subset distribution, at first uniform. A round draws ``group`` selections of each example and moves
-    the marginals of the law by ``smoothing`` of the way to those of the elite, the best share of the round. It ends
-    when a whole round draws the same selection, or with the budget; the best selection ever drawn is the result.
+    The distribution is over k-subsets, uniform at first. A round draws ``group`` selections of each example and moves
+    the marginals of the distribution a share ``smoothing`` of the way to the mean of the elite, the best share of the
+    round. The search ends when all selections of a round are equal, or with the budget; its result is the best
+    selection ever drawn.
 
     Args:
         group: Selections drawn in a round.
-        elite: Share of them that the law is fitted to, in (0, 1).
-        smoothing: How far it moves, in (0, 1].
+        elite: Share of them that the distribution is fitted to, in (0, 1).
+        smoothing: Size of the move towards the elite, in (0, 1].
 
     Source: De Boer, Kroese, Mannor and Rubinstein, "A tutorial on the cross-entropy method", Annals of Operations
-    Research 2005; over subsets of exactly k in place of independent coins.
+    Research 2005; here over subsets of exactly k instead of independent Bernoulli draws.
     """
 
     group: int = 64
@@ -84,7 +86,7 @@ class CrossEntropy(Search):
             drawn = law.sample((valid.shape[1],), generator=generator).transpose(0, 1)  # (B, G, N)
             values = trials.score(drawn, valid)
             if valid.shape[1] < self.group:
-                break  # of calls left, too few for a round
+                break  # too few calls left for a full round
             best = values.argsort(dim=1, descending=True, stable=True)[:, : max(1, round(self.elite * self.group))]
             elite = drawn.gather(1, best[..., None].expand(-1, -1, mask.shape[1])).float().mean(1)  # (B, N)
             marginals = marginals + self.smoothing * (elite - marginals)

@@ -1,4 +1,4 @@
-"""Searches that change a selection token by token: random, greedy forward and backward, swaps; and enumeration."""
+"""Random, greedy forward and backward, and swap searches, and exact enumeration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "removal_plan",
 ]
 
-DRAWN_AT_ONCE = 256  # random selections of each example in a round, which bounds memory
+DRAWN_AT_ONCE = 256  # random selections of each example in a round; bounds memory
 
 
 def _luck(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -38,7 +38,10 @@ def _single(indices: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RandomSearch(Search):
-    """Best of ``calls`` uniformly random selections (uses the answer): what any other search has to beat."""
+    """Best of ``calls`` uniformly random selections (uses the answer).
+
+    The baseline for every other search.
+    """
 
     title: ClassVar[str] = "random search"
     finish: ClassVar[str] = "budget"
@@ -55,13 +58,13 @@ class RandomSearch(Search):
 
 @dataclass(frozen=True)
 class GreedyForward(Search):
-    """Add the best token to those chosen, until k are in (uses the answer).
+    """Greedy forward selection: add the best token until k are chosen (uses the answer).
 
-    Each round scores the set with each token that is still free added to it: N + (N - 1) + ... calls for k rounds.
-    What the budget does not allow is saved by sampling: a round scores as many free tokens, drawn at random, as its
-    equal share of the calls that are left, as the stochastic greedy algorithm does. With fewer than two calls for each
-    round, the first tokens are chosen at random and not scored, so that every later round has a choice of at least
-    two (or a single call is spent on a random set).
+    Each round scores the set with each free token added to it: N + (N - 1) + ... calls for k rounds. If the budget is
+    too small for this, each round scores only a random sample of the free tokens, as many as its equal share of the
+    calls left, as in the stochastic greedy algorithm. With fewer than two calls for each round, the first tokens are
+    chosen at random and not scored, so that every later round chooses between at least two tokens (or a single call is
+    spent on a random set).
 
     Sources: Nemhauser, Wolsey and Fisher, "An analysis of approximations for maximizing submodular set functions",
     Mathematical Programming 1978; Mirzasoleiman et al., "Lazier than lazy greedy", AAAI 2015.
@@ -76,7 +79,7 @@ class GreedyForward(Search):
         chosen = top_k(_luck(mask, generator), trials.counts - rounds, mask)  # (B, N)
         complete = rounds == trials.counts
         for step in range(int(rounds.max())):
-            going = (rounds - step).clamp_min(0)  # rounds to go, this one among them, (B,)
+            going = (rounds - step).clamp_min(0)  # rounds left, including this one, (B,)
             free = mask & ~chosen
             count = free.sum(1).minimum(trials.left // going.clamp_min(1)).masked_fill(going == 0, 0)
             complete &= (count == free.sum(1)) | (going == 0)
@@ -89,10 +92,10 @@ class GreedyForward(Search):
 
 
 def removal_plan(count: int, k: int, calls: int) -> tuple[int, list[int]]:
-    """Return how greedy backward elimination gets from ``count`` tokens to k with a budget of calls.
+    """Return the rounds of a greedy backward elimination from ``count`` to k tokens.
 
-    A round that starts with n tokens takes n calls and removes the same share of them, rounded up, but never so many
-    that fewer than k are left; what is left at the end takes one call more, unless the last round has scored it.
+    A round that starts with n tokens takes n calls and removes a fixed share of them, rounded up, but leaves at least
+    k. Scoring the final set takes one more call, unless the last round has scored it.
 
     Args:
         count: Tokens at the beginning.
@@ -100,9 +103,9 @@ def removal_plan(count: int, k: int, calls: int) -> tuple[int, list[int]]:
         calls: The budget, at least 1.
 
     Returns:
-        With how many tokens the first round starts, and how many each round removes: the smallest share that the
-        budget allows, which with enough calls is one token a round. Where even a single round is too much, it starts
-        with as many tokens as the budget allows.
+        The number of tokens the first round starts with, and the number that each round removes. The share is the
+        smallest that the budget allows; with enough calls, a round removes one token. If the budget is too small even
+        for a single round, the round starts with as many tokens as it allows.
 
     >>> removal_plan(8, 4, 26), removal_plan(8, 4, 16), removal_plan(8, 4, 7)
     ((8, [1, 1, 1, 1]), (8, [2, 2]), (6, [2]))
@@ -129,14 +132,14 @@ def removal_plan(count: int, k: int, calls: int) -> tuple[int, list[int]]:
 
 @dataclass(frozen=True)
 class GreedyBackward(Search):
-    """Remove the tokens that are missed least, until k are left (uses the answer).
+    """Greedy backward elimination: remove the worst tokens until k are left (uses the answer).
 
-    Each round scores the set without each of its tokens and removes those without which it does best. One token a
-    round would take N + (N - 1) + ... calls, 10,000 for 144 tokens, so a round removes a share of the tokens: the
-    smallest that the budget allows, see :func:`removal_plan`. How two tokens removed together interact is not looked
-    at. With fewer than N + 1 calls, tokens are removed at random until a single round can be afforded.
+    Each round scores the set without each of its tokens and removes the tokens without which it scores best. One token
+    per round would take N + (N - 1) + ... calls, 10,000 for 144 tokens, so a round removes a share of the tokens: the
+    smallest that the budget allows, see :func:`removal_plan`. Interactions between tokens that are removed together are
+    ignored. With fewer than N + 1 calls, tokens are removed at random until the budget allows a single round.
 
-    Calls are of long sequences here, so that each takes more time than one of the other searches.
+    The sequences are long, so each call takes more time than in the other searches.
 
     Source: the stepwise elimination of Marill and Green, "On the effectiveness of receptors in recognition systems",
     IEEE Transactions on Information Theory 1963.
@@ -156,7 +159,7 @@ class GreedyBackward(Search):
             removed = torch.tensor([plan[step] if step < len(plan) else 0 for _, plan in plans], device=mask.device)
             size = chosen.sum(1)
             valid = leading(size * (removed > 0))  # (B, G)
-            # from the highest index down: of equals, the first is removed, and the lower index is kept
+            # from the highest index down: among ties, the first is removed, so the lower index is kept
             place = (chosen * index).argsort(dim=1, descending=True)[:, : valid.shape[1]]  # (B, G)
             values = trials.score(chosen[:, None] & ~_single(place, mask.shape[1]), valid)
             missed = torch.zeros(mask.shape, device=mask.device)
@@ -170,17 +173,17 @@ class GreedyBackward(Search):
 
 @dataclass(frozen=True)
 class SwapSearch(Search):
-    """Exchange a kept token for another one as long as that helps (uses the answer).
+    """Local search: swap a kept token for another one as long as that helps (uses the answer).
 
-    The swaps of a set, k * (N - k) of them, are tried in random order, ``group`` in a round. If any of a round is an
-    improvement, the best of the round is made, and the swaps of the new set are tried, in a new order. A set none of
-    whose swaps improves it is a local optimum, and the end, if the budget lasts so long: 959 calls for that alone at 7
-    of 144. ``group=1`` is first-improvement ascent, a group as large as the number of swaps best-improvement ascent.
+    The k * (N - k) swaps of a set are tried in random order, ``group`` in a round. If any swap of a round improves the
+    set, the best one is made, and the swaps of the new set are tried in a new random order. A set that no swap improves
+    is a local optimum and ends the search, if the budget lasts: to check this alone takes 959 calls for 7 of 144
+    tokens. ``group=1`` is first-improvement ascent; a group as large as the number of swaps is best-improvement ascent.
 
     Args:
-        start: Where it starts. What a selector keeps too few is filled up, and what it keeps too many is cut, at
-            random. If it is a search, its calls are part of the budget. ``None``: greedy forward with half of the
-            calls.
+        start: Selector of the first set. A set that is too small is filled up at random, and one that is too large is
+            cut at random. If it is a search, its calls are part of the budget. ``None``: greedy forward with half of
+            the calls.
         group: Swaps tried in a round.
 
     Source: the interchange heuristic of Teitz and Bart, "Heuristic methods for estimating the generalized vertex
@@ -199,7 +202,7 @@ class SwapSearch(Search):
             raise ValueError(f"a round tries at least 1 swap; got group={self.group}")
 
     def _least(self) -> int:
-        once = super()._least()  # what it starts from is scored, whatever a search has scored to find it
+        once = super()._least()  # the first set is scored again, even if a search has found it
         return once + (self.start.calls if isinstance(self.start, Search) else once if self.start is None else 0)
 
     def _run(self, trials: ScoredCandidates, generator: torch.Generator) -> torch.Tensor:
@@ -228,7 +231,7 @@ class SwapSearch(Search):
                 untried[row] = self._swaps(trials, row, generator)
 
     def _begin(self, trials: ScoredCandidates, rows: list[int], generator: torch.Generator) -> None:
-        """Score what the search of some examples starts from."""
+        """Score the first selection of each of some examples."""
         part, counts = trials.encoded[rows], trials.counts[rows]
         start = GreedyForward(self.calls // 2, self.reward) if self.start is None else self.start
         if isinstance(start, Search):
@@ -246,21 +249,24 @@ class SwapSearch(Search):
         return trials.mask[row] & ~trials.best[row]
 
     def _swaps(self, trials: ScoredCandidates, row: int, generator: torch.Generator) -> torch.Tensor:
-        """Return all swaps of the best set of an example in random order, as place of the kept * free + of the free."""
+        """Return all swaps of the best set of an example in random order.
+
+        A swap is a number: index among the kept tokens * number of free tokens + index among the free tokens.
+        """
         count = int(trials.counts[row]) * int(self._free(trials, row).sum())
         return torch.randperm(count, generator=generator).to(trials.mask.device)
 
 
 @dataclass(frozen=True)
 class ExactEnumeration(Search):
-    """Score every selection of k tokens (uses the answer): the optimum itself, for small N.
+    """Exact enumeration: score every selection of k tokens, for small N (uses the answer).
 
-    Examples are scored one after the other, as :class:`~grip_env.exact.reward_table.RewardTable` does: use a
-    :class:`~grip_env.vlms.blocks.BlockVLM`. The default budget is the most that a table may have.
+    Examples are scored one after another, as by :class:`~grip_env.exact.reward_table.RewardTable`: use a
+    :class:`~grip_env.vlms.blocks.BlockVLM`. The default budget is the maximum size of a table.
 
     Raises:
-        ValueError: As any search, and, before anything is scored, if an example has more selections than the budget
-            has calls, or more than 64 tokens.
+        ValueError: As for every search, and, before anything is scored, if an example has more selections than the
+            budget has calls, or more than 64 tokens.
     """
 
     calls: int = MAX_SUBSETS
@@ -271,7 +277,10 @@ class ExactEnumeration(Search):
     def search(
         self, vlm: FrozenVLM, encoded: Encoded, counts: torch.Tensor, generator: torch.Generator
     ) -> SearchResult:
-        """Search, and tell what it took; the arguments are those of a :class:`~agents.base.Selector`."""
+        """Search, and return the result and its cost.
+
+        The arguments are the same as of a :class:`~agents.base.Selector`.
+        """
         totals = encoded.token_mask.sum(1).tolist()
         for row, (count, k) in enumerate(zip(totals, check_batch(encoded, counts).tolist(), strict=True)):
             subsets = count_subsets(count, k)

@@ -1,1 +1,1 @@
-"""Training a scorer other than by rewards alone: imitation and its teachers, relaxations, options of GRPO."""
+"""Training of scorers: options of all algorithms, imitation and its teachers, relaxations."""

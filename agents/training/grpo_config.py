@@ -1,7 +1,7 @@
-"""Options of GRPO, and named sets of them after the papers they come from.
+"""Options of GRPO, and presets named after the papers they come from.
 
-A preset decides the options that were not given: ``GRPOConfig(preset="dapo", clip_high=0.4)`` is DAPO with a wider
-clip. Options that a preset may decide are ``None`` until :meth:`GRPOConfig.resolved` fills them in.
+A preset sets the options that were not given: ``GRPOConfig(preset="dapo", clip_high=0.4)`` is DAPO with a wider clip.
+Options that a preset may set are ``None`` until :meth:`GRPOConfig.resolved` fills them in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PresetName = Literal["default", "grpo", "dr-grpo", "dapo", "rloo", "reinforce"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What GRPO maximises, and on what: the options that presets decide. :class:`GRPOConfig` says what each is."""
+    """Options of GRPO's objective, which presets set; :class:`GRPOConfig` describes them."""
 
     in_turn: bool = True
     candidates: int = 4
@@ -46,12 +46,15 @@ PRESETS: dict[str, Objective] = {
     "rloo": Objective(in_turn=False, candidates=1, baseline="leave_one_out", scale="none", clip_high=0.2),
     "reinforce": Objective(in_turn=False, candidates=1, baseline="learned", scale="none", clip_high=0.2),
 }
-"""Objectives by name. Papers leave the floor of the standard deviation open, which continuous rewards need: 1e-4 stands
-for none. Candidates make a step dearer; otherwise presets cost the same."""
+"""Objectives by name. The papers do not specify a floor of the standard deviation, which continuous rewards need; 1e-4
+is next to no floor. Candidates make a step more expensive; apart from that, presets cost the same."""
 
 
 def _decided(name: str, kind: Any) -> Any:
-    """Describe an option that presets decide to the command line: ``None`` is its default, and never an argument."""
+    """Return how the command line parses and describes an option that presets set.
+
+    ``None`` is its default, and is not accepted as an argument.
+    """
     values = {preset: getattr(objective, name) for preset, objective in PRESETS.items()}
     having = {value: [preset for preset, its in values.items() if its == value] for value in values.values()}
     listed = "; ".join(f"{value} with {', '.join(presets)}" for value, presets in having.items())
@@ -61,68 +64,68 @@ def _decided(name: str, kind: Any) -> Any:
 
 @dataclass
 class _Updates:
-    """What GRPO has beyond its warm-up."""
+    """Options of GRPO beyond its warm-up."""
 
     preset: PresetName = "default"
-    """Decides the options that are not given: "grpo" (Shao et al. 2024), "dr-grpo" (no scaling; Liu et al. 2025),
-    "dapo" (wider clip upwards, groups that teach nothing left out; Yu et al. 2025), "rloo" (leave-one-out baseline;
-    Ahmadian et al. 2024), "reinforce" (learned baseline; Williams 1992); "default" is this project's own: choosing
-    in turn, candidates, advantages over the batch's deviation, no KL."""
+    """Named settings for the options that are not given: "grpo" (Shao et al. 2024), "dr-grpo" (no scaling; Liu et al.
+    2025), "dapo" (wider upper clip, flat groups dropped; Yu et al. 2025), "rloo" (leave-one-out baseline; Ahmadian et
+    al. 2024), "reinforce" (learned baseline; Williams 1992). "default" is this project's own: tokens chosen one after
+    another, candidates, advantages divided by their root mean square in the batch, no KL."""
     steps: int = 400
     """Policy updates with rewards."""
     group: int = 16
     """Subsets drawn for each example (G; GRPO, Shao et al. 2024, arXiv 2402.03300); 1 needs the learned baseline."""
     candidates: Annotated[int | None, _decided("candidates", int)] = None
-    """Examples looked at for each one trained on: of several, each gets a few subsets, and those whose rewards differ
-    most get the rest of a group. After the dynamic sampling of DAPO (Yu et al. 2025), which draws whole groups until
-    enough of them differ; here a flat group costs its probes only. What is left out would have taught next to nothing,
-    but choosing by rewards biases the gradient a little: 1 for one that is unbiased."""
+    """Candidate examples for each example trained on. With several, each candidate gets a few probe subsets, and the
+    ones whose rewards differ most get the rest of a group. Based on the dynamic sampling of DAPO (Yu et al. 2025),
+    which draws whole groups until enough of them differ; here a flat group costs only its probes. The candidates left
+    out would teach next to nothing, but choosing by rewards biases the gradient a little; 1 keeps it unbiased."""
     in_turn: Annotated[bool | None, _decided("in_turn", bool)] = None
-    """Choose tokens one after another, each choice taking something from the scores of those near it and like it, and
-    learn how much (Luce 1959, Plackett 1975; see agents.ordered_subset); otherwise scores do not depend on choices, and
-    the k-subset law of the scores is exact. In turn takes memory for each pair of tokens of an image."""
+    """Choose tokens one after another: each choice lowers the scores of nearby and similar tokens by a learnt amount
+    (Luce 1959, Plackett 1975; see agents.ordered_subset). Takes memory for each pair of tokens of an image. Otherwise
+    tokens are chosen jointly: scores do not depend on choices, and the k-subset distribution is exact."""
     probes: int = 4
-    """Subsets, of the group's, that each of several candidates gets; without effect for one."""
+    """Subsets of the group drawn for each candidate, if there are several; no effect otherwise."""
     budget_tilt: float = 2.0
-    """Above 1 draws small budgets more often, which cost less and where choices matter more: a budget is
+    """Above 1, small budgets are drawn more often; they cost less, and choices matter more. A budget is
     min_budget * (max_budget / min_budget) ** (u ** budget_tilt) with u uniform in [0, 1); 1 is log-uniform."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019); decays to 2% of it along a cosine."""
     temperature: float = 1.0
-    """The policy trained is that of the scores divided by this: above 1 it explores more. Subsets are drawn from the
-    policy itself, so gradients stay unbiased; what a trained agent keeps does not depend on it."""
+    """Divides the scores of the policy in training; above 1, it explores more. Subsets are drawn from this same policy,
+    so gradients stay unbiased. The selections of a trained agent do not depend on it."""
     baseline: Annotated[Baseline | None, _decided("baseline", Baseline)] = None
-    """What rewards are compared with: the group's mean (GRPO, Shao et al. 2024), the mean of the others in the group
-    (RLOO; Kool et al. 2019, Ahmadian et al. 2024, arXiv 2402.14740), or a network's prediction from the example and
-    the budget (REINFORCE with a baseline, Williams 1992)."""
+    """Baseline of rewards: the group's mean (GRPO, Shao et al. 2024), the mean of the others in the group (RLOO; Kool
+    et al. 2019, Ahmadian et al. 2024, arXiv 2402.14740), or a network's prediction from the example and the budget
+    (REINFORCE with a baseline, Williams 1992)."""
     scale: Annotated[Scale | None, _decided("scale", Scale)] = None
-    """What advantages are divided by: their root mean square in the group (GRPO, Shao et al. 2024) or in the batch
-    (Andrychowicz et al., ICLR 2021, for PPO), or nothing (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783)."""
+    """Divisor of advantages: their root mean square in the group (GRPO, Shao et al. 2024) or in the batch (Andrychowicz
+    et al., ICLR 2021, for PPO), or none (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783)."""
     std_floor: Annotated[float | None, _decided("std_floor", float)] = None
-    """Added to that root mean square: continuous rewards make tiny ones, which would blow noise up (1e-4 stands for
-    none, as in GRPO, Shao et al. 2024, whose rewards are far apart). Without scaling it has no effect."""
+    """Added to that root mean square, which can be tiny with continuous rewards and would then amplify noise. 1e-4 is
+    next to no floor, as in GRPO (Shao et al. 2024), whose rewards are far apart. No effect without scaling."""
     clip_low: Annotated[float | None, _decided("clip_low", float)] = None
-    """Ratios below 1 - clip_low earn nothing more (PPO, Schulman et al. 2017, arXiv 1707.06347); acts from the second
-    epoch on."""
+    """Lower clip: probability ratios below 1 - clip_low earn nothing more (PPO, Schulman et al. 2017, arXiv
+    1707.06347). Takes effect from the second epoch on."""
     clip_high: Annotated[float | None, _decided("clip_high", float)] = None
-    """Ratios above 1 + clip_high earn nothing more (a larger bound upwards: DAPO, Yu et al. 2025, arXiv 2503.14476);
-    acts from the second epoch on."""
+    """Upper clip: probability ratios above 1 + clip_high earn nothing more (larger than the lower clip in DAPO, Yu et
+    al. 2025, arXiv 2503.14476). Takes effect from the second epoch on."""
     epochs: Annotated[int | None, _decided("epochs", int)] = None
-    """Updates per batch of rewards (PPO, Schulman et al. 2017). With one epoch, a group's
-    baseline and no KL the surrogate's value is 0 whatever is learnt, though its gradient is not: watch the reward."""
+    """Updates per batch of rewards (PPO, Schulman et al. 2017). With one epoch, a group's baseline and no KL, the value
+    of the surrogate is always 0, but its gradient is not: watch the reward instead."""
     kl_weight: Annotated[float | None, _decided("kl_weight", float)] = None
     """Weight of KL(policy || warmed-up policy), exact, in nats per subset (GRPO, Shao et al. 2024, who estimate it);
-    0 where tokens are chosen in turn."""
+    must be 0 with in_turn."""
     entropy_weight: Annotated[float | None, _decided("entropy_weight", float)] = None
-    """Weight of an entropy bonus, in nats per kept token (A3C, Mnih et al. 2016; exact here); 0 where tokens are
-    chosen in turn."""
+    """Weight of an entropy bonus, in nats per kept token (A3C, Mnih et al. 2016; exact here); must be 0 with
+    in_turn."""
     drop_flat: Annotated[bool | None, _decided("drop_flat", bool)] = None
-    """Leave groups out whose rewards' standard deviation is below flat_below (dynamic sampling: DAPO, Yu et al. 2025,
-    who draw others in their place; here the mean is over the rest, at no further cost)."""
+    """Leave out groups whose rewards have a standard deviation below flat_below (dynamic sampling; DAPO, Yu et al.
+    2025, who draw other groups instead; here the mean is over the remaining groups, at no extra cost)."""
     flat_below: float = 0.01
     """Standard deviation of rewards, in their units, below which a group counts as flat (DAPO, Yu et al. 2025: 0)."""
     value_learning_rate: float = 1e-3
-    """Peak learning rate of the learned baseline (Williams 1992); decays as that of the scorer."""
+    """Peak learning rate of the learned baseline (Williams 1992); decays like the scorer's."""
 
 
 @dataclass
@@ -134,10 +137,10 @@ class GRPOConfig(OnNaNOptions, WarmUpOptions, _Updates):
     pool: int = 1024
     """Encoded training examples held in memory."""
     reuse: int = 12
-    """About how often each is used before a new one takes its place."""
+    """Approximate number of uses of an example before a new one replaces it."""
 
     def objective(self) -> Objective:
-        """Return what is maximised: the options given, and those of the preset for the others.
+        """Return the objective: the options given, and the preset's values for the others.
 
         Raises:
             ValueError: If there is no such preset.
@@ -149,7 +152,7 @@ class GRPOConfig(OnNaNOptions, WarmUpOptions, _Updates):
         return dataclasses.replace(PRESETS[self.preset], **given)
 
     def resolved(self) -> GRPOConfig:
-        """Return the same with every option filled in; what a run was trained with.
+        """Return a checked copy with every option filled in, as used for training.
 
         Raises:
             ValueError: If a setting is impossible, or settings contradict each other.
@@ -201,16 +204,16 @@ class RLOOConfig(GRPOConfig):
     """REINFORCE whose baseline is the mean reward of the other subsets in the group (RLOO)."""
 
     preset: PresetName = "rloo"
-    """Decides the options that are not given, as `--algo grpo --help` tells."""
+    """Named settings for the options that are not given; see `--algo grpo --help`."""
     instances: int = 32
     """Examples per step (B)."""
 
 
 @dataclass
 class ReinforceConfig(GRPOConfig):
-    """REINFORCE with a learned baseline: G independent subsets of each example, of which one is enough."""
+    """REINFORCE with a learned baseline: G independent subsets of each example; G may be 1."""
 
     preset: PresetName = "reinforce"
-    """Decides the options that are not given, as `--algo grpo --help` tells."""
+    """Named settings for the options that are not given; see `--algo grpo --help`."""
     instances: int = 32
     """Examples per step (B)."""

@@ -1,6 +1,6 @@
-"""Supervised imitation: the scorer learns the choices of a teacher, and no reward is ever asked for.
+"""Supervised imitation: the scorer learns the choices of a teacher, without rewards.
 
-GRPO's warm-up is a short one; trained for as long as GRPO, it is a rival that says what the rewards are worth.
+GRPO's warm-up is a short imitation. Imitation for as long as GRPO is a baseline that shows the value of the rewards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Imitation", "as_warm_up"]
 
 
 def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
-    """Return the warm-up of an algorithm as what it is: a short imitation at a constant learning rate."""
+    """Return an algorithm's warm-up as the options of an imitation at a constant learning rate."""
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(SharedOptions)}
     return ImitationConfig(
         steps=options.warmup_steps,
@@ -45,22 +45,22 @@ def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
 
 
 class Imitation:
-    """Trains a scorer to choose what a teacher would.
+    """Supervised training of a scorer on the choices of a teacher.
 
     Args:
         vlm: The frozen model.
         pool: Training examples.
-        scorer: What is trained, in place.
+        scorer: The scorer, trained in place.
         config: Hyperparameters.
-        reward: Takes no part in it; a text that stands for none is refused all the same, as by other algorithms.
-        seed: Decides budgets.
+        reward: Not used; an invalid one raises an error, as for other algorithms.
+        seed: Seed of the budgets.
 
     Raises:
-        ValueError: If a setting is impossible.
+        ValueError: If a setting is invalid.
     """
 
     phase = "imitation"
-    """What its steps are called in :class:`~agents.learning.Metrics`."""
+    """Name of its steps in :class:`~agents.learning.Metrics`."""
 
     def __init__(
         self,
@@ -81,14 +81,19 @@ class Imitation:
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
         self.teacher = make_teacher(config.teacher, config.teacher_cells, pool.size)
         self.generator = torch.Generator().manual_seed(seed)
-        """Where budgets come from; whatever trains the scorer further goes on with it."""
+        """Source of the budgets; an algorithm that trains the scorer further goes on with it."""
 
     def train(self) -> Iterator[Metrics]:
-        """Imitate, yielding after every step; the scorer is usable at any point."""
+        """Train the scorer, yielding after every step; it is usable at any point."""
         return self.imitate(self.phase)
 
     def imitate(self, phase: str, first_token: bool = False) -> Iterator[Metrics]:
-        """Do so under the name of ``phase``, with a pool that will be asked for first tokens or not."""
+        """Train the scorer, yielding after every step.
+
+        Args:
+            phase: Name of the steps.
+            first_token: Whether the pool will be asked for first tokens later.
+        """
         config = self.config
         decay_over = config.steps if config.schedule == "cosine" else 0
         learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, decay_over)
@@ -112,12 +117,12 @@ class Imitation:
             )
 
     def _imitate_once(self, learner: Learner, first_token: bool) -> tuple[float, float, int]:
-        """Take a step; returns the loss, the gradient's norm and how many examples were left out."""
+        """Take a step and return the loss, the gradient's norm and how many examples were left out."""
         config = self.config
         encoded, _ = self.pool.batch(config.instances, first_token)
         teacher = self.teacher(self.vlm, encoded, self.pool.compute)
         counts = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
-        good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "what the teacher says", encoded, config.on_nan)
+        good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "the teacher's score", encoded, config.on_nan)
         skipped = len(encoded) - int(good.sum())
         if skipped == len(encoded):
             return 0.0, 0.0, skipped

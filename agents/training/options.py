@@ -1,4 +1,4 @@
-"""Options of the algorithms that train a scorer, and what they may be; nothing here needs PyTorch."""
+"""Options of the algorithms that train a scorer, and checks of them; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ OPTIONS: dict[str, str] = {
     "a2c": "agents.sb3.options:A2COptions",
     "maskable-ppo": "agents.sb3.options:MaskablePPOOptions",
 }
-"""Where the options of each algorithm that comes with the package are, so that a command can show them at once."""
+"""Location of the options of each built-in algorithm, so that a command can show them without loading the algorithm."""
 
 
 def options_of(name: str) -> type | None:
-    """Return the dataclass of an algorithm's options; ``None`` where it does not come with the package."""
+    """Return the dataclass of a built-in algorithm's options; ``None`` for other names."""
     return pkgutil.resolve_name(OPTIONS[name]) if name in OPTIONS else None
 
 
 TeacherName: TypeAlias = Literal["gradient", "attention", "relevance", "leave_one_out"]
-"""Whose choices a scorer imitates: see :class:`ImitationConfig`."""
+"""Names of the teachers that a scorer may imitate; see :class:`SharedOptions`."""
 
 OnNaN: TypeAlias = Literal["stop", "skip"]
-"""What becomes of examples whose scores, rewards or gradients are NaN or infinite."""
+"""Handling of examples whose scores, rewards or gradients are NaN or infinite."""
 
 
 def check_budgets(low: float, high: float, tilt: float = 1.0) -> None:
-    """Raise ValueError unless two numbers are a range of shares of the tokens, and the tilt is above 0."""
+    """Raise ValueError unless the budgets are a range of shares and the tilt is above 0."""
     if not 0 < low <= high <= 1:
         raise ValueError(f"budgets must satisfy 0 < min_budget <= max_budget <= 1; got {low}, {high}")
     if not 0 < tilt < math.inf:
@@ -69,14 +69,14 @@ def check_numbers(
     not_negative: Sequence[str] = (),
     finite: Sequence[str] = (),
 ) -> None:
-    """Raise ValueError, naming the option, unless all options of an algorithm that are listed are finite and in range.
+    """Raise ValueError, naming the option, unless all listed options are finite and in range.
 
     Args:
-        options: Has the options as attributes.
-        at_least: The least value allowed, by name.
-        above_0: Names of those that must be above 0.
-        not_negative: Names of those that may be 0.
-        finite: Names of those that may have either sign.
+        options: Object with the options as attributes.
+        at_least: Smallest value allowed, by name.
+        above_0: Names of options that must be above 0.
+        not_negative: Names of options that must be 0 or above.
+        finite: Names of options that may have either sign.
     """
     for name, least in at_least.items():
         if not least <= getattr(options, name) < math.inf:
@@ -93,13 +93,16 @@ def check_numbers(
 
 
 def check_on_nan(on_nan: str) -> None:
-    """Raise ValueError unless it is one of :data:`OnNaN`."""
+    """Raise ValueError unless ``on_nan`` is one of :data:`OnNaN`."""
     if on_nan not in ("stop", "skip"):
         raise ValueError(f"on_nan must be 'stop' or 'skip'; got {on_nan!r}")
 
 
 def check_batch(instances: int, pool: int, candidates: int = 1) -> None:
-    """Raise ValueError unless a pool of this size has as many examples as a step needs: candidates for each."""
+    """Raise ValueError unless a pool of this size has enough examples for a step.
+
+    A step needs ``candidates`` examples for each of its ``instances``.
+    """
     if instances * candidates > pool:
         each = f" of {candidates} candidates each" if candidates > 1 else ""
         raise ValueError(
@@ -110,16 +113,16 @@ def check_batch(instances: int, pool: int, candidates: int = 1) -> None:
 
 @dataclass
 class OnNaNOptions:
-    """What becomes of numbers that are none."""
+    """Handling of non-finite numbers."""
 
     on_nan: OnNaN = "stop"
-    """What becomes of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and
-    names the first, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
+    """Handling of examples whose scores, rewards or gradients are NaN or infinite: "stop" ends the training and names
+    the first one, "skip" leaves them out of the step and counts them ("skipped" in the log)."""
 
 
 @dataclass
 class SharedOptions:
-    """Options of every algorithm that imitates a teacher, in its warm-up or altogether."""
+    """Options of every algorithm that imitates a teacher, for its warm-up or throughout."""
 
     instances: int = 32
     """Examples per step (B)."""
@@ -130,15 +133,15 @@ class SharedOptions:
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm (Pascanu et al., ICML 2013)."""
     teacher: TeacherName = "gradient"
-    """Whose choices are imitated: gradient x token (Shrikumar et al. 2016; 3 forwards per example), the vision tower's
-    CLS attention (no forwards), the ground truth where there is one, or the drop in log-likelihood when a token is
-    taken out (Zeiler & Fergus 2014; a forward for each cell of the image)."""
+    """Teacher to imitate: gradient x token (Shrikumar et al. 2016; 3 forward passes per example), the vision tower's
+    CLS attention (no forward passes), the ground truth if there is one, or the drop in log-likelihood when a token is
+    removed (Zeiler & Fergus 2014; one forward pass for each cell of the image)."""
     teacher_cells: int = 6
-    """Rows and columns of the grid whose cells leave_one_out takes out, one at a time; 0 takes out single tokens."""
+    """Rows and columns of the grid whose cells leave_one_out removes, one at a time; 0 removes single tokens."""
     pool: int = 768
     """Encoded training examples held in memory."""
     reuse: int = 4
-    """About how often each is used before a new one takes its place."""
+    """Approximate number of uses of an example before a new one replaces it."""
 
 
 @dataclass
@@ -153,64 +156,69 @@ class WarmUpOptions(SharedOptions):
 
 @dataclass
 class _Imitation:
-    """What imitation has of its own."""
+    """Options of imitation alone."""
 
     steps: int = 520
     """Supervised steps; the default is as many as GRPO takes with its warm-up."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW (Loshchilov & Hutter, ICLR 2019)."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Whether the learning rate decays to 2% of its peak along a cosine (Loshchilov & Hutter, ICLR 2017)."""
+    """Schedule of the learning rate; "cosine" decays to 2% of the peak (Loshchilov & Hutter, ICLR 2017)."""
 
 
 @dataclass
 class ImitationConfig(OnNaNOptions, SharedOptions, _Imitation):
-    """Supervised imitation of a teacher's choices (behaviour cloning; Pomerleau, "ALVINN", NeurIPS 1988)."""
+    """Supervised imitation of a teacher's choices.
+
+    Also known as behaviour cloning (Pomerleau, "ALVINN", NeurIPS 1988).
+    """
 
 
 @dataclass
 class _Relaxed:
-    """What relaxations have beyond their warm-up."""
+    """Options of relaxations beyond their warm-up."""
 
     steps: int = 740
-    """Updates by back-propagation; the default takes about as long as GRPO's, with the embedded model on a CPU. As many
-    forward-equivalents as GRPO's would be 2,600."""
+    """Updates by back-propagation. The default takes about as long as GRPO's, with the embedded model on a CPU; 2,600
+    would take as many forward-equivalents as GRPO's."""
     samples: int = 1
     """Sets of gates drawn for each example; their gradients are averaged."""
     budget_tilt: float = 2.0
-    """Above 1 draws small budgets more often; see GRPOConfig."""
+    """Above 1, small budgets are drawn more often; see GRPOConfig."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW; decays to 2% of it along a cosine."""
     temperature: float = 1.0
-    """How soft the relaxation is at first (Jang et al. 2017; Maddison et al. 2017)."""
+    """Initial temperature of the relaxation (Jang et al. 2017; Maddison et al. 2017)."""
     final_temperature: float = 1.0
-    """How soft it is in the end; in between, the logarithm falls evenly (annealing: Jang et al. 2017)."""
+    """Final temperature; in between, its logarithm changes linearly (annealing; Jang et al. 2017)."""
     noisy: bool = True
-    """Draw gates at random; otherwise they follow from the scores."""
+    """Draw gates at random; otherwise the scores determine them."""
     hard: bool = True
-    """Use gates of 0 and 1 in the forward pass, and soft ones for the gradient only (straight-through: Bengio et al.
+    """Use gates of 0 and 1 in the forward pass, and soft ones for the gradient only (straight-through; Bengio et al.
     2013)."""
     leak: float = 0.03
-    """What a closed gate lets through at first. At 0 the forward pass is that of the pruned model, but slopes are
-    extreme."""
+    """Initial opening of a closed gate. At 0, the forward pass equals the pruned model's, but gradients are extreme."""
     final_leak: float = 0.0
-    """What it lets through in the end; in between, evenly less."""
+    """Final opening of a closed gate; in between, it changes linearly."""
     in_turn: bool = False
-    """Choose tokens one after another once trained, as GRPO's agent does (see agents.ordered_subset). No gradient
-    reaches what a choice takes from the scores of others: it stays as it was at first."""
+    """Choose tokens one after another after training, as GRPO's agent does (see agents.ordered_subset). The amount by
+    which a choice lowers the scores of other tokens gets no gradient and keeps its initial value."""
 
 
 @dataclass
 class RelaxedConfig(OnNaNOptions, WarmUpOptions, _Relaxed):
-    """What all relaxations have in common."""
+    """Options common to all relaxations."""
 
     warmup_steps: int = 120
-    """Supervised steps before the first gate, as many as GRPO's; 0 starts from equal scores."""
+    """Supervised steps before training with gates, as many as GRPO's; 0 starts from equal scores."""
 
 
 @dataclass
 class GumbelTopKConfig(RelaxedConfig):
-    """Straight-through Gumbel top-k (Jang et al. 2017; Maddison et al. 2017; Kool et al. 2019; Xie & Ermon 2019)."""
+    """Straight-through Gumbel top-k.
+
+    After Jang et al. 2017, Maddison et al. 2017, Kool et al. 2019, and Xie & Ermon 2019.
+    """
 
 
 @dataclass
@@ -218,9 +226,9 @@ class SigmoidGatesConfig(RelaxedConfig):
     """Sigmoid gates with a budget penalty (hard concrete; Louizos et al. 2018)."""
 
     penalty: float = 1.0
-    """Weight of the penalty for opening more or fewer gates than the budget has room for."""
+    """Weight of the penalty for opening more or fewer gates than the budget allows."""
 
 
 @dataclass
 class SoftTopKConfig(RelaxedConfig):
-    """Soft top-k through the marginals of the k-subset distribution (SIMPLE; Ahmed et al. 2023)."""
+    """Soft top-k by the marginals of the k-subset distribution (SIMPLE; Ahmed et al. 2023)."""

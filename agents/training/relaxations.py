@@ -1,15 +1,16 @@
-"""Continuous relaxations: the scorer learns by back-propagation through the frozen model, and not from rewards.
+"""Continuous relaxations: training of the scorer by gradients through the frozen model.
 
-Which tokens to keep is a discrete choice, and no gradient passes through one. A relaxation lets it pass through gates
-between 0 and 1, in one of three ways here: :class:`GumbelTopK`, :class:`SigmoidGates` and :class:`SoftTopK`. All act
-on the model's attention, train the same scorer as GRPO does, after as long a warm-up, on examples and budgets drawn
-alike, and keep its k best tokens when they are done. They are rivals to GRPO: where they win, rewards are not worth
-their price.
+Selecting tokens is a discrete choice, through which no gradient passes. A relaxation passes gradients through gates
+between 0 and 1, in one of three ways: :class:`GumbelTopK`, :class:`SigmoidGates` and :class:`SoftTopK`. All three act
+on the model's attention and train the same scorer as GRPO, after a warm-up of the same length and on examples and
+budgets drawn in the same way. After training, the k best-scoring tokens are kept. They are baselines for GRPO: where
+they win, learning from rewards is not worth its cost.
 
-Gates of 0 and 1 in the forward pass with the gradient of numbers in between ("straight-through"; Bengio, Léonard &
-Courville, "Estimating or propagating gradients through stochastic neurons", 2013, arXiv 1308.3432) are what is scored
-in the end. What helps as much is not in those papers: the likelihood saturates in a token's gate, so that its slope at
-0 can be a thousand times what the whole token is worth. Where a gate never closes fully (``leak``), it tells more.
+With "straight-through" gates (Bengio, Léonard & Courville, "Estimating or propagating gradients through stochastic
+neurons", 2013, arXiv 1308.3432), the forward pass uses 0 and 1, as in the final evaluation, and the backward pass uses
+the gradient of soft gates. ``leak``, which is not from these papers, helps as much: the likelihood saturates in a
+token's gate, so its slope at 0 can be a thousand times the value of the whole token. The gradient is more informative
+if a gate never closes fully.
 """
 
 from __future__ import annotations
@@ -54,23 +55,23 @@ __all__ = ["GumbelTopK", "SigmoidGates", "SoftTopK"]
 
 
 class Relaxation(ABC):
-    """Trains a scorer by back-propagation through a frozen vision-language model.
+    """Training of a scorer by back-propagation through a frozen vision-language model.
 
     Args:
         vlm: The frozen model, of a family that :func:`~grip_env.vlms.gated.gated_log_likelihood` can gate.
         pool: Training examples.
-        scorer: What is trained, in place.
+        scorer: The scorer, trained in place.
         config: Hyperparameters.
-        reward: Must be the answer's log-likelihood: a gradient has to pass through it.
-        seed: Decides budgets and noise.
+        reward: Must be the answer's log-likelihood, because a gradient has to pass through it.
+        seed: Seed of budgets and noise.
 
     Raises:
         NotImplementedError: If the model cannot be gated.
-        ValueError: If the reward is another, or a setting is impossible.
+        ValueError: If the reward is a different one, or a setting is invalid.
     """
 
     phase: str
-    """Its name in metrics and logs."""
+    """Name in metrics and logs."""
 
     def __init__(
         self,
@@ -112,20 +113,21 @@ class Relaxation(ABC):
         """Draw gates.
 
         Args:
-            scores: The scorer's, float (B, N).
-            counts: How many tokens the budget has room for, long (B,).
+            scores: Scores of the tokens, float (B, N).
+            counts: How many tokens the budget allows, long (B,).
             mask: Which tokens are real, bool (B, N).
-            temperature: How soft the relaxation is.
+            temperature: Temperature of the relaxation; higher is softer.
 
         Returns:
-            Gates in [0, 1], float (S, B, N), and what they cost beyond the likelihood they lose, float (B,).
+            Gates in [0, 1], float (S, B, N), for each of S draws (one if nothing is random), and a cost that is added
+            to the loss, float (B,).
         """
 
     def train(self) -> Iterator[Metrics]:
-        """Run warm-up and back-propagation, yielding after every step; the scorer is usable at any point.
+        """Run warm-up and back-propagation, yielding after every step.
 
-        ``seconds`` are those of the step, ``forwards`` what the language model was run for from the beginning on: see
-        :class:`~agents.pool.ForwardCounter`.
+        The scorer is usable at any point. ``seconds`` is the time of the step, ``forwards`` the number of forward
+        passes of the language model since the beginning: see :class:`~agents.pool.ForwardCounter`.
         """
         yield from self._warm_up.imitate("warmup")
         yield from self._optimise()
@@ -180,7 +182,9 @@ class Relaxation(ABC):
 
 
 class GumbelTopK(Relaxation):
-    """Keeps the k best of scores with Gumbel noise; gradients are those of k softmaxes in turn.
+    """Relaxation that keeps the k best scores under Gumbel noise.
+
+    The gradient is from k successive softmaxes; see :func:`~agents.training.soft_gates.relaxed_top_k`.
 
     Sources: Jang, Gu & Poole, "Categorical reparameterization with Gumbel-softmax", ICLR 2017; Maddison, Mnih & Teh,
     ICLR 2017; Kool et al., ICML 2019 (top-k); Xie & Ermon, IJCAI 2019 (its relaxation).
@@ -204,14 +208,14 @@ class GumbelTopK(Relaxation):
 
 
 class SigmoidGates(Relaxation):
-    """Opens each gate by itself, and pays for opening more or fewer of them than the budget has room for.
+    """Relaxation with independent gates and a penalty for missing the budget.
 
-    With ``hard`` gates these are straight-through Bernoulli draws, otherwise hard-concrete ones. Scores are shifted by
-    the log-odds of the budget and by a constant, found on the first batch, that opens as many gates as the budgets ask
-    for.
+    Gates are straight-through Bernoulli draws if ``hard``, otherwise hard-concrete draws. Scores are shifted by the
+    log-odds of the budget and by a constant, found on the first batch, with which the expected number of open gates
+    meets the budgets on average.
 
     Sources: Louizos et al., ICLR 2018; Maddison et al., ICLR 2017; the penalty on the kept share after DynamicViT (Rao
-    et al., NeurIPS 2021), here in the logarithm, so that small budgets count as much as large ones.
+    et al., NeurIPS 2021), here on its logarithm, so that small budgets count as much as large ones.
     """
 
     phase = "sigmoid"
@@ -240,7 +244,7 @@ class SigmoidGates(Relaxation):
         logits = scores + share.logit()[:, None]
         if self._offset is None:
             self._offset = budget_offset(logits.detach(), counts, mask)
-        logits = logits + self._offset  # of a gate being open
+        logits = logits + self._offset  # logits of a gate being open
         # a hard gate is open above 1/2, a stretched one above 0
         shift = 0.0 if config.hard else temperature * CLOSED_BELOW
         shape = (config.samples, *scores.shape) if config.noisy else (1, *scores.shape)
@@ -251,9 +255,10 @@ class SigmoidGates(Relaxation):
 
 
 class SoftTopK(Relaxation):
-    """Draws k-subsets exactly; gradients are those of the probabilities with which tokens are in them.
+    """Relaxation that draws exact k-subsets and uses the gradient of their marginals.
 
-    Without ``hard``, these probabilities are the gates themselves; without ``noisy``, the likeliest subset is taken.
+    Marginals are the probabilities of each token to be in the subset. Without ``hard``, the gates are the marginals
+    themselves; without ``noisy``, the subset is the most likely one.
 
     Source: Ahmed, Zeng, Niepert & Van den Broeck, "SIMPLE: a gradient estimator for k-subset sampling", ICLR 2023.
     """

@@ -1,4 +1,4 @@
-"""Soft masks over tokens, and what it takes to learn hard ones through them."""
+"""Soft masks over tokens, and functions to learn hard masks through them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ __all__ = [
 ]
 
 STRETCH = -0.1, 1.1
-"""Ends of the interval to which soft binary gates are stretched before they are cut to [0, 1] (Louizos et al. 2018)."""
+"""Ends of the interval to which soft binary gates are stretched before clipping to [0, 1] (Louizos et al. 2018)."""
 
 CLOSED_BELOW = math.log(-STRETCH[0] / STRETCH[1])
-"""A stretched gate is closed for good where logit plus noise, divided by the temperature, is below this."""
+"""A stretched gate is exactly 0 where logit plus noise, divided by the temperature, is below this."""
 
 
 def gumbel_noise(scores: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw standard Gumbel noise for each of the scores (B, N), ``samples`` times: float (S, B, N).
+    """Draw ``samples`` times standard Gumbel noise for scores (B, N), float (S, B, N).
 
     The k largest of scores + noise are k draws without replacement from the softmax of the scores, which is the
-    Plackett-Luce law (Kool, van Hoof & Welling, "Stochastic beams and where to find them", ICML 2019).
+    Plackett-Luce distribution (Kool, van Hoof & Welling, "Stochastic beams and where to find them", ICML 2019).
     """
     uniform = torch.rand(samples, *scores.shape, generator=generator).to(scores.device)
     return -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
 
 
 def relaxed_top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return a soft mask over the best-scoring tokens: k softmaxes in turn, each without what those before have taken.
+    """Return a soft mask over the best-scoring tokens: the sum of k successive softmaxes.
+
+    Each softmax excludes what the earlier ones have taken.
 
     Args:
         scores: float (..., B, N).
-        counts: How many tokens are wanted, long (B,).
+        counts: How many tokens to keep, long (B,).
         mask: Which tokens are real, bool (B, N).
-        temperature: Above 0; near 0 the mask is that of :func:`agents.base.top_k`.
+        temperature: Above 0; near 0 the mask approaches :func:`agents.base.top_k`.
 
     Returns:
-        float (..., B, N), at least 0, with the sum ``counts`` in each row; of tokens far ahead of all others it takes
-        more than 1.
+        float (..., B, N), at least 0, with the sum ``counts`` in each row; above 1 for tokens that score far higher
+        than all others.
 
     Source: Xie & Ermon, "Reparameterizable subset sampling via continuous relaxations", IJCAI 2019 (after Plötz & Roth,
     NeurIPS 2018).
@@ -53,13 +55,13 @@ def relaxed_top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor
     >>> relaxed_top_k(scores, torch.tensor([2]), torch.ones(1, 3, dtype=torch.bool), 0.1).round(decimals=2)
     tensor([[1., 0., 1.]])
     """
-    left = scores.masked_fill(~mask, -1e9)  # finite, so that rows that run out of tokens give no NaN
+    left = scores.masked_fill(~mask, -1e9)  # finite: no NaN in rows that run out of tokens
     total = torch.zeros_like(scores)
     for taken in range(int(counts.max())):
         logits = left / temperature
         share = logits.softmax(-1)
         total = total + share * (taken < counts)[:, None]
-        # log(1 - share) loses its digits at the one token whose share may be near 1: there it is taken from the others
+        # log(1 - share) loses precision if a share is near 1, as at most one can be: there it is computed from the rest
         largest = torch.zeros_like(share, dtype=torch.bool).scatter(-1, logits.argmax(-1, keepdim=True), True)
         others = logits.masked_fill(largest, -1e9 / temperature).logsumexp(-1) - logits.logsumexp(-1)
         left = left + torch.where(largest, others[..., None], (-share.clamp_max(0.5)).log1p())
@@ -67,13 +69,13 @@ def relaxed_top_k(scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor
 
 
 def binary_gates(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, stretch: bool) -> torch.Tensor:
-    """Return soft gates in [0, 1] that are above one half with probability sigmoid(logits); same shape as the logits.
+    """Return soft gates in [0, 1], which are above 1/2 with probability sigmoid(logits).
 
     Args:
-        logits: float.
+        logits: float, of any shape; the gates have the same.
         uniform: Uniform noise in (0, 1), same shape; 0.5 for none.
         temperature: Above 0.
-        stretch: Stretch gates beyond 0 and 1 and cut them there, so that they can be closed and open for good.
+        stretch: Stretch gates beyond [0, 1] and clip them to it, so that they can be exactly 0 and 1.
 
     Sources: Maddison, Mnih & Teh, "The concrete distribution", ICLR 2017; with ``stretch``, Louizos, Welling & Kingma,
     "Learning sparse neural networks through L0 regularization", ICLR 2018.
@@ -84,11 +86,11 @@ def binary_gates(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 
 
 def budget_penalty(open_logits: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return how far the expected number of open gates is from k: the squared logarithm of their ratio, (B,).
+    """Return the squared logarithm of (expected number of open gates / k), float (B,).
 
     Args:
         open_logits: Logits of the probability that a gate is open, float (B, N).
-        kept: k, long (B,).
+        counts: k, long (B,).
         mask: Which tokens are real, bool (B, N).
     """
     expected = (open_logits.sigmoid() * mask).sum(1)
@@ -96,7 +98,10 @@ def budget_penalty(open_logits: torch.Tensor, counts: torch.Tensor, mask: torch.
 
 
 def budget_offset(logits: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor) -> float:
-    """Return what to add to all logits (B, N) so that the expected share of the budgets in use is 1 on average."""
+    """Return the number to add to all logits (B, N) so that open gates meet the budgets.
+
+    With it, the ratio of the expected number of open gates to the budget is 1 on average.
+    """
     low, high = -50.0, 50.0
     for _ in range(40):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Teachers, and the loss by which a scorer learns to pick what one of them would."""
+"""Teachers, which score tokens, and the loss with which a scorer learns to imitate one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ __all__ = [
 
 
 class Teacher(Protocol):
-    """Anything that scores the visual tokens of a batch, with or without looking at the answers."""
+    """Interface of functions that score the visual tokens of a batch.
+
+    A teacher may use the answers.
+    """
 
     def __call__(self, vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
         """Score tokens.
@@ -36,18 +39,19 @@ class Teacher(Protocol):
         Args:
             vlm: The model the examples were encoded with.
             encoded: B examples.
-            compute: Told what this costs, if given.
+            compute: Counter to which the cost is added, if given.
 
         Returns:
-            float (B, N); the tokens with the highest scores are those to keep. Padding has any value.
+            float (B, N); the tokens with the highest scores are the ones to keep. Padding may have any value.
         """
         ...
 
 
 def gradient_saliency(vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
-    """Score tokens by how strongly the answer's log-likelihood depends on them: |gradient x token|, (B, N).
+    """Score tokens by |gradient x token| of the answer's log-likelihood, (B, N).
 
-    Uses the answer: a teacher, not a pruner. Costs one forward and backward pass per example, 3 forward-equivalents.
+    Uses the answer, so this is a teacher and not a pruner. Costs one forward and backward pass per example, 3
+    forward-equivalents.
     Source: Simonyan et al., "Deep inside convolutional networks", 2013, in the gradient-times-input form of Shrikumar
     et al., 2016.
     """
@@ -63,13 +67,16 @@ def gradient_saliency(vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter 
 def attention_teacher(vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
     """Score tokens by the attention they get from the vision tower's CLS token, (B, N).
 
-    Knows neither question nor answer, and costs no forward pass of the language model.
+    Uses neither question nor answer, and no forward pass of the language model.
     """
     return vlm.attention(encoded, "cls")
 
 
 def relevance_teacher(vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
-    """Score tokens by the ground truth, (B, N). Only for tasks that have one; costs nothing."""
+    """Score tokens by the ground truth, (B, N).
+
+    Only for tasks that have one. Costs nothing.
+    """
     relevance = encoded.relevance()
     if relevance is None:
         raise ValueError("the relevance teacher needs a task with ground truth: choose another teacher")
@@ -77,21 +84,22 @@ def relevance_teacher(vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter 
 
 
 class LeaveOneOut:
-    """Scores tokens by how far the answer's log-likelihood drops when they are taken out of the full image.
+    """Teacher that scores tokens by the drop in log-likelihood when they are removed.
 
-    Unlike a gradient, this is a real change of the input; like one, it is blind to tokens that stand in for each
-    other, as each of them can go while the others stay. Uses the answer.
+    Tokens are removed from the full image, and the log-likelihood is the answer's. Unlike a gradient, this measures a
+    real change of the input. Like a gradient, it misses redundant tokens, as each of them can be removed while the
+    others stay. Uses the answer.
 
     Args:
-        cells: Take out a whole cell of a grid of ``cells`` rows and columns laid over the image at a time, so that its
-            tokens get one score; 0 takes out token by token.
+        cells: Rows and columns of a grid over the image. A whole cell is removed at a time, so its tokens share one
+            score. 0 removes single tokens.
 
     Raises:
-        ValueError: If there is a single cell, without which nothing would be left.
+        ValueError: If ``cells`` is 1, which would leave no tokens, or negative.
 
-    It costs as many forward passes per example as there are cells with tokens in them, or tokens: for the 12 x 12
-    tokens of the embedded model 144 by token and 36 with the default of 6, where the gradient costs 3. All of them read
-    nearly the whole image, so that they take longer than the small selections of GRPO that count the same.
+    The cost per example is one forward pass for each cell with tokens in it, or for each token: for the 12 x 12 tokens
+    of the embedded model, 144 with single tokens and 36 with the default of 6, where the gradient costs 3. Each pass
+    reads nearly the whole image, so it takes longer than a pass over a small selection in GRPO, which counts the same.
     Source: Zeiler & Fergus, "Visualizing and understanding convolutional networks", ECCV 2014 (occlusion).
     """
 
@@ -102,7 +110,10 @@ class LeaveOneOut:
 
     @torch.no_grad()
     def __call__(self, vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
-        """Return minus the log-likelihood without each token, (B, N): a constant per example less than the drop."""
+        """Return minus the log-likelihood without each token, (B, N).
+
+        This is the drop up to a constant for each example.
+        """
         part = self._parts(encoded)  # (B, N)
         out = part[:, None] == torch.arange(int(part.max()) + 1, device=part.device)[:, None]  # (B, G, N)
         if compute is not None:
@@ -110,13 +121,13 @@ class LeaveOneOut:
         return -vlm.log_likelihood(encoded, encoded.full_selection() & ~out).gather(1, part)
 
     def _parts(self, encoded: Encoded) -> torch.Tensor:
-        """Return which part of the image each token is taken out with, numbered without gaps, long (B, N)."""
+        """Return the index of the part with which each token is removed, without gaps, long (B, N)."""
         if not self.cells:
             return torch.arange(encoded.token_mask.shape[1], device=encoded.tokens.device).repeat(len(encoded), 1)
         row, column = (encoded.positions * self.cells).long().clamp(0, self.cells - 1).unbind(-1)
         cell = row * self.cells + column
         used = cell[encoded.token_mask].unique()
-        # padding goes with any part: it has no token to take out, and nobody reads its score
+        # padding may be in any part: it has no token to remove, and its score is not used
         return torch.searchsorted(used, cell).clamp_max(len(used) - 1)
 
 
@@ -130,16 +141,16 @@ TEACHERS: dict[str, Teacher] = {
 
 
 class Remembered:
-    """Asks a teacher once for each example, for teachers that cost much.
+    """Cache of the scores of an expensive teacher, which runs once for each example.
 
     Args:
-        teacher: The one asked.
-        size: Examples whose scores are held; those asked about the longest ago make room.
+        teacher: The teacher.
+        size: Number of examples whose scores are held; the least recently used are dropped.
     """
 
     def __init__(self, teacher: Teacher, size: int) -> None:
         self.teacher = teacher
-        # by identity, which holds while the example itself is held; keys are names for logs and may be empty
+        # by id, which is unique while the example itself is held; its key is a name for logs and may be empty
         self._known: LRU[int, tuple[Example, torch.Tensor]] = LRU(size)
 
     def __call__(self, vlm: FrozenVLM, encoded: Encoded, compute: ForwardCounter | None = None) -> torch.Tensor:
@@ -166,10 +177,11 @@ def make_teacher(name: str, cells: int, remember: int) -> Teacher:
     Args:
         name: One of :data:`TEACHERS`.
         cells: For "leave_one_out"; see :class:`LeaveOneOut`.
-        remember: Examples whose scores "leave_one_out" remembers; the others are cheap enough to be asked each time.
+        remember: Number of examples whose scores "leave_one_out" caches; the other teachers are cheap enough to run
+            each time.
 
     Raises:
-        ValueError: If there is no such teacher, or no such grid of cells.
+        ValueError: If there is no such teacher, or the number of cells is invalid.
     """
     if name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}: choose one of {', '.join(TEACHERS)}")
@@ -180,7 +192,7 @@ def warmup_loss(scorer: Scorer, encoded: Encoded, teacher: torch.Tensor, counts:
     """Return the mean negative log-likelihood, per kept token, of the teacher's top-k subset.
 
     Args:
-        scorer: What is trained.
+        scorer: The scorer that is trained.
         encoded: B examples.
         teacher: The teacher's scores, (B, N).
         counts: Subset sizes, long (B,).

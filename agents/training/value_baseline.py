@@ -1,4 +1,4 @@
-"""A learned baseline: a network that predicts what the policy will earn on an example at a budget."""
+"""A learned baseline: a network that predicts the reward of an example at a budget."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["ValueBaseline"]
 
 
 class ValueBaseline:
-    """Predicts the mean reward of the subsets drawn for an example at a budget.
+    """Network that predicts the mean reward of the subsets drawn for an example at a budget.
 
     A scorer of one block reads the example, and the mean of its outputs over the visual tokens is the prediction
     (Zaheer et al., "Deep sets", NeurIPS 2017).
 
     Args:
-        config: Of the scorer that is the policy; the number of its blocks is not taken over.
+        config: Sizes of the policy's scorer; its number of blocks is not used.
         learning_rate: Peak learning rate.
         max_gradient_norm: Gradients are clipped to this norm.
         decay_over: Steps over which the learning rate falls to 2% of its peak.
-        seed: Decides the weights.
-        device: Where the network lives.
+        seed: Seed of the weights.
+        device: Device of the network.
 
-    A prediction made before the subsets of a step are learnt from does not depend on them, so that subtracting it
-    leaves policy gradients unbiased, however bad it is. Source: Williams, "Simple statistical gradient-following
+    A prediction made before the update on a step's subsets does not depend on them. Subtracting it therefore leaves
+    policy gradients unbiased, however bad it is. Source: Williams, "Simple statistical gradient-following
     algorithms for connectionist reinforcement learning", Machine Learning 8, 1992.
     """
 
@@ -41,7 +41,7 @@ class ValueBaseline:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are without a baseline
+        with torch.random.fork_rng(devices=[]):  # keeps the run's random numbers as without a baseline
             torch.manual_seed(seed)
             self.network = Scorer(dataclasses.replace(config, blocks=1, in_turn=False)).to(device)
         self._learner = Learner(self.network, learning_rate, max_gradient_norm, decay_over)
@@ -55,7 +55,7 @@ class ValueBaseline:
         return self._values(encoded, counts)
 
     def learn(self, encoded: Encoded, counts: torch.Tensor, rewards: torch.Tensor, step: int) -> float:
-        """Take one step towards the rewards (B, G) that were earned; returns the mean squared error before it."""
+        """Take one step towards the rewards (B, G) and return the mean squared error before it."""
         self._learner.begin(step)
         loss = (self._values(encoded, counts)[:, None] - rewards).square().mean()
         self._learner.minimise(loss)

@@ -1,1 +1,1 @@
-"""Measurements of cost: the environments beside the model (speed), pruning beside the whole picture (latency)."""
+"""Measurements of cost: the environments (speed) and the savings of pruning (latency)."""

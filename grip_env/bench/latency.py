@@ -1,4 +1,6 @@
-"""Time, memory and FLOPs of pruning at LLaVA-1.5's shapes: ``python -m grip_env.benchmark latency``.
+"""Cost of pruning at LLaVA-1.5's shapes: ``python -m grip_env.benchmark latency``.
+
+Time, memory and FLOPs are measured.
 
 Every size of LLaVA-1.5-7B is divided by four: language model 4096 -> 1024 wide and 32 -> 8 layers deep (MLP 2.6875
 times as wide: 101M parameters in its layers), CLIP-L/14 1024 -> 256 wide and 24 -> 6 deep (4.7% of the language
@@ -56,31 +58,35 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Config:
-    """Time a LLaVA-1.5 of a quarter the size (random weights, float32, CPU), dense against pruned.
+    """Time a quarter-size LLaVA-1.5 with all visual tokens and pruned.
 
-    Prefill and end-to-end are up to the first answer token; each variant runs once per round, in turn.
+    The model has random weights in float32 and runs on the CPU. Prefill and end-to-end times end at the first answer
+    token. Each variant runs once per round, one after another.
     """
 
     kept: tuple[int, ...] = (192, 128, 64)
-    """Visual tokens kept, of 576; the bars are held against the fewest."""
+    """Numbers of visual tokens kept, of 576; the bars apply to the smallest."""
     batch: tuple[int, ...] = (1, 4)
-    """Pictures answered together; each number here makes a table, and the bars are held against each."""
+    """Numbers of pictures answered together; each gives a table, and the bars apply to each."""
     repeats: int = 9
-    """Rounds; medians are over them, and ratios are taken inside a round."""
+    """Number of rounds; medians are taken over rounds, and ratios within a round."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     new_tokens: int = 16
-    """Tokens to decode after the first one."""
+    """Number of tokens to decode after the first one."""
     width: int = 1024
     """Width of the language model, a multiple of 256; the vision tower's is a quarter of it."""
     layers: int = 8
-    """Layers of the language model; the vision tower has three quarters as many."""
+    """Number of layers of the language model; the vision tower has three quarters as many."""
     out: Path | None = None
     """Folder for latency.json, with all times."""
 
 
 def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, ScorerSelector]:
-    """Return the model, as a user would load it, and a selector of the default size, both with random weights."""
+    """Return a model and a selector of the default size, both with random weights.
+
+    The model is wrapped as :func:`grip_env.load_vlm` would.
+    """
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -91,7 +97,7 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
     torch.manual_seed(seed)
-    # a word a token, about as many as LLaVA-1.5's own tokenizer makes of its prompt
+    # one token per word: about as many tokens as LLaVA-1.5's own tokenizer makes of the prompt
     tokenizer = build_tokenizer().train_new_from_iterator([SYSTEM, QUESTION, "\nUSER: ASSISTANT: left"] * 2, 512)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
@@ -121,7 +127,7 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
         num_key_value_heads=width // HEAD,
         max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None,  # answers have as many tokens as asked for
+        eos_token_id=None,  # so that answers have the requested number of tokens
         pad_token_id=tokenizer.pad_token_id,
     )
     image = tokenizer.convert_tokens_to_ids("<image>")
@@ -137,7 +143,7 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
-        model.lm_head.weight[image] = 0  # random weights never answer with an image
+        model.lm_head.weight[image] = 0  # so that random weights never answer with an image
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     scorer = Scorer(ScorerConfig(token_width=width, in_turn=True)).eval()
@@ -150,23 +156,22 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant costs for one picture and question, of a batch of them."""
+    """Costs of one variant, per picture and question of a batch."""
 
     kept: int | None
-    """Visual tokens kept; ``None`` is dense: all of them, and no selector."""
+    """Number of visual tokens kept; ``None`` is dense, with all tokens and no selector."""
     length: int
-    """Tokens the language model reads: visual tokens and prompt."""
+    """Number of tokens that the language model reads: visual tokens and prompt."""
     flops: dict[str, int]
     """Counted FLOPs of "encode", "select" and "prefill"."""
     cache: int
-    """Bytes of a picture's key-value cache after prefill, as the model left it."""
+    """Bytes of a picture's key-value cache after prefill, as the model leaves it."""
     peak: int
-    """Most bytes that tensors made during a prefill of one picture took at one time, the cache included; weights are
-    not."""
+    """Peak bytes of the tensors made during a prefill of one picture, including the cache but not the weights."""
     times: dict[str, list[float]]
-    """Milliseconds a picture, of each round: each of STAGES; "generate" is prefill and decoding in one."""
+    """Milliseconds per picture in each round, for each of STAGES; "generate" is prefill and decoding together."""
     batch: int = 1
-    """How many pictures went through together."""
+    """Number of pictures processed together."""
 
     @property
     def name(self) -> str:
@@ -174,46 +179,50 @@ class Row:
         return "dense" if self.kept is None else str(self.kept)
 
     def first(self) -> list[float]:
-        """Milliseconds from picture to first answer token, of each round."""
+        """Return the milliseconds from picture to first answer token of each round."""
         return [sum(stages) for stages in zip(*(self.times[key] for key in STAGES[:3]), strict=True)]
 
     def whole(self) -> list[float]:
-        """Milliseconds from picture to last answer token, of each round."""
+        """Return the milliseconds from picture to last answer token of each round."""
         keys = ("encode", "select", "generate")
         return [sum(stages) for stages in zip(*(self.times[key] for key in keys), strict=True)]
 
     def fastest(self) -> float:
-        """Milliseconds from picture to first answer token, each stage in its fastest round: least disturbed."""
+        """Return the milliseconds from picture to first answer token, with each stage's minimum.
+
+        The minimum over rounds is the measurement least disturbed by other work.
+        """
         return sum(min(self.times[key]) for key in STAGES[:3])
 
     def decode(self, new_tokens: int) -> float:
-        """Milliseconds for each token after the first, median."""
+        """Return the median milliseconds for each token after the first."""
         pairs = zip(self.times["generate"], self.times["prefill"], strict=True)
         return statistics.median((whole - first) / new_tokens for whole, first in pairs)
 
     def predicted(self, dense: Row) -> float:
-        """FLOPs up to the first answer token as a share of dense."""
+        """Return the FLOPs up to the first answer token as a share of dense."""
         return sum(self.flops.values()) / sum(dense.flops.values())
 
     def ratios(self, dense: Row) -> list[float]:
-        """Time up to the first answer token as a share of dense, of each round."""
+        """Return the time up to the first answer token as a share of dense, for each round."""
         return [own / full for own, full in zip(self.first(), dense.first(), strict=True)]
 
     def ratio(self, dense: Row) -> float:
-        """Time up to the first answer token as a share of dense in the same round, median."""
+        """Return the median over rounds of :meth:`ratios`."""
         return statistics.median(self.ratios(dense))
 
     def deviation(self, dense: Row) -> float:
-        """By which share the time ratio exceeds the one the FLOPs predict."""
+        """Return the relative excess of the time ratio over the one that FLOPs predict."""
         return self.ratio(dense) / self.predicted(dense) - 1
 
 
 def measure(
     vlm: HuggingFaceVLM, selector: ScorerSelector, kept: Sequence[int], repeats: int, new_tokens: int, batch: int = 1
 ) -> list[Row]:
-    """Measure dense and each count of kept tokens, in turn within each of ``repeats`` rounds; returns dense first.
+    """Measure dense and each count of kept tokens, and return the rows, dense first.
 
-    ``batch`` pictures of the size the vision tower wants go through together. The first round is not counted.
+    Each of ``repeats`` rounds runs all variants one after another, after one round that is not counted. ``batch``
+    pictures of the vision tower's input size are processed together.
     """
     import numpy as np
     import torch
@@ -260,7 +269,7 @@ def measure(
 
 
 def _memory(vlm: HuggingFaceVLM, encoded: Encoded, selection: Any) -> tuple[int, int, int]:
-    """Run a prefill; returns the tokens in its cache, the cache's bytes and the peak of bytes allocated for tensors."""
+    """Run a prefill, and return its cache's tokens and bytes and the peak bytes of tensors."""
     caches: list[Any] = []
     hook = vlm.model.model.language_model.register_forward_hook(
         lambda module, inputs, output: caches.append(output.past_key_values)
@@ -277,7 +286,7 @@ def _memory(vlm: HuggingFaceVLM, encoded: Encoded, selection: Any) -> tuple[int,
 
 
 def table(rows: Sequence[Row], new_tokens: int) -> str:
-    """Return a Markdown table of medians; times in ms a picture, memory in MB of 10^6 bytes."""
+    """Return a Markdown table of medians, in ms per picture and MB of 10^6 bytes."""
     columns: dict[str, Callable[[Row], str]] = {
         "tokens in LM": lambda row: str(row.length),
         "encode ms": lambda row: _median(row.times["encode"]),
@@ -308,7 +317,11 @@ def _median(values: Sequence[float]) -> str:
 
 
 def bars(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Hold the variant with the fewest tokens against the two bars; returns (statement with numbers, holds or not)."""
+    """Check the two bars for the variant with the fewest tokens.
+
+    Returns:
+        For each bar, (statement with numbers, whether it holds).
+    """
     dense, row = rows[0], min(rows[1:], key=lambda row: row.kept or 0)
     off, ratio, predicted = row.deviation(dense), row.ratio(dense), row.predicted(dense)
     share = statistics.median(own / total for own, total in zip(row.times["select"], row.first(), strict=True))

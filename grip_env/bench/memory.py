@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes for tensors on the CPU."""
+"""Peak memory of tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["peak_bytes"]
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Run ``work`` and return the most bytes that tensors it made took at one time.
+    """Run ``work`` and return the peak bytes of the tensors that it makes.
 
-    What PyTorch's allocator hands out is counted, as its profiler sees it; what was there before, and the scratch
-    space libraries allocate for themselves, is not.
+    Allocations of PyTorch's allocator count, as its profiler sees them. Tensors that existed before and scratch space
+    that libraries allocate themselves do not.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -35,7 +35,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Drop what libraries print on standard error: the profiler notes each start and stop there."""
+    """Silence standard error, where the profiler reports each start and stop."""
     saved = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:

@@ -1,7 +1,7 @@
-"""What the environments cost beside the model they call: ``python -m grip_env.benchmark speed``.
+"""Cost of the environments relative to the model: ``python -m grip_env.benchmark speed``.
 
-Everything is a ratio of two kinds of work done in turn in one run, as absolute times depend on the machine. Each round
-has its own order, as what ran before makes a call slower or faster by some percent.
+All results are ratios of two kinds of work that alternate in one run, as absolute times depend on the machine. Each
+round has its own order, because the work before a call makes it some percent slower or faster.
 """
 
 from __future__ import annotations
@@ -43,37 +43,40 @@ __all__ = ["Config", "Measured", "main", "masked_log_likelihood", "measure", "sc
 
 BUDGETS = (0.03, 0.1, 0.25, 0.5, 1.0)
 SIDES = (48, 96, 144, 192)
-"""Pixels along the images of the untrained models of growing N: 36, 144, 324 and 576 visual tokens."""
+"""Image sides in pixels of the untrained models of growing N: 36, 144, 324 and 576 visual tokens."""
 SUBSETS = (144, 576, 2304)
 REPEATS = 3
-"""How often a round does what is quick and has the closest bar: a step of the vector environment and the bare model's
-call. Their time is the mean."""
+"""Repetitions per round of the two quick works with the tightest bar: a step of the vector environment and a call of
+the bare model. Their time is the mean."""
 IMAGES = 8
-"""Distinct images where nothing else is said: environments have all of them encoded before the clock starts."""
+"""Default number of distinct images; environments encode all of them before the timing starts."""
 
 
 @dataclass
 class Config:
-    """Compare the vector environment with the bare model, with single environments, and what scoring costs."""
+    """Time the vector environment against the bare model and single environments.
+
+    Scoring by dropping tokens is also compared with masking them, and sampling subsets with a GRPO step.
+    """
 
     num_envs: int = 64
-    """Instances side by side (B)."""
+    """Number of instances stepped together (B)."""
     budget: float = 0.1
     """Share of the visual tokens kept."""
     rounds: int = 24
-    """Rounds, each with every kind of work in an order of its own; the first is not counted. Ratios are medians."""
+    """Number of rounds, each with all kinds of work in its own order; the first is not counted. Ratios are medians."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     scaling: bool = True
     """Also measure how a step's time grows with N, k and B."""
     out: Path | None = None
-    """Folder for speed.json, with all numbers, and with --scaling the plot speed.png."""
+    """Folder for speed.json, with all numbers, and, with --scaling, the plot speed.png."""
 
 
 def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torch.Tensor) -> torch.Tensor:
-    """Score selections without dropping anything: the whole sequence, dropped tokens hidden from attention.
+    """Score selections on the whole sequence, with dropped tokens masked from attention.
 
-    What :meth:`~grip_env.vlms.base.FrozenVLM.log_likelihood` saves is the difference to this.
+    :meth:`~grip_env.vlms.base.FrozenVLM.log_likelihood`, which drops the tokens, is compared with this baseline.
 
     Args:
         vlm: A model whose tokens have one position each, such as the embedded one.
@@ -92,9 +95,9 @@ def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torc
     mask[visual] = selection.flatten()
     column = torch.arange(1, ids.shape[1], device=ids.device)
     answer = (column >= (lengths - encoded.answer_lengths)[:, None]) & (column < lengths[:, None])
-    first = int(answer.int().argmax(1).min())  # what comes before predicts no answer
+    first = int(answer.int().argmax(1).min())  # earlier positions predict no answer token
     values = []
-    # as many tokens in a call as the model takes when it scores, and logits only where they are read
+    # as many tokens per call as in the model's own scoring, and logits only where they are read
     for rows in torch.arange(len(ids)).split(max(1, vlm.token_budget // ids.shape[1])):
         assert encoded.position_ids is not None
         with torch.no_grad():
@@ -115,18 +118,19 @@ def masked_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, selection: torc
 
 @dataclass
 class Measured:
-    """Milliseconds of each kind of work, by name, one number a round; and what they are held against."""
+    """Results of the measurement, and the bars that they must clear."""
 
     times: dict[str, list[float]]
+    """Milliseconds of each kind of work, by name, one number per round."""
     counts: dict[str, float]
-    """What is no time: bytes, largest differences."""
+    """Numbers other than times: megabytes, largest differences."""
 
     def ratio(self, slow: str, fast: str) -> float:
-        """Return how many times as long ``slow`` takes, the median over rounds."""
+        """Return the ratio of ``slow``'s time to that of ``fast``, the median over rounds."""
         return statistics.median(a / b for a, b in zip(self.times[slow], self.times[fast], strict=True))
 
     def bars(self) -> list[tuple[str, bool]]:
-        """Hold the numbers against what is promised; returns (statement with numbers, holds or not)."""
+        """Return for each bar (statement with numbers, whether it holds)."""
         native, single = self.ratio("raw", "vector"), self.ratio("SyncVectorEnv", "vector")
         bare = self.ratio("raw, one by one", "raw")
         masked, subset = self.ratio("masked", "kept only"), self.ratio(f"k-subset N={SUBSETS[0]}", "GRPO step")
@@ -153,7 +157,7 @@ def clock(work: Callable[[], object]) -> float:
 
 
 def measure(config: Config) -> Measured:
-    """Do every kind of work in each of the rounds, in an order that the round's number decides."""
+    """Time every kind of work in each round, in an order determined by the round's number."""
     import gymnasium
     import torch
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -233,7 +237,10 @@ def _subsets(rows: int, count: int, k: int, generator: torch.Generator) -> torch
 
 
 def _subset_work(count: int, generator: torch.Generator) -> Callable[[], None]:
-    """Return the law's part in a GRPO step of 32 x 16 subsets: draw, log-probability, gradient."""
+    """Return the k-subset law's work in a GRPO step of 32 x 16 subsets.
+
+    The work is drawing, log-probability and gradient.
+    """
     import torch
 
     from agents.subset import KSubset
@@ -251,7 +258,10 @@ def _subset_work(count: int, generator: torch.Generator) -> Callable[[], None]:
 
 
 def _held(vlm: HuggingFaceVLM, task: Task) -> dict[str, float]:
-    """Return the MB of encoded instances that an environment holds after few and after many episodes of 8 images."""
+    """Return the MB of encoded instances that an environment holds as episodes go on.
+
+    It is measured after 16 and after 400 episodes of 8 images.
+    """
     from grip_env.envs.selection import TokenSelectionVectorEnv
 
     envs = TokenSelectionVectorEnv(8, vlm=vlm, task=TaskSubset(task, "train", range(8)))
@@ -267,7 +277,7 @@ def _held(vlm: HuggingFaceVLM, task: Task) -> dict[str, float]:
 
 
 def scaling(config: Config) -> dict[str, dict[float, float]]:
-    """Return milliseconds of a step of the vector environment, medians, as N, k and B grow one at a time."""
+    """Return median milliseconds of a vector environment's step as N, k or B grows."""
     import gymnasium
     import torch
 
@@ -300,7 +310,7 @@ def scaling(config: Config) -> dict[str, dict[float, float]]:
 
 
 def draw_scaling(found: Mapping[str, Mapping[float, float]], path: Path) -> None:
-    """Draw a step's time over N, k and B, and write the picture to ``path``."""
+    """Plot a step's time over N, k and B to ``path``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -348,7 +358,7 @@ def _run(config: Config) -> None:
     print(f"assembling observations once: {shares:.1%} of a step\n")
     grown = scaling(config) if config.scaling else {}
     for key, row in grown.items():
-        print(f"ms a step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
+        print(f"ms per step over {key}: " + ", ".join(f"{value:g}: {ms:.1f}" for value, ms in row.items()))
     checked = print_verdicts(found.bars())
     numbers = {
         "threads": torch.get_num_threads(),

@@ -1,1 +1,1 @@
-"""What every room uses, and nothing of the subject: files that appear whole, signals, and numbers that are finite."""
+"""General utilities: atomic files, signals, command output, and checks for finite numbers."""

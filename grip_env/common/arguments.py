@@ -1,4 +1,4 @@
-"""Command-line arguments as people write them, turned into what tyro knows."""
+"""Conversion of command-line arguments from common notations to that of tyro."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["plain_arguments"]
 
 
 def _kinds(config: Any, before: str = "") -> dict[str, Any]:
-    """Return the types of a dataclass's fields and of those in its fields, by the names of the options they become."""
+    """Return the types of all fields, nested ones included, by the names of their options."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(config).items():
         option = before + name.replace("_", "-")
@@ -28,12 +28,14 @@ def _is_run(argument: str) -> bool:
 
 
 def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = ()) -> list[str]:
-    """Return arguments as tyro knows them: several values after spaces, booleans without a word after them.
+    """Convert command-line arguments to the notation of tyro.
+
+    Several values are separated by spaces instead of commas, and booleans become flags without a value.
 
     Args:
-        given: What was typed.
-        config: A dataclass whose fields are options.
-        lists: Names of text options with commas in them, which may be given with spaces as well.
+        given: The arguments as typed.
+        config: A dataclass whose fields are the options.
+        lists: Names of text options that hold comma-separated lists; spaces are accepted as separators, too.
     """
     kinds = _kinds(config)
     found: list[str] = []

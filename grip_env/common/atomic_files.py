@@ -1,4 +1,4 @@
-"""Files and folders that appear on disk whole or not at all, whatever stops the program that writes them."""
+"""Atomic writing of files and folders: they appear on disk whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _HERE = -100  # AT_FDCWD
 
 
 def write_atomically(path: Path, data: bytes | str, durable: bool = False) -> None:
-    """Write a file by way of a temporary one beside it, so that readers see all of it or none.
+    """Write a file through a temporary one beside it, so that readers see all of it or nothing.
 
     Args:
-        path: The file, whose folder is made; one that is there is replaced.
-        data: Its content; text is written as UTF-8.
-        durable: Wait until it is on the disk, so that a power cut leaves the old file or the new one.
+        path: The file. Its folder is created if needed; an existing file is replaced.
+        data: The content; text is written as UTF-8.
+        durable: Wait until the content is on the disk, so that a power cut leaves either the old file or the new one.
 
     Raises:
-        OSError: If that cannot be done; nothing is left behind then.
+        OSError: If the file cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f"{path.stem[:150]}.{uuid.uuid4().hex}.tmp")
     try:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, data: bytes | str, durable: bool = False) -> No
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         if durable:
             _sync(temporary)
-        now = time.time_ns()  # the file system's own clock may tick too slowly to tell files apart
+        now = time.time_ns()  # the clock of the file system may be too coarse to distinguish files
         os.utime(temporary, ns=(now, now))
         os.replace(temporary, path)
     except BaseException:
@@ -46,24 +46,24 @@ def write_atomically(path: Path, data: bytes | str, durable: bool = False) -> No
 
 
 def content_of(write: Callable[[IO[bytes]], object]) -> bytes:
-    """Return what ``write`` writes into a file, as a picture's ``save`` does."""
+    """Return the bytes that ``write``, such as the ``save`` of a picture, writes into a file."""
     file = io.BytesIO()
     write(file)
     return file.getvalue()
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put a folder (or a file) that is complete in the place of another, which is removed.
+    """Replace a folder (or file) by a complete new one, and remove the old one.
 
-    Where the system can exchange two names (Linux), there is a whole one at every moment. Elsewhere there is none for a
-    moment, and one who stops then leaves it under another name: :func:`folder_on_disk` finds it.
+    On Linux, where two names can be exchanged in one step, a complete folder is in place at every moment. Elsewhere
+    the folder is absent for a moment; if the program stops then, :func:`folder_on_disk` finds it under another name.
 
     Args:
-        new: What is to be there, named ``{folder}.new``.
-        folder: Where; need not exist.
+        new: The new folder, named ``{folder}.new``.
+        folder: The folder to replace; it need not exist.
 
     Raises:
-        OSError: If that cannot be done; what was there stays.
+        OSError: If the folder cannot be replaced; the old one stays.
     """
     for path in (new, *new.rglob("*")):
         if path.is_file() or os.name == "posix":  # other systems cannot open folders
@@ -81,14 +81,14 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def folder_on_disk(folder: Path) -> Path:
-    """Return where a folder is that :func:`replace_folder` put in place, even if it was stopped halfway."""
+    """Return the actual path of a folder, even if :func:`replace_folder` was stopped halfway."""
     old, new = (folder.with_name(f"{folder.name}.{ending}") for ending in ("old", "new"))
-    # one with an old one beside it and none in its place was complete
+    # if the old one was moved away and none is in place, the new one was complete
     return new if not folder.exists() and old.exists() and new.exists() else folder
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -97,7 +97,7 @@ def _sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder as far as that can be done, if it is there."""
+    """Remove a file or folder if it exists; errors within a folder are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -105,7 +105,7 @@ def remove(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; returns whether the system could."""
+    """Exchange two names in one step, and return whether the system supports it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or an old one

@@ -1,4 +1,4 @@
-"""The one way in which a command ends because of what it was given."""
+"""The error with which a command ends after wrong input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ __all__ = ["CommandError"]
 
 
 class CommandError(SystemExit):
-    """Ends a command with a message on standard error and exit code 2, the shell's code for wrong usage."""
+    """Exit of a command with a message on standard error.
+
+    The exit code is 2, the shell's code for wrong usage.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Numbers that training cannot go on from: NaN and infinities, named where they occur."""
+"""Detection of NaN and infinite numbers in training, with errors that name their origin."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ __all__ = ["NonFiniteError", "check_finite", "name_of", "named_step"]
 
 
 class NonFiniteError(ValueError):
-    """A loss, gradient, score, reward or weight is NaN or infinite."""
+    """Error for a loss, gradient, score, reward or weight that is NaN or infinite."""
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], owner: str) -> None:
-    """Raise NonFiniteError, naming the first tensor, unless every number in ``weights`` is finite.
+    """Raise NonFiniteError unless every number in ``weights`` is finite.
+
+    The message names the first tensor that is not.
 
     Args:
         weights: Tensors by name, of any shape and dtype.
-        owner: What they belong to, for the message.
+        owner: Owner of the tensors, for the message.
     """
     for name, value in weights.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -29,27 +31,27 @@ def check_finite(weights: Mapping[str, torch.Tensor], owner: str) -> None:
 
 
 class Asked(Protocol):
-    """What is needed of an :class:`~grip_env.tasks.base.Example`."""
+    """The part of an :class:`~grip_env.tasks.base.Example` that messages need."""
 
     @property
     def key(self) -> str:
-        """Where it comes from; may be empty."""
+        """Name of the example; may be empty."""
         ...
 
     @property
     def question(self) -> str:
-        """What is asked."""
+        """The question."""
         ...
 
 
 def name_of(example: Asked) -> str:
-    """Return what an example is called in messages: its key, or its question where it has none."""
+    """Return the name of an example in messages: its key, or its question if it has no key."""
     return f"example {example.key!r}" if example.key else f"the example with the question {example.question[:80]!r}"
 
 
 @contextlib.contextmanager
 def named_step(phase: str, step: int) -> Iterator[None]:
-    """Name the step, counted from 0, in every NonFiniteError that is raised in the context."""
+    """Add phase and step, counted from 0, to every NonFiniteError raised in the context."""
     try:
         yield
     except NonFiniteError as error:

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first asked for."""
+"""Public names of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["public_names"]
 
 
 def public_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` of a package whose public names are in other modules.
+    """Return ``__getattr__`` and ``__dir__`` of a package that imports its names lazily.
 
     Args:
-        package: Its name.
-        homes: By public name, the module that has it.
+        package: Name of the package.
+        homes: The module that defines each public name.
     """
 
     def find(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A mapping that holds a limited number of entries and lets go of those used the longest ago."""
+"""A mapping with a limited number of entries that drops the least recently used ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class LRU(Generic[Key, Value]):
-    """Holds ``size`` values at most; those looked up or put in the longest ago go first.
+    """A mapping of at most ``size`` values; the least recently used ones are dropped first.
 
     >>> held = LRU(2)
     >>> held.put("a", 1), held.put("b", 2), held.get("a"), held.put("c", 3)
@@ -26,18 +26,18 @@ class LRU(Generic[Key, Value]):
         self._held: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:
-        """Return what is held under ``key``, and count that as a use; ``None`` if nothing is."""
+        """Return the value of ``key`` and mark it as used, or return ``None`` if it is absent."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
     def put(self, key: Key, value: Value) -> None:
-        """Hold ``value`` under ``key``."""
+        """Store ``value`` under ``key``."""
         self._held[key] = value
         self._held.move_to_end(key)
         while len(self._held) > self.size:
             self._held.popitem(last=False)
 
     def values(self) -> list[Value]:
-        """Return what is held, the least recently used first."""
+        """Return all values, the least recently used first."""
         return list(self._held.values())

@@ -1,4 +1,4 @@
-"""What a command prints: tables and notes for people, one JSON object for programs, or nothing."""
+"""Output of commands: tables and notes for people, a JSON object for programs, or nothing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _T = TypeVar("_T")
 
 
 class _Mode:
-    """How the command that runs prints."""
+    """Output settings of the running command."""
 
     quiet = False
     json = False
     output: TextIO | None = None
-    """Standard output, while what is printed for people goes elsewhere."""
+    """The real standard output while ``sys.stdout`` is redirected."""
 
 
 def choose_output(quiet: bool = False, as_json: bool = False) -> None:
-    """Decide how a command prints, until :func:`end_output`.
+    """Set the output of a command until :func:`end_output` is called.
 
     Args:
-        quiet: Print nothing for people, and show no progress. Errors and notes on standard error stay.
-        as_json: Print what :func:`print_result` is given on standard output, and what is for people on standard error.
+        quiet: Print nothing for people, and show no progress. Errors and notes on standard error remain.
+        as_json: Print the argument of :func:`print_result` on standard output, and all else on standard error.
     """
     end_output()
     _Mode.quiet, _Mode.json = quiet, as_json
@@ -38,7 +38,7 @@ def choose_output(quiet: bool = False, as_json: bool = False) -> None:
 
 
 def end_output() -> None:
-    """Print as Python does from here on."""
+    """Restore the normal output of Python."""
     if _Mode.output is not None:
         if _Mode.quiet:
             sys.stdout.close()
@@ -47,26 +47,26 @@ def end_output() -> None:
 
 
 def progress_bar(items: Sequence[_T], what: str) -> Iterable[_T]:
-    """Return ``items`` behind a progress bar, which is shown on a terminal unless the command is to be quiet."""
+    """Wrap ``items`` in a progress bar, shown on a terminal unless the command is quiet."""
     from tqdm import tqdm
 
     return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=_Mode.quiet or None)
 
 
 def print_result(content: dict[str, Any]) -> None:
-    """Print a command's result as one JSON object, if that was asked for."""
+    """Print the result of a command as one JSON object, if JSON output is on."""
     if _Mode.json and _Mode.output is not None:
         print(json.dumps(content, indent=2, default=str), file=_Mode.output, flush=True)
 
 
 def say(line: str, error: bool = False) -> None:
-    """Print a line, on standard error or output; where nobody can read it any more, go on without."""
+    """Print a line on standard output or standard error, ignoring a closed stream."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def unread() -> bool:
-    """Return whether it is the reader of this process's output that has gone."""
+    """Return whether the reader of this process's standard output has gone."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -75,7 +75,7 @@ def unread() -> bool:
 
 
 def quieten() -> None:
-    """Let Python not complain at its exit where the output's reader has gone."""
+    """Prevent an error message at exit if the reader of the output has gone."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

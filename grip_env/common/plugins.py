@@ -1,4 +1,4 @@
-"""Importing what a user names: classes of their own, from where they work."""
+"""Import of user-defined classes from the current folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["importable_from_here"]
 
 @contextlib.contextmanager
 def importable_from_here(folder: str = "") -> Iterator[None]:
-    """Let modules in the current folder, or another, be imported, last of all: where a user's own class may lie."""
+    """Add the current folder, or another, to the end of the import path within the context.
+
+    User-defined classes can then be imported from there.
+    """
     sys.path.append(folder)
     try:
         yield

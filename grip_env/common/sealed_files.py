@@ -1,6 +1,6 @@
-"""Files of tensors that tell when they are not what was written: agents, and caches that several processes share.
+"""Files of tensors with a digest that detects damage, for agents and shared caches.
 
-A file is safetensors with a digest of its name, its texts and every bit of its tensors; it appears whole or not at all.
+A file is in the safetensors format, with a digest of its name, its texts and every bit of its tensors.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ DIGEST = "sha256"
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU."""
+    """Return the bytes of a CPU tensor."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def picture_key(scope: str, image: np.ndarray) -> str:
-    """Return the name of an image's entry, 64 hexadecimal digits.
+    """Return the name of the entry of an image, 64 hexadecimal digits.
 
     Args:
-        scope: A digest of all that the entry depends on besides the image.
+        scope: A digest of everything else that the entry depends on.
         image: The image, of any shape and dtype.
     """
     digest = hashlib.sha256(json.dumps([scope, list(image.shape), image.dtype.str]).encode())
@@ -46,12 +46,12 @@ def _digest(key: str, texts: Mapping[str, str], tensors: Mapping[str, torch.Tens
 
 
 def seal(key: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str] | None = None) -> bytes:
-    """Return the content of a file.
+    """Return the content of a file with a digest.
 
     Args:
-        key: The name it will be asked for by; part of the digest, so that no file passes for another.
-        tensors: What is in it, of any shape, dtype and device.
-        texts: What else is in it.
+        key: The name for reading it back; part of the digest, so that files cannot be confused.
+        tensors: Tensors by name, of any shape, dtype and device.
+        texts: Texts by name, stored as metadata.
     """
     # copied, since safetensors refuses tensors that share memory
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
@@ -60,7 +60,10 @@ def seal(key: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]
 
 
 def _ordered(data: bytes) -> bytes:
-    """Return a file with its texts in the order of their names: safetensors writes them in one that chance decides."""
+    """Return the content of a file with its texts sorted by name.
+
+    safetensors writes them in random order.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -70,10 +73,10 @@ def _ordered(data: bytes) -> bytes:
 
 
 def unseal(key: str, data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors, on the CPU, and the texts in the content of a file.
+    """Return the tensors, on the CPU, and the texts from the content of a file.
 
     Raises:
-        ValueError: If it is not what was written under this key.
+        ValueError: If the content is not what :func:`seal` returned for this key.
     """
     try:
         texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}

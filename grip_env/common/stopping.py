@@ -1,9 +1,9 @@
-"""Signals that ask a program to stop (SIGINT, SIGTERM, SIGHUP): where they interrupt it, and where they wait.
+"""Handling of the signals that ask a program to stop: SIGINT, SIGTERM and SIGHUP.
 
-Inside :func:`handled` the first of them raises :class:`Stopped` at once, unless the code that runs is :func:`held`, and
-nothing can happen to it, or runs :func:`patiently`, and has a few seconds to come to its end. Later ones change
-nothing. Signals that the user had ignored (``nohup``) or handles otherwise stay as they were; outside the main thread,
-where Python knows no signals, nothing of this has an effect.
+Inside :func:`handled`, the first signal raises :class:`Stopped` immediately, with two exceptions: inside :func:`held`
+it waits until the context ends, and code run by :func:`patiently` has a few seconds to finish. Later signals have no
+effect. Signals that are ignored (``nohup``) or have other handlers are left alone. Outside the main thread, where
+Python handles no signals, the functions of this module have no effect.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ __all__ = [
 ]
 
 GRACE = 3.0
-"""Seconds that what runs patiently has to end by itself; also the time after which a stop that was swallowed (by an
-``except`` without a name, say) comes again."""
+"""Seconds that code run by :func:`patiently` has to finish; also the time after which a swallowed stop is raised again.
+
+A bare ``except``, for example, swallows a stop.
+"""
 
 _T = TypeVar("_T")
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -45,7 +47,10 @@ _AT_ONCE, _PATIENTLY, _HELD = range(3)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the program to stop; its exit code is the shell's for that, 128 and the signal's number."""
+    """Error raised when a signal asks the program to stop.
+
+    ``code`` is the exit code that shells use for this, 128 plus the number of the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -53,21 +58,24 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """The signals of this process; handlers change it between any two instructions of the main thread."""
+    """The signals received by this process.
+
+    Handlers may change the state between any two instructions of the main thread.
+    """
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.installed: dict[int, Any] = {}  # what handled these signals before
+        self.installed: dict[int, Any] = {}  # the previous handlers of these signals
         self.mode = _AT_ONCE
         self.received = 0
         self.acknowledged = False
-        self.overdue = False  # the time of patience is over
-        self.raised = -GRACE  # when
+        self.overdue = False  # the grace period is over
+        self.raised = -GRACE  # time of the last raise
         self.updating = False  # an optimiser is writing weights
-        self.news: queue.SimpleQueue[int] = queue.SimpleQueue()  # the one queue that handlers may put into
+        self.news: queue.SimpleQueue[int] = queue.SimpleQueue()  # the only queue that is safe in signal handlers
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        if os.getpid() != self.process:  # a forked child, which has parents to obey
+        if os.getpid() != self.process:  # a forked child, which stops as by default
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.acknowledged:
@@ -77,7 +85,7 @@ class _State:
             self.deliver()
 
     def deliver(self) -> None:
-        """Raise where that may be now."""
+        """Raise :class:`Stopped` if a signal is pending and may be raised now."""
         wait = self.mode == _HELD or self.updating or (self.mode == _PATIENTLY and not self.overdue)
         if wait or not self.received or self.acknowledged or time.monotonic() < self.raised + GRACE:
             return
@@ -85,14 +93,17 @@ class _State:
         raise Stopped(self.received)
 
     def remind(self) -> None:
-        """Come again, in a thread of its own, until the stop is acknowledged or the handlers are gone."""
+        """Repeat the signal until it is acknowledged or the handlers are removed.
+
+        This runs in a separate thread.
+        """
         number = self.news.get()
         while number:
             try:
                 number = self.news.get(timeout=GRACE)
             except queue.Empty:
                 self.overdue = True
-                if hasattr(signal, "pthread_kill"):  # wakes what waits, too
+                if hasattr(signal, "pthread_kill"):  # also wakes blocking calls
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
                 else:
                     _thread.interrupt_main(signal.Signals(number))
@@ -109,7 +120,7 @@ def _in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Take over the signals while the context lasts; inside another one it has no effect."""
+    """Handle the signals within the context; a nested context has no effect."""
     global _state
     known = (signal.SIG_DFL, signal.default_int_handler, _quit)
     numbers = [number for number in _SIGNALS if _in_main_thread() and signal.getsignal(number) in known]
@@ -126,7 +137,7 @@ def handled() -> Iterator[None]:
     finally:
         state.acknowledged = True
         state.news.put(0)
-        reminder.join()  # it must not signal those who come after
+        reminder.join()  # it must not send signals after the handlers are removed
         for number, before in state.installed.items():
             signal.signal(number, before)
         _state = _State()
@@ -148,7 +159,7 @@ def _mode(mode: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Let signals wait until the context ends."""
+    """Delay signals until the context ends."""
     with _mode(_HELD):
         yield
     if _state.mode != _HELD:
@@ -157,23 +168,23 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Let signals interrupt what is in the context, although what is around it is held."""
+    """Allow signals to interrupt the context, even inside :func:`held`."""
     with _mode(_AT_ONCE):
         check()
         yield
 
 
 def patiently(work: Callable[[], _T]) -> _T:
-    """Return what ``work()`` returns; a signal interrupts it after :data:`GRACE` seconds.
+    """Return the result of ``work()``, which a signal interrupts after :data:`GRACE` seconds.
 
-    One that came while it still ended by itself waits for a :func:`check`, so that what it returned is not lost.
+    If ``work()`` finishes before that, the signal waits for a :func:`check`, so that the result is not lost.
     """
     with _mode(_PATIENTLY):
         return work()
 
 
 def check() -> None:
-    """Raise :class:`Stopped` if a signal has come that nobody acknowledged, also where signals are held."""
+    """Raise :class:`Stopped` if an unacknowledged signal has come, even inside :func:`held`."""
     state = _state
     if _in_main_thread() and state.received and not state.acknowledged:
         state.raised = time.monotonic()
@@ -181,18 +192,19 @@ def check() -> None:
 
 
 def acknowledge() -> None:
-    """Say that the program is about to end: no signal is raised any more."""
+    """Mark the signal as handled, so that no signal is raised from now on."""
     if _in_main_thread():
         _state.acknowledged = True
 
 
 @contextlib.contextmanager
 def whole_updates() -> Iterator[Callable[[], bool]]:
-    """Let signals wait for the step of any optimiser of PyTorch, which would leave weights half updated.
+    """Delay signals during the steps of all PyTorch optimisers within the context.
+
+    A signal during a step would leave the weights half updated.
 
     Yields:
-        A function that tells whether such a step has begun and not come to its end: what it was to update is then
-        neither old nor new.
+        A function that returns whether a step has begun but not finished, so that the weights are half updated.
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -223,7 +235,10 @@ _begun = False
 
 
 def _quit(number: int, frame: FrameType | None = None) -> None:
-    """End the process: before a command has begun there is nothing to save, and after it nothing to say."""
+    """End the process immediately, with a message only if no command has begun.
+
+    Before a command there is nothing to save, and after it nothing to report.
+    """
     if not _begun:
         with contextlib.suppress(OSError):
             os.write(1, b"\ninterrupted before it began; nothing was written.\n")
@@ -231,23 +246,27 @@ def _quit(number: int, frame: FrameType | None = None) -> None:
 
 
 def quit_while_starting() -> None:
-    """Let signals end ``python -m grip_env.COMMAND`` in one line while it imports what it needs."""
+    """Make signals end ``python -m grip_env.COMMAND`` with one line while it is importing."""
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _quit)
 
 
 def begin() -> None:
-    """Say that a command has begun: what there is to say about it, it says from here on."""
+    """Mark the command as begun; from now on it reports interruptions itself."""
     global _begun
     _begun = True
 
 
 def end_soon(code: int, seconds: float = 5.0) -> None:
-    """End the process of ``python -m grip_env.COMMAND`` that goes on after its command, once it has had some seconds.
+    """End the process of ``python -m grip_env.COMMAND`` some seconds after its command.
 
-    A thread that somebody forgot keeps Python from ending. Signals are ignored meanwhile: Python gives them back their
-    default actions on its way out, by which they would replace the exit code.
+    A forgotten thread keeps Python from exiting. Signals are ignored in the meantime: Python restores their default
+    actions on exit, and a signal would then replace the exit code.
+
+    Args:
+        code: The exit code.
+        seconds: Time until the process is ended.
     """
     ours = [number for number in _SIGNALS if signal.getsignal(number) is _quit]
     if ours or _quit in _state.installed.values():

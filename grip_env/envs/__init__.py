@@ -1,4 +1,4 @@
 """Visual-token selection as a Markov decision process: environments, rewards and pictures.
 
-Import from the modules (``grip_env.envs.selection`` and so on) or the public names from ``grip_env``.
+Import the public names from ``grip_env``, or any name from its module (such as ``grip_env.envs.selection``).
 """

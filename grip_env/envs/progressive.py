@@ -1,4 +1,4 @@
-"""Several decisions per episode: visual tokens are dropped stage by stage inside the language model."""
+"""Environments that drop visual tokens in stages, between the language model's layers."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ _PANEL = 288  # pixels along a side of each
 
 
 class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
-    """Drop visual tokens in stages, between the layers of a frozen language model, before it answers a question.
+    """Environment in which each action drops visual tokens before a layer of a frozen model.
 
     ## Description
 
     Each episode is one question about one image, whose visual tokens enter the language model. Before each of T of its
-    layers, the stages, the agent sees what the model has made of the surviving tokens so far, and decides which of
-    them survive. A dropped token is gone for all later layers and for good, so early mistakes cost; a token carried
-    along costs too, as every layer it is in counts against the budget. The model never changes. FastV (arXiv
+    layers, the stages, the agent sees the hidden states of the tokens that survive so far and decides which to keep.
+    A dropped token is absent from all later layers, so early mistakes are costly; keeping a token has a cost as
+    well, as every layer it is in counts against the budget. The model never changes. FastV (arXiv
     2403.06764, one stage) and PyramidDrop (arXiv 2410.17247, several) are policies of this kind.
 
-    N visual tokens, n of them real, D width, Q question tokens, T stages, k tokens that may survive one.
+    Dimensions: N visual tokens, n of them real, D width, Q question tokens, T stages, k tokens allowed after a stage.
 
     ## Action Space
 
     - ``action_mode="binary"``: ``MultiBinary(N)``, int8 (N,), 1 = keep. If more than k surviving tokens are chosen, k
-      of them are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` tells by
-      how many. Fewer are allowed, none too.
+      of them are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` is the
+      number of tokens in excess. Fewer are allowed, even none.
     - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``. With ``stage_budgets``, the k surviving tokens of highest
-      score are kept. With ``budget``, those of them whose score is above 0, at most k: so the agent says how much it
-      spends now and how much it leaves for later. Which of equal scores is drawn at random (from the environment's own
-      generator). Any number but NaN is accepted.
+      score are kept. With ``budget``, these are kept only if their score is above 0, so that the agent decides how much
+      to spend now and how much to leave for later. Ties are broken at random (by the environment's own generator). Any
+      number but NaN is accepted.
 
-    What is dropped or padding stays so, whatever the action.
+    Padding and dropped tokens are never kept, whatever the action.
 
     ## Observation Space
 
@@ -59,93 +59,94 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     | question | Box, any finite number | float32 (Q, D) | the language model's embeddings of the question |
     | question_mask | MultiBinary | int8 (Q,) | 1 where a row of ``question`` is real |
     | budget | Box [0, 1] | float32 (1,) | k divided by the number of surviving tokens; 0 if there are none |
-    | remaining | Box [0, 1] | float32 (1,) | what is left of the budget for the stage's layer and those after it |
+    | remaining | Box [0, 1] | float32 (1,) | share of the budget left for the stage's layer and later ones |
     | stage | MultiBinary | int8 (T,) | one-hot: the stage to decide; all 0 at the end |
     | attention | Box [0, 1] | float32 (N,) | only with ``attention=True``; see below |
 
-    At layer 0 ``tokens`` are the visual tokens themselves. ``feature_dim`` and ``obs_dtype`` make ``tokens`` and
+    At layer 0, ``tokens`` are the visual tokens themselves. ``feature_dim`` and ``obs_dtype`` make ``tokens`` and
     ``question`` smaller, as in :class:`~grip_env.TokenSelectionEnv`. ``remaining`` counts slots, one for each token in
-    each layer: those that may still be taken, divided by those that all n tokens would take, at most 1. ``attention``
-    is what the last token of the prompt gives each surviving token in the stage's layer, averaged over heads. Models
-    are causal: hidden states do not depend on the answer, nor on the question where the image comes before it, as in
-    LLaVA; attention depends on the question. ``question_aware=False`` leaves out ``question``, ``question_mask``.
+    each layer: the number that may still be taken, divided by the number that all n tokens would take, at most 1.
+    ``attention`` is the attention of the prompt's last token to each surviving token in the stage's layer, averaged
+    over heads. Models are causal: hidden states do not depend on the answer, nor on the question if the image comes
+    before it, as in LLaVA; attention depends on the question. ``question_aware=False`` leaves out ``question`` and
+    ``question_mask``.
 
     ## Starting State
 
-    As in :class:`~grip_env.TokenSelectionEnv`: the next instance of a shuffle of the split, under the next budget, both
-    by the seed alone. ``reset(options={"index": 3, "budget": 0.2})`` fixes either or both for one episode.
+    As in :class:`~grip_env.TokenSelectionEnv`: the next instance of a shuffle of the split, with the next budget; both
+    depend on the seed alone. ``reset(options={"index": 3, "budget": 0.2})`` fixes either or both for one episode.
 
     ## Budgets
 
     - ``stage_budgets=(b_1, ..., b_T)``: k = max(1, round(b_t * n)) tokens may survive stage t.
-    - ``budget``: at most max(1, round(budget * n)) visual tokens may be present on average over all layers, those
-      before the first stage included: as many as one decision before the first layer might keep at this budget. At
-      each stage, k is the largest number that, present until the next stage, leaves a place for at least one token in
-      each later layer. Spend all at once, and one token is left from the next stage on.
+    - ``budget``: at most max(1, round(budget * n)) visual tokens may be present on average over all layers, including
+      those before the first stage: as many as a single decision before the first layer may keep at this budget. At
+      each stage, k is the largest number that, present until the next stage, leaves a slot for at least one token in
+      each later layer. If a stage spends everything, one token is left from the next stage on.
 
-    In both cases k is never more than the number of surviving tokens.
+    In both cases, k never exceeds the number of surviving tokens.
 
     ## Rewards
 
     0 until the last stage is decided, then ``reward(scores, full)`` of the model's answer: by default the mean
-    log-likelihood of its tokens minus the same with nothing dropped. ``over_budget_penalty`` is charged in the step
-    that is over budget, for each token.
+    log-likelihood of the answer's tokens minus the same with nothing dropped. ``over_budget_penalty`` is charged for
+    each token over budget, in the step of that action.
 
     ## Episode End
 
-    After T steps: ``terminated``, never ``truncated``. The last observation shows what survived, as it entered the
-    layer of the last stage; ``stage``, ``budget`` and ``remaining`` are 0.
+    After T steps: ``terminated``, never ``truncated``. The last observation shows the surviving tokens as they entered
+    the layer of the last stage; ``stage``, ``budget`` and ``remaining`` are 0.
 
     ## Information
 
     The same keys from ``reset`` and ``step``: those of :class:`~grip_env.TokenSelectionEnv`, where ``kept`` are the
-    tokens that survive so far (after ``reset`` all), ``scored`` is True in the last step alone, ``k`` and
+    tokens that survive so far (all after ``reset``), ``scored`` is True in the last step only, ``k`` and
     ``over_budget`` belong to the stage just decided or, after ``reset``, to the first; and
 
     | key | type | meaning |
     |---|---|---|
     | stage_index, layer | int | that stage, counted from 0, and the layer it comes before |
-    | layer_average_budget | float | the most that ``layer_average_tokens`` may become |
+    | layer_average_budget | float | upper bound of ``layer_average_tokens`` |
     | layer_average_tokens | float | mean over all layers of the visual tokens present; 0.0 before the last step |
-    | flops_saved | float | share of the dense language model's FLOPs over the prompt; 0.0 before the last step |
+    | flops_saved | float | saved share of the unpruned model's FLOPs over the prompt; 0.0 before the last step |
 
     The agent's own FLOPs are not counted.
 
     ## Arguments
 
     Args:
-        vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`: of a kind whose layers can be run one
-            by one, see :func:`grip_env.vlms.decoder.staged_forward.decoder_of`.
-        task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
-        split: Which split of the task.
+        vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`. It must allow its layers to be run one
+            by one; see :func:`grip_env.vlms.decoder.staged_forward.decoder_of`.
+        task: Source of the instances: a task, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
+        split: Name of the split.
         stages: Decoder layers before which tokens can be dropped, strictly increasing, from 0.
         budget: Share of the tokens, mean over all layers, in (0, 1]: a number; a tuple (low, high), drawn log-uniformly
             for each episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn
             uniformly. 0.1 if neither this nor ``stage_budgets`` is given.
-        stage_budgets: Instead, a share for each stage, not increasing.
+        stage_budgets: Alternative to ``budget``: a share for each stage, not increasing.
         action_mode: "binary" or "scores".
         reward: A name, a sum of names such as "agreement - 0.1 * kept_fraction", "package.module:object" to import, or
             an object called as ``reward(scores, full)``: see :mod:`grip_env.rewards.terms`.
-        over_budget_penalty: Charged for each token by which a binary action is over budget.
+        over_budget_penalty: Penalty for each token by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
         attention: Whether the agent sees ``attention``.
         render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3), of one size throughout an
             episode) or "human" (window).
         max_tokens: N. By default the number of visual tokens of the split's first example.
         max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory; the least recently used go first.
-        feature_dim: F, the width that features have in observations, hidden states among them, through a fixed random
-            projection; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16"; see
-        :class:`~grip_env.envs.core.features.Features`.
-        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
-            see Starting State of :class:`~grip_env.TokenSelectionEnv`.
+        cache_size: Number of encoded examples to keep in memory; the least recently used are dropped first.
+        feature_dim: F, the width of features in observations, including hidden states, after a fixed random projection;
+            D by default.
+        obs_dtype: Precision of these features, "float32" or "float16"; see
+            :class:`~grip_env.envs.core.features.Features`.
+        examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
+            Starting State of :class:`~grip_env.TokenSelectionEnv`.
 
     Raises:
-        NotImplementedError: If the model is of another kind.
-        ValueError: If an argument is none of the above, or the stages make the budget impossible; while it runs, also
+        NotImplementedError: If the layers of the model cannot be run one by one.
+        ValueError: If an argument is invalid, or the stages make the budget impossible; in ``reset`` and ``step``, also
             for an example with more than ``max_tokens`` visual or ``max_question_tokens`` question tokens, an action
-            of the wrong shape or with NaN in it, and unknown reset options.
+            of the wrong shape or with NaN, and unknown reset options.
         gymnasium.error.ResetNeeded: If ``step`` comes before ``reset`` or after the episode's end.
 
     ```python
@@ -191,16 +192,16 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
 
     @staticmethod
     def draw(rules: EpisodeRules, episode: Episode) -> np.ndarray:
-        """Return the picture of an episode, uint8 (height, width, 3): see :func:`draw_stages`."""
+        """Return the picture of an episode, uint8 (height, width, 3); see :func:`draw_stages`."""
         assert isinstance(rules, StageRules)
         return draw_stages(rules, episode)
 
 
 def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
-    """Return the picture of an episode, uint8 (height, width, 3): the image, then one picture for each stage.
+    """Draw the image of an episode and one picture for each stage, uint8 (height, width, 3).
 
-    Stages that are not decided yet are dim; at the end, a dot marks cells known to matter. All pictures of an
-    environment have one size.
+    Stages that are not decided yet are dim; at the end, a dot marks the cells that decide the answer, if known. All
+    pictures of an environment have the same size.
     """
     assert isinstance(episode, StagedEpisode)
     instance = episode.instance
@@ -236,22 +237,23 @@ def draw_stages(rules: StageRules, episode: Episode) -> np.ndarray:
 
 
 class ProgressivePruningVectorEnv(EpisodeVectorEnv, single=ProgressivePruningEnv):
-    """``num_envs`` instances of :class:`~grip_env.envs.progressive.ProgressivePruningEnv` in lock-step.
+    """Vector environment of pruning in stages, whose instances run in lock-step.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i (hidden
-    states and rewards up to float rounding, as batches are summed in another order). Seeds and options are handled as
-    in :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`. Every episode has as many steps as there are stages,
-    so all that begin together end together; by default that step begins the next ones (``AutoresetMode.SAME_STEP``):
-    the observations returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of
-    read-only arrays) and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such
-    as ``kept`` come as bool (num_envs, N).
+    It runs ``num_envs`` instances of :class:`~grip_env.envs.progressive.ProgressivePruningEnv`. Environment i, seeded
+    with s, goes through the same episodes as a single environment seeded with s + i (hidden states and rewards up to
+    float rounding, as batches are summed in another order). Seeds and options are handled as in
+    :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`. Every episode has as many steps as there are stages, so
+    episodes that begin together end together; by default the last step also begins the next ones
+    (``AutoresetMode.SAME_STEP``): the observations returned then belong to the new episodes, ``infos["final_obs"]``
+    (object (num_envs,) of dicts of read-only arrays) and ``infos["final_info"]`` to those that ended, with the ``_key``
+    masks of Gymnasium. Masks such as ``kept`` have shape (num_envs, N).
 
     Args:
-        num_envs: How many instances.
-        options: The arguments of the single environment, by the same names and with the same defaults. Ranges and
-            lists of budgets are drawn from separately for each instance; of ``examples``, instance i takes every
-            ``num_envs``-th; ``render_mode`` is ``None`` or "rgb_array". Actions have shape (num_envs, N).
-        max_episode_steps: As for ``gymnasium.make``; below the number of stages, no episode comes to its answer.
+        num_envs: Number of instances.
+        options: The arguments of the single environment, with the same names and defaults. Budgets from ranges and
+            lists are drawn separately for each instance; of ``examples``, each instance takes every ``num_envs``-th;
+            ``render_mode`` is ``None`` or "rgb_array". Actions have shape (num_envs, N).
+        max_episode_steps: As for ``gymnasium.make``; below the number of stages, no episode reaches its answer.
         autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 
     Raises:

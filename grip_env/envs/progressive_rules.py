@@ -1,4 +1,4 @@
-"""The rules of pruning in stages, shared by the single and the vector environment: observe, decide, go on."""
+"""Rules of pruning in stages, shared by the single and the vector environment."""
 
 from __future__ import annotations
 
@@ -25,60 +25,61 @@ __all__ = ["StageDecision", "StageRules", "StagedEpisode"]
 
 
 class StageDecision(NamedTuple):
-    """What survived a stage."""
+    """Decision at a stage: the tokens that survive it."""
 
     selection: np.ndarray
-    """bool (N,)."""
+    """Surviving tokens, bool (N,)."""
     k: int
-    """How many might have."""
+    """Number of tokens that could have survived."""
     over_budget: int
 
 
 class Boundary(NamedTuple):
-    """Where B episodes in lock-step stand: before the layer of a stage, or of the last one once that is decided.
+    """Position in the model of B episodes in lock-step: before the layer of a stage.
 
-    They share one pass through the language model, and nothing here is ever written to.
+    After the last decision, it is before the layer of the last stage. The episodes share one pass through the language
+    model; nothing here is ever written to.
     """
 
     run: StagedForward | None
     """``None`` once the model has answered."""
     tokens: np.ndarray
-    """Hidden states as an observation has them, (B, N, F)."""
+    """Hidden states as in an observation, (B, N, F)."""
     attention: np.ndarray | None
     """float32 (B, N); ``None`` where the agent does not see it."""
 
 
 @dataclass
 class StagedEpisode(Episode):
-    """One instance under one budget, and what was decided at each stage so far.
+    """State of an episode: one instance, one budget, and the decisions so far.
 
-    ``selection`` are the tokens that survived so far, all real ones at first.
+    ``selection`` is the mask of tokens that survived so far, at first all real ones.
     """
 
     stages: list[StageDecision] = field(default_factory=list)
-    """What was decided at each stage so far."""
+    """Decision at each stage so far."""
     boundary: Boundary | None = None
     row: int = 0
-    """Which of the episodes at the boundary this is."""
+    """Row of the episode at the boundary."""
 
     def __post_init__(self) -> None:
         self.selection = self.instance.real
 
     @property
     def kept_per_stage(self) -> list[int]:
-        """How many tokens survived each stage so far."""
+        """Number of tokens that survived each stage so far."""
         return [int(stage.selection.sum()) for stage in self.stages]
 
 
 class StageRules(SelectionRules):
-    """One decision for each stage.
+    """Rules of one decision for each stage.
 
-    Episodes that begin together, and are decided together, go through the model together.
+    Episodes that begin together and are decided together go through the model together.
 
     Args:
         stages: Decoder layers before which tokens can be dropped.
         budget: Share of the tokens, mean over all layers; 0.1 if neither this nor ``stage_budgets`` is given.
-        stage_budgets: Share of the tokens that may survive each stage; ``None`` where the budget is for all layers.
+        stage_budgets: Share of the tokens that may survive each stage; ``None`` if the budget is for all layers.
         attention: Whether the agent sees how the prompt attends to the tokens.
         common: The other arguments of :class:`~grip_env.envs.progressive.ProgressivePruningEnv`.
 
@@ -99,7 +100,7 @@ class StageRules(SelectionRules):
         check_flag("attention", attention)
         super().__init__(budget=total_budget(budget, stage_budgets), **common)
         self.attention = attention
-        self.model: Any = self.vlm  # decoder_of() tells which models have layers to run
+        self.model: Any = self.vlm  # decoder_of() checks that its layers can be run one by one
         self.schedule = PruningSchedule(stages, len(decoder_of(self.model).layers), stage_budgets)
         self.one_step = len(self.schedule) == 1
         lowest = min(self.budget) if isinstance(self.budget, tuple | list) else self.budget
@@ -117,10 +118,10 @@ class StageRules(SelectionRules):
         self.schedule.check_total(tokens_in_budget(share, self.max_tokens), self.max_tokens)
 
     def check_options(self, options: dict[str, Any] | None) -> Fixed:
-        """Return what the options of a reset fix.
+        """Return the values that the options of a reset fix.
 
         Raises:
-            ValueError: Also for a budget which the stages make impossible or say themselves.
+            ValueError: Also for a budget that the stages make impossible, or if stages have budgets of their own.
         """
         fixed = super().check_options(options)
         if fixed.budget is not None:
@@ -133,19 +134,19 @@ class StageRules(SelectionRules):
         return fixed
 
     def allowance(self, episode: StagedEpisode) -> int:
-        """Return how many tokens may survive the next stage."""
+        """Return the number of tokens that may survive the next stage."""
         return self.schedule.allowance(episode.instance.count, episode.k, episode.kept_per_stage)
 
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
-        """Turn a checked action (N,) into a selection of surviving tokens; the episode stays as it is.
+        """Turn a checked action (N,) into a selection of surviving tokens, as a decision.
 
-        Only an action over budget, or one that leaves open which tokens are the best, draws from ``generator``.
+        The episode does not change. Only a binary action over budget, or tied scores, draw from ``generator``.
         """
         assert isinstance(episode, StagedEpisode)
         candidates = episode.selection
         if self.action_mode == "scores" and self.schedule.shares is None:
             candidates = candidates & (action > 0)
-        # to the rules of a single decision, a stage is an episode whose only real tokens are these
+        # for the rules of a single decision, a stage is an episode whose only real tokens are the candidates
         stage = Episode(replace(episode.instance, real=candidates), self.allowance(episode))
         decision = super().decide(stage, action, generator)
         last = len(episode.stages) + 1 == len(self.schedule)
@@ -154,20 +155,22 @@ class StageRules(SelectionRules):
     # -- the pass through the model --------------------------------------------------------------------------
 
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
-        """Carry out decisions, up to the next stage or the answer, and begin episodes, up to their first stage.
+        """Carry out decisions and begin episodes.
+
+        The model runs up to the next stage or the answer of each episode decided, and to the first stage of new ones.
 
         Args:
-            decisions: What is carried out, at most one for each episode; a pass through the model serves those that
-                stand at one boundary.
+            decisions: Decisions to carry out, at most one for each episode; episodes at the same boundary share a pass
+                through the model.
             requests: (index, budget) of each episode that begins.
 
         Raises:
-            ValueError: If an instance has more tokens than there is room for, or so few that its budget is impossible.
+            ValueError: If an instance has more tokens than there is room for, or so few that the budget is impossible.
         """
         begun = [StagedEpisode(episode.instance, episode.k) for episode in super().advance(requests=requests)]
         for episode in begun:
             self.schedule.check_total(episode.k, episode.instance.count)
-        # all of it before anything changes: what raises leaves every episode as it was
+        # compute everything before anything changes: if an error is raised, every episode is unchanged
         together: dict[int, list[Decision]] = {}
         for decision in decisions:
             together.setdefault(id(_staged(decision.episode).boundary), []).append(decision)
@@ -190,13 +193,17 @@ class StageRules(SelectionRules):
         return self._seen(run)
 
     def _go_on(self, decisions: Sequence[Decision]) -> tuple[Boundary, list[Outcome | None]]:
-        """Run the model on what survives; return where it stops, and what came of each episode if that is the end."""
+        """Run the model on the surviving tokens up to the next stage or the answer.
+
+        Returns:
+            The boundary where it stops, and the outcome of each episode, ``None`` before the end.
+        """
         episodes = [_staged(decision.episode) for decision in decisions]
         boundary, stage = episodes[0].boundary, len(episodes[0].stages) + 1
         assert boundary is not None
         assert boundary.run is not None
         rows = [episode.row for episode in episodes]
-        # a pass never writes to its tensors: the one before stays as it is
+        # a pass never writes to its tensors, so the previous one is unchanged
         run = copy.copy(boundary.run) if rows == [*range(len(boundary.run))] else boundary.run[rows]
         keep = np.stack([fit(decision.selection, run.alive.shape[1]) for decision in decisions])  # (B, N)
         run.drop(torch.from_numpy(keep))
@@ -219,10 +226,10 @@ class StageRules(SelectionRules):
         attention = padded(to_array(run.attention())) if self.attention else None
         return Boundary(run, padded(tokens), attention)
 
-    # -- what the agent is told --------------------------------------------------------------------------
+    # -- observations and infos --------------------------------------------------------------------------
 
     def shared_view(self, episode: Episode) -> Observation:
-        """Return an observation of an episode that shares memory with others."""
+        """Return an observation that shares memory with others."""
         assert isinstance(episode, StagedEpisode)
         assert episode.boundary is not None
         instance, alive, number = episode.instance, episode.selection, len(episode.stages)
@@ -244,7 +251,7 @@ class StageRules(SelectionRules):
         return observation
 
     def info(self, episode: Episode) -> dict[str, Any]:
-        """Return the info of a reset, which tells of the first stage, or of a step: of the one decided last."""
+        """Return the info of a reset, about the first stage, or of a step, about the last decision."""
         assert isinstance(episode, StagedEpisode)
         number, decided = max(0, len(episode.stages) - 1), episode.stages[-1] if episode.stages else None
         slots = self.schedule.slots(episode.instance.count, episode.k)
@@ -258,7 +265,7 @@ class StageRules(SelectionRules):
         }
 
     def savings(self, episode: StagedEpisode) -> dict[str, float]:
-        """Return ``layer_average_tokens`` and ``flops_saved`` of an episode that is over."""
+        """Return ``layer_average_tokens`` and ``flops_saved`` of a finished episode."""
         encoded, count, kept_per_stage = episode.instance.encoded, episode.instance.count, episode.kept_per_stage
         words = int(encoded.lengths[0] - encoded.answer_lengths[0]) - count
         lengths = self.schedule.lengths(words, count, kept_per_stage)

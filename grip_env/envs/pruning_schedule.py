@@ -1,4 +1,4 @@
-"""How many visual tokens may be present in which layer of a language model: the arithmetic of pruning in stages."""
+"""Arithmetic of pruning in stages: the number of visual tokens allowed in each layer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ __all__ = ["PruningSchedule", "total_budget"]
 
 
 class PruningSchedule:
-    """Stages, each before a decoder layer, at which tokens can be dropped for good.
+    """Stages, each before a decoder layer, at which tokens can be dropped permanently.
 
-    A token that is present in a layer costs one *place*. All n tokens of an image are present before the first stage;
-    from stage t to the next, in ``spans[t]`` layers, those are that survived it.
+    A token takes one *slot* in each layer where it is present. All n tokens of an image are present before the first
+    stage; in the ``spans[t]`` layers from stage t to the next, those that survived stage t.
 
     - With ``shares``, max(1, round(share * n)) tokens may survive each stage.
-    - Without, an episode's budget holds for the mean over all layers: k tokens on average, k * layers slots in all. A
-      stage may keep as many as the slots that are left allow if every later layer is to have one token at least.
+    - Without, an episode's budget holds for the mean over all layers: k tokens on average, k * layers slots in total. A
+      stage may keep as many tokens as the remaining slots allow while leaving at least one for every later layer.
 
     Args:
-        stages: Decoder layers before which a stage is, strictly increasing; 0 is before the first.
-        layers: How many decoder layers the model has.
-        shares: A share of the tokens for each stage, in (0, 1] and not increasing.
+        stages: Decoder layers that come right after a stage, strictly increasing; 0 is the first layer.
+        layers: Number of decoder layers of the model.
+        shares: Share of the tokens for each stage, in (0, 1] and not increasing.
 
     Raises:
-        ValueError: If stages or shares are none of that.
+        ValueError: If stages or shares are invalid.
 
     >>> schedule = PruningSchedule((0, 1, 2), layers=4)
     >>> schedule.allowance(144, 14, [])  # of 4 x 14 slots, 3 must be left for the 3 layers after it
@@ -71,14 +71,14 @@ class PruningSchedule:
         return len(self.stages)
 
     def check_total(self, total: int, count: int) -> None:
-        """Refuse a total that cannot be kept even with one token from the first stage on.
+        """Raise ValueError if a total is exceeded even with one token from the first stage on.
 
         Args:
-            total: k, tokens a layer on average.
-            count: n, tokens of the image.
+            total: k, average number of tokens per layer.
+            count: n, number of tokens of the image.
 
         Raises:
-            ValueError: With the arithmetic, and the least budget that would do.
+            ValueError: With the calculation and the smallest possible budget.
         """
         first = self.stages[0]
         least = first * count + self.layers - first
@@ -93,29 +93,31 @@ class PruningSchedule:
         )
 
     def spent(self, count: int, kept_per_stage: Sequence[int]) -> int:
-        """Return how many slots are taken in the layers before the next stage, or in all after the last.
+        """Return the number of slots taken before the next stage, or in total after the last.
 
         Args:
-            count: n, tokens of the image.
-            kept_per_stage: How many survived each stage so far.
+            count: n, number of tokens of the image.
+            kept_per_stage: Number of tokens that survived each stage so far.
         """
         return self.stages[0] * count + sum(
             span * number for span, number in zip(self.spans, kept_per_stage, strict=False)
         )
 
     def slots(self, count: int, total: int) -> int:
-        """Return how many slots there are in all: the most that may be taken."""
+        """Return the total number of slots that may be taken."""
         if self.shares is None:
             return self.layers * total
         return self.spent(count, [tokens_in_budget(share, count) for share in self.shares])
 
     def allowance(self, count: int, total: int, kept_per_stage: Sequence[int]) -> int:
-        """Return how many tokens may survive the next stage; never more than there are.
+        """Return the number of tokens that may survive the next stage.
+
+        It never exceeds the number of surviving tokens.
 
         Args:
-            count: n, tokens of the image.
-            total: k, tokens a layer on average; of no effect where each stage has a share.
-            kept_per_stage: How many survived each stage so far.
+            count: n, number of tokens of the image.
+            total: k, average number of tokens per layer; ignored if each stage has a share.
+            kept_per_stage: Number of tokens that survived each stage so far.
         """
         stage = len(kept_per_stage)
         alive = kept_per_stage[-1] if kept_per_stage else count
@@ -125,14 +127,17 @@ class PruningSchedule:
         return min(alive, (self.layers * total - self.spent(count, kept_per_stage) - later) // self.spans[stage])
 
     def remaining(self, count: int, total: int, kept_per_stage: Sequence[int]) -> float:
-        """Return the slots left as a share of all in the layers left, at most 1; 0 after the last stage."""
+        """Return the remaining share of the slots in the remaining layers, in [0, 1].
+
+        Slots that may still be taken are divided by those that all n tokens would take; 0 after the last stage.
+        """
         if len(kept_per_stage) == len(self):
             return 0.0
         ahead = count * (self.layers - self.stages[len(kept_per_stage)])
         return min(1.0, (self.slots(count, total) - self.spent(count, kept_per_stage)) / ahead)
 
     def lengths(self, words: int, count: int, kept_per_stage: Sequence[int]) -> list[tuple[int, int]]:
-        """Return (layers, tokens in the sequence) in turn, as :func:`grip_env.vlms.flops.staged_flops` takes them."""
+        """Return (layers, sequence length) pairs for :func:`grip_env.vlms.flops.staged_flops`."""
         return [
             (self.stages[0], words + count),
             *((span, words + number) for span, number in zip(self.spans, kept_per_stage, strict=True)),
@@ -140,7 +145,9 @@ class PruningSchedule:
 
 
 def total_budget(budget: Budget | None, shares: Sequence[float] | None) -> Budget:
-    """Return the budget that episodes are drawn with: 0.1 if none is given; of no effect where stages have shares.
+    """Return the budget that episodes are drawn with, 0.1 by default.
+
+    It has no effect if stages have shares.
 
     Raises:
         ValueError: If both are given.

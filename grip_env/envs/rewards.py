@@ -1,4 +1,7 @@
-"""The old place of :mod:`grip_env.rewards.terms`, which saved configurations and programs may name."""
+"""Former location of :mod:`grip_env.rewards.terms`.
+
+Kept because saved configurations and programs may refer to it.
+"""
 
 from grip_env.rewards.parsing import resolve_reward
 from grip_env.rewards.terms import (

@@ -1,4 +1,6 @@
-"""Stable-Baselines3 on a vector environment of this project: its ``VecEnv``, with one call of the model per step.
+"""Adapter from the vector environments to the ``VecEnv`` of Stable-Baselines3.
+
+Each step calls the model for all of them together.
 
 Raffin et al., "Stable-Baselines3: Reliable Reinforcement Learning Implementations" (JMLR, 2021).
 """
@@ -21,28 +23,29 @@ _PER_INSTANCE_METHODS = ("action_masks", "render")
 
 
 def as_sb3_vec_env(envs: VectorEnv[Any, Any, Any]) -> VecEnv:
-    """Turn a vector environment into what Stable-Baselines3 trains on.
+    """Wrap a vector environment as a ``VecEnv`` that Stable-Baselines3 can train on.
 
-    ``DummyVecEnv`` steps its environments in turn, with a call of the language model for each; this steps all in
-    one. What it returns is what ``DummyVecEnv`` of as many single environments returns: float32 rewards, and at the
-    end of an episode the info of its last step (``log_likelihood``, ``correct``, ``kept`` ...) with
+    ``DummyVecEnv`` steps its environments one after another, with a call of the language model for each; this adapter
+    steps all of them in one call. It returns the same as a ``DummyVecEnv`` of single environments: float32 rewards, and
+    at the end of an episode the info of its last step (``log_likelihood``, ``correct``, ``kept`` ...) with
     ``terminal_observation`` and ``TimeLimit.truncated``, while the observation and ``reset_infos`` belong to the
-    next episode. ``action_masks`` of token-by-token episodes is found by sb3-contrib's MaskablePPO. Put
-    ``VecMonitor`` around it for episode statistics (its ``info_keywords`` can be ``("log_likelihood", "correct")``).
+    next episode. sb3-contrib's MaskablePPO finds ``action_masks`` of token-by-token episodes. Wrap the result in
+    ``VecMonitor`` for episode statistics (its ``info_keywords`` can be ``("log_likelihood", "correct")``).
 
-    With ``action_mode="scores"``, give PPO and A2C ``policy_kwargs={"log_std_init": -2.0}``: they start with a
-    standard deviation of 1 and clip actions to [-1, 1], so that more scores than the budget has room for are 1, and
-    chance decides which of these tokens are kept. For token-by-token episodes give ``gamma=1.0``, as
+    With ``action_mode="scores"``, pass ``policy_kwargs={"log_std_init": -2.0}`` to PPO and A2C. By default they start
+    with a standard deviation of 1 and clip actions to [-1, 1], so that more scores than the budget has room for are 1,
+    and chance decides which of these tokens are kept. For token-by-token episodes pass ``gamma=1.0``, as
     :class:`~grip_env.envs.sequential.SequentialSelectionEnv` explains.
 
-    The instances share one set of rules: ``set_attr`` sets for all, ``get_attr`` returns the same value for each but
-    for ``example``, ``np_random`` and ``np_random_seed``, and ``env_method`` knows ``action_masks`` and ``render``.
+    The instances share one set of rules: ``set_attr`` sets an attribute for all of them, ``get_attr`` returns the same
+    value for each (except for ``example``, ``np_random`` and ``np_random_seed``), and ``env_method`` supports
+    ``action_masks`` and ``render``.
 
     Args:
-        envs: From ``gymnasium.make_vec`` or a class of this project, wrapped or not.
+        envs: Vector environment from ``gymnasium.make_vec`` or a class of this project, wrapped or not.
 
     Raises:
-        TypeError: If it is no ``gymnasium.vector.VectorEnv``.
+        TypeError: If it is not a ``gymnasium.vector.VectorEnv``.
         ValueError: If it does not begin the next episode in the step that ends one (``AutoresetMode.SAME_STEP``).
 
     ```python
@@ -81,11 +84,14 @@ def as_sb3_vec_env(envs: VectorEnv[Any, Any, Any]) -> VecEnv:
 class _VectorEnvAsVecEnv(VecEnv):
     def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:
         self.envs = envs
-        self._actions: list[np.ndarray] = []  # of the step that is to come
+        self._actions: list[np.ndarray] = []  # of the next step
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> Any:
-        """Begin an episode everywhere, with the seeds and options given before, which count once."""
+        """Begin an episode in every instance.
+
+        Seeds and options that were set before are used once.
+        """
         self._actions = []
         seeds: Any = list(self._seeds)
         observations, infos = self.envs.reset(seed=seeds, options=self._merged_options())
@@ -95,11 +101,11 @@ class _VectorEnvAsVecEnv(VecEnv):
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take the actions of the next step."""
+        """Store the actions of the next step."""
         self._actions = [actions]
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Step all instances at once."""
+        """Step all instances together."""
         if not self._actions:
             raise RuntimeError("there are no actions; call step_async() before step_wait()")
         actions = self._actions.pop()
@@ -109,7 +115,7 @@ class _VectorEnvAsVecEnv(VecEnv):
             if done:
                 start = infos[i]
                 infos[i] = start.pop("final_info") | {"terminal_observation": start.pop("final_obs")}
-                if "episode" in start:  # Gymnasium's RecordEpisodeStatistics tells of the one that ended
+                if "episode" in start:  # from Gymnasium's RecordEpisodeStatistics, about the episode that ended
                     infos[i]["episode"] = start.pop("episode")
                 self.reset_infos[i] = start
             infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
@@ -125,11 +131,11 @@ class _VectorEnvAsVecEnv(VecEnv):
         return [None] * self.num_envs if frames is None else list(frames)
 
     def has_attr(self, attr_name: str) -> bool:
-        """Tell whether the vector environment has such an attribute."""
+        """Return whether the vector environment has such an attribute."""
         return hasattr(self.envs.unwrapped, attr_name)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return an attribute for each of the instances."""
+        """Return the value of an attribute for each of the instances."""
         value, rows = getattr(self.envs.unwrapped, attr_name), self._get_indices(indices)
         return [value[row] if attr_name in _PER_INSTANCE else value for row in rows]
 
@@ -137,7 +143,7 @@ class _VectorEnvAsVecEnv(VecEnv):
         """Set an attribute of the vector environment.
 
         Raises:
-            ValueError: If it is to be set for some instances only.
+            ValueError: If ``indices`` does not cover all instances.
         """
         if set(self._get_indices(indices)) != set(range(self.num_envs)):
             raise ValueError(
@@ -149,21 +155,21 @@ class _VectorEnvAsVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> Any:
-        """Call a method once and return what it has for each of the instances.
+        """Call a method once and return its result for each of the instances.
 
         Raises:
-            AttributeError: If it is not one that returns something for each instance.
+            AttributeError: If the method does not return a result for each instance.
         """
         if method_name not in _PER_INSTANCE_METHODS:
             raise AttributeError(
-                f"{method_name!r} cannot be called for each instance, as they run together: env_method knows "
+                f"{method_name!r} cannot be called for each instance, as they run together: env_method supports "
                 f"{', '.join(_PER_INSTANCE_METHODS)}"
             )
         results = getattr(self.envs.unwrapped, method_name)(*method_args, **method_kwargs)
         return [results[row] for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """Return False for each of the instances: they are not environments of their own."""
+        """Return False for each of the instances, which are not separate environments."""
         return [False for _ in self._get_indices(indices)]
 
     def _merged_options(self) -> dict[str, Any] | None:
@@ -172,9 +178,9 @@ class _VectorEnvAsVecEnv(VecEnv):
 
 
 def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Take the infos of a vector environment apart: one dict for each instance, with what its masks say it has.
+    """Split the infos of a vector environment into one dict for each instance.
 
-    Wrappers leave masks out inside a dict of their own; there, each instance has every key.
+    Masks decide which instances have a key. Dicts added by wrappers lack masks; there, each instance has every key.
     """
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in infos.items():

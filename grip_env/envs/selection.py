@@ -1,4 +1,4 @@
-"""One decision per episode: which visual tokens the language model gets to see."""
+"""Environments with one decision per episode: the set of visual tokens to keep."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MEANING = {"binary": "0 or 1", "scores": "score"}
 
 
 class SelectionRules(EpisodeRules):
-    """A single decision: the whole set at once.
+    """Rules of a single decision, which selects the whole set.
 
     The arguments are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
     """
@@ -55,7 +55,7 @@ class SelectionRules(EpisodeRules):
         """Return ``action`` as an array of ``shape``.
 
         Raises:
-            ValueError: If the shape is another, a binary action is not made of 0 and 1, or a score is NaN.
+            ValueError: If the shape is wrong, a binary action contains anything but 0 and 1, or a score is NaN.
         """
         each = f"one {_MEANING[self.action_mode]} for each of the {self.max_tokens} visual tokens"
         given = as_numbers(action, "biuf", f"numbers, {each}")
@@ -65,10 +65,9 @@ class SelectionRules(EpisodeRules):
             bad = int(np.isnan(given).sum())
             if bad:
                 raise ValueError(
-                    f"the action has NaN for {bad} of its {given.size} scores, expected numbers: check the "
-                    "policy that gave them"
+                    f"the action has NaN for {bad} of its {given.size} scores, expected numbers: check the policy"
                 )
-            with np.errstate(over="ignore"):  # of longer floats: what is too large becomes infinite
+            with np.errstate(over="ignore"):  # longer floats that are too large become infinite
                 return given.astype(np.float64)
         strange = given[(given != 0) & (given != 1)]
         if strange.size:
@@ -79,9 +78,9 @@ class SelectionRules(EpisodeRules):
         return given.astype(bool)
 
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
-        """Turn a checked action (N,) into a selection within the budget; the episode stays as it is.
+        """Turn a checked action (N,) into a selection within the budget, as a decision.
 
-        Only an action over budget, or one that leaves open which tokens are the best, draws from ``generator``.
+        The episode does not change. Only a binary action over budget, or tied scores, draw from ``generator``.
         """
         real = episode.instance.real
         if self.action_mode == "binary":
@@ -103,33 +102,33 @@ class SelectionRules(EpisodeRules):
 
 
 class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
-    """Choose which visual tokens a frozen vision-language model may see before it answers a question.
+    """Environment in which one action selects the visual tokens that a frozen model may see.
 
     ## Description
 
-    Each episode is one question about one image. The model's encoder has turned the image into N visual
-    tokens of width D; a budget allows k of them into the language model. The agent chooses the set in a
-    single decision and is paid by how well the model then answers. The model never changes.
+    Each episode is one question about one image. The encoder of a vision-language model has turned the image into N
+    visual tokens of width D; a budget allows k of them into the language model. The agent chooses the set in a
+    single decision, and its reward says how well the model then answers the question. The model never changes.
 
-    B instances, N visual tokens, D width, Q question tokens, k kept.
+    Dimensions: B instances, N visual tokens, D width, Q question tokens, k kept tokens.
 
     ## Action Space
 
     - ``action_mode="binary"``: ``MultiBinary(N)``, int8 (N,), 1 = keep. If more than k are chosen, k of them
-      are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` tells
-      by how many. Fewer are allowed; with none kept the model answers from the question alone.
-    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``, the k highest scores are kept; which of equal scores
-      is drawn at random (from the environment's own generator). The bounds are there for policies that want a
-      normalised space: any number but NaN is accepted. ``GRIP/TokenScores-v0`` is this mode under an id of its own.
+      are kept uniformly at random (from the environment's own generator) and ``info["over_budget"]`` is the number
+      of tokens in excess. Fewer are allowed; with none kept, the model answers from the question alone.
+    - ``action_mode="scores"``: ``Box(-1, 1, (N,), float32)``. The k tokens with the highest scores are kept; ties are
+      broken at random (by the environment's own generator). The bounds are there for policies that need a
+      normalised space; any number but NaN is accepted. ``GRIP/TokenScores-v0`` is this mode under its own id.
 
     Padding tokens are never kept, whatever the action.
 
-    For learning, prefer scores. A binary policy that has learnt nothing keeps about half of the tokens and has them cut
-    to k at random, so that its action says little about what was kept: charge ``over_budget_penalty``, or start it near
-    the budget. Scores that are *clipped* to the space lose their order where they leave it: of 144 drawn from N(0, 1),
-    23 become 1, and with k = 14 chance alone then decides. So begin with a small standard deviation
-    (Stable-Baselines3's PPO and A2C: ``policy_kwargs={"log_std_init": -2.0}``), squash with tanh rather than clip (SAC
-    does), or send the scores as they are, beyond the bounds. TD3 and DDPG are likely to end with most scores at the
+    For learning, prefer scores. An untrained binary policy chooses about half of the tokens, which are then cut to k at
+    random, so that its action says little about the tokens kept: set ``over_budget_penalty``, or initialise the policy
+    near the budget. Scores that are *clipped* to the space lose their order beyond the bounds: of 144 drawn from
+    N(0, 1), 23 become 1, and with k = 14 chance alone then decides. So start with a small standard deviation
+    (Stable-Baselines3's PPO and A2C: ``policy_kwargs={"log_std_init": -2.0}``), squash with tanh instead of clipping
+    (as SAC does), or pass scores beyond the bounds unclipped. TD3 and DDPG are likely to end with most scores at the
     bounds: prefer SAC or PPO.
 
     ## Observation Space
@@ -138,7 +137,7 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
 
     | key | space | dtype, shape | meaning |
     |---|---|---|---|
-    | tokens | Box, any finite number | float32 (N, D) | visual tokens as the language model gets them |
+    | tokens | Box, any finite number | float32 (N, D) | visual tokens as passed to the language model |
     | token_mask | MultiBinary | int8 (N,) | 1 where a row of ``tokens`` is real |
     | positions | Box [0, 1] | float32 (N, 2) | row and column of each token's centre in the image |
     | question | Box, any finite number | float32 (Q, D) | the language model's embeddings of the question |
@@ -147,91 +146,91 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
 
     Padding is zero. ``question_aware=False`` leaves out ``question`` and ``question_mask``.
 
-    Of wide models, observations are large. LLaVA-1.5 has 576 tokens of width 4096; with 24 words that is 600 x 4096 x 4
+    Observations of wide models are large. LLaVA-1.5 has 576 tokens of width 4096; with 24 words that is 600 x 4096 x 4
     bytes = 9.8 MB, and a rollout buffer of 2,048 of them takes 20 GB. ``feature_dim=256`` projects tokens and words to
-    F = 256 numbers each, by one fixed random matrix, and ``obs_dtype="float16"`` halves what is left: 600 x 256 x 2
-    bytes = 0.31 MB, and 0.63 GB for the buffer (Stable-Baselines3 keeps observations in the precision of their space;
-    its policies and Gymnasium's spaces know float16). The model itself still gets its own features.
+    F = 256 numbers each, by one fixed random matrix, and ``obs_dtype="float16"`` halves the rest: 600 x 256 x 2
+    bytes = 0.31 MB, and 0.63 GB for the buffer (Stable-Baselines3 stores observations in the precision of their space;
+    its policies and Gymnasium's spaces support float16). The model itself still gets its own features.
 
     ## Starting State
 
-    The next instance of a shuffle of the split, under the next budget; k = max(1, round(budget * real
-    tokens)). Both depend on the seed alone, never on the actions. Every instance comes once before any comes
-    again; each pass has a new order. ``reset(options={"index": 3, "budget": 0.05})`` fixes either or both for
-    one episode; a fixed index leaves the shuffle where it is.
+    The next instance of a shuffle of the split, with the next budget; k = max(1, round(budget * real
+    tokens)). Both depend on the seed alone, never on the actions. Every instance comes once before any is
+    repeated; each pass has a new order. ``reset(options={"index": 3, "budget": 0.05})`` fixes either or both for
+    one episode; a fixed index does not advance the shuffle.
 
-    **The same test twice.** ``examples=200`` takes the first 200 examples of the split, and ``examples=[3, 1, 4]``
-    those of these indices, in this order and then from the first again. The budget of each, where it is drawn, and what
-    chance decides in its episode depend on its index alone, on no seed. ``reset()`` goes on after an episode and begins
-    anew where no step was taken since the last reset; ``reset(seed=...)`` begins anew. So each call of
-    Stable-Baselines3's ``evaluate_policy(model, env, n_eval_episodes=200)``, or of ``EvalCallback``, sees each of the
-    200 once, in one order, and equal policies have equal means. The vector environments share the examples out; of
-    several single environments, give environment i of n ``examples=range(n - 1 - i, 200, n)``.
+    **Reproducible evaluation.** ``examples=200`` takes the first 200 examples of the split, and ``examples=[3, 1, 4]``
+    the examples with these indices, in this order, repeatedly. If budgets are drawn, the budget of an example, like all
+    random choices in its episode, depends on its index alone, not on a seed. After an episode, ``reset()`` continues
+    with the next example; if no step was taken since the last reset, or with ``reset(seed=...)``, it starts over. So
+    each call of Stable-Baselines3's ``evaluate_policy(model, env, n_eval_episodes=200)``, or of ``EvalCallback``, uses
+    each of the 200 examples once, in the same order, and equal policies have equal means. A vector environment
+    distributes the examples over its instances; with n single environments, pass ``examples=range(n - 1 - i, 200, n)``
+    to environment i.
 
     ## Rewards
 
-    ``reward(scores, full)`` minus ``over_budget_penalty`` for each token over budget. By default the mean
-    log-likelihood of the answer's tokens minus the same with every token kept: 0 means that nothing was lost.
+    ``reward(scores, full)`` minus ``over_budget_penalty`` for each token over budget. By default, the mean
+    log-likelihood of the answer's tokens minus the same with every visual token kept: 0 means that nothing was lost.
 
     ## Episode End
 
-    After one step: always ``terminated``, never ``truncated``. The last observation shows the same instance
-    again.
+    After one step: always ``terminated``, never ``truncated``. The last observation shows the same instance.
 
     ## Information
 
-    ``reset`` and ``step`` give the same keys, of the same types and shapes in every episode, so that trainers can stack
-    and store them; none is the name of an observation.
+    ``reset`` and ``step`` return the same keys, with the same types and shapes in every episode, so that trainers can
+    stack and store them; no key is also a key of the observation.
 
     | key | type | meaning |
     |---|---|---|
-    | index | int | which instance of the split |
-    | k | int | how many tokens may be kept |
+    | index | int | index of the instance in the split |
+    | k | int | number of tokens that may be kept |
     | kept | bool (N,) | the tokens kept so far; none after ``reset`` |
-    | kept_count | int | how many |
-    | relevant | bool (N,) | tokens that decide the answer; none where the task does not know |
-    | relevant_count | int | how many |
-    | relevance_known | bool | whether the task knows |
-    | full_log_likelihood | float | of the answer with every token kept, nats per answer token |
+    | kept_count | int | number of tokens kept |
+    | relevant | bool (N,) | tokens that decide the answer; none if unknown |
+    | relevant_count | int | number of these |
+    | relevance_known | bool | whether the task knows the relevant tokens |
+    | full_log_likelihood | float | log-likelihood of the answer with every token kept, nats per answer token |
     | scored | bool | whether the model answered in this step, False after ``reset`` |
-    | log_likelihood | float | of the answer with the tokens kept; 0.0 unless ``scored`` |
-    | correct | bool | would greedy decoding give the answer? False unless ``scored`` |
-    | over_budget | int | by how many tokens the action was over budget; 0 after ``reset`` |
+    | log_likelihood | float | log-likelihood of the answer with the kept tokens; 0.0 unless ``scored`` |
+    | correct | bool | whether greedy decoding gives the answer; False unless ``scored`` |
+    | over_budget | int | number of tokens by which the action was over budget; 0 after ``reset`` |
 
-    Masks index arrays as they are, ``observation["tokens"][info["kept"]]``; for a list of indices take
-    ``np.flatnonzero(info["kept"])``. Texts are no part of infos, as few trainers can store them:
-    ``env.unwrapped.example`` has the question, the answer and the picture of the instance that ``index`` names.
+    Masks can index arrays directly, as in ``observation["tokens"][info["kept"]]``; for indices, use
+    ``np.flatnonzero(info["kept"])``. Infos contain no strings, as few trainers can store them:
+    ``env.unwrapped.example`` has the question, the answer and the image of the current instance.
 
     ## Arguments
 
     Args:
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`.
-        task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
-        split: Which split of the task.
+        task: Source of the instances: a task, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
+        split: Name of the split.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.
         action_mode: "binary" or "scores".
         reward: "log_likelihood", "probability", "exact_match", "agreement" or "kept_fraction"; a sum of these such
             as "log_likelihood - 0.1 * kept_fraction"; "package.module:object" to import; or an object called as
-            ``reward(scores, full)``. See :mod:`grip_env.rewards.terms`. With "agreement" in it, each example in memory
-            takes another float32 for each word of the vocabulary.
-        over_budget_penalty: Charged for each token by which a binary action is over budget.
+            ``reward(scores, full)``. See :mod:`grip_env.rewards.terms`. If it uses "agreement", each example in memory
+            takes another float32 for each entry of the vocabulary.
+        over_budget_penalty: Penalty for each token by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
         render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3)) or "human" (window).
         max_tokens: N. By default the number of visual tokens of the split's first example; set it for models
-            with dynamic resolution, whose images differ.
+            with dynamic resolution, whose images have different numbers of tokens.
         max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory; the least recently used go first.
-        feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16"; see
-        :class:`~grip_env.envs.core.features.Features`.
-        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
-            see Starting State.
+        cache_size: Number of encoded examples to keep in memory; the least recently used are dropped first.
+        feature_dim: F, the width of features in observations, after a fixed random projection; D by default.
+        obs_dtype: Precision of these features, "float32" or "float16"; see
+            :class:`~grip_env.envs.core.features.Features`.
+        examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
+            Starting State.
 
     Raises:
-        ValueError: If an argument is none of the above; while it runs, for an example with more than
+        ValueError: If an argument is invalid; in ``reset`` and ``step``, for an example with more than
             ``max_tokens`` visual or ``max_question_tokens`` question tokens, an action of the wrong shape or
-            with NaN in it, and unknown reset options.
+            with NaN, and unknown reset options.
         gymnasium.error.ResetNeeded: If ``step`` comes before ``reset`` or after the episode's end.
 
     ```python
@@ -272,25 +271,25 @@ class TokenSelectionEnv(EpisodeEnv[np.ndarray]):
 
 
 class TokenSelectionVectorEnv(EpisodeVectorEnv, single=TokenSelectionEnv):
-    """``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`, encoded and scored
-    together.
+    """Vector environment of token selection, whose instances are encoded and scored together.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i.
+    It runs ``num_envs`` instances of :class:`~grip_env.envs.selection.TokenSelectionEnv`. Environment i, seeded with s,
+    goes through the same episodes as a single environment seeded with s + i.
     Every step ends all episodes and, by default, begins the next ones (``AutoresetMode.SAME_STEP``): the observations
     returned then belong to the new episodes, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays)
     and ``infos["final_info"]`` to those that ended, with the ``_key`` masks of Gymnasium. Masks such as
     ``kept`` come as bool (num_envs, N).
 
     Args:
-        num_envs: How many instances.
-        options: The arguments of the single environment, by the same names and with the same defaults. Ranges and
-            lists of budgets are drawn from separately for each instance; of ``examples``, instance i takes every
-            ``num_envs``-th; ``render_mode`` is ``None`` or "rgb_array". Actions have shape (num_envs, N).
-        max_episode_steps: As for ``gymnasium.make``; every episode has one step, so that at 1 all are truncated as
-            well as terminated, and above nothing changes.
-        autoreset_mode: ``AutoresetMode.SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``, or such a name: see
-            :class:`EpisodeVectorEnv`. With NEXT_STEP every second step ignores its action and pays 0, which flatters
-            a mean over steps.
+        num_envs: Number of instances.
+        options: The arguments of the single environment, with the same names and defaults. Budgets from ranges and
+            lists are drawn separately for each instance; of ``examples``, each instance takes every ``num_envs``-th;
+            ``render_mode`` is ``None`` or "rgb_array". Actions have shape (num_envs, N).
+        max_episode_steps: As for ``gymnasium.make``. Every episode has one step: with 1, all are truncated as well as
+            terminated; larger values change nothing.
+        autoreset_mode: ``AutoresetMode.SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``, or its name; see
+            :class:`EpisodeVectorEnv`. With NEXT_STEP, every second step ignores its action and pays 0, which makes a
+            mean over steps look too good.
 
     Raises:
         ValueError: As the single environment, and if ``num_envs`` or ``max_episode_steps`` is below 1.

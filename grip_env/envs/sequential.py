@@ -1,4 +1,4 @@
-"""Token by token: one visual token per step, until the budget is used."""
+"""Environments that select one visual token per step, until the budget is used."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["SequentialRules", "SequentialSelectionEnv", "SequentialSelectionVect
 
 
 def legal_actions(episode: Episode) -> np.ndarray:
-    """Return which tokens can still be selected, bool (N,): the real ones that are not selected yet."""
+    """Return the mask of real tokens that are not selected yet, bool (N,)."""
     return episode.instance.real & ~episode.selection
 
 
 class SequentialRules(EpisodeRules):
-    """One token per step.
+    """Rules of selecting one token per step.
 
     The arguments are those of :class:`SequentialSelectionEnv`.
     """
@@ -49,7 +49,7 @@ class SequentialRules(EpisodeRules):
         """Return ``action`` as an integer array of ``shape``.
 
         Raises:
-            ValueError: If shape or type is another, or there is no token of that index.
+            ValueError: If the shape or type is wrong, or there is no token of that index.
         """
         each = "the index of one visual token" + " for each environment" * bool(shape)
         given = as_numbers(action, "iu", f"an integer: {each}")
@@ -61,10 +61,13 @@ class SequentialRules(EpisodeRules):
         return given
 
     def decide(self, episode: Episode, action: Any, generator: np.random.Generator) -> Decision:
-        """Add a token to the selection, or nothing where the action is illegal; the episode stays as it is."""
+        """Add a token to the selection, unless the action is illegal, as a decision.
+
+        The episode does not change.
+        """
         selection = episode.selection.copy()
         if not legal_actions(episode)[action]:
-            # the model is asked about what there is: were the end free, doing nothing would pay 0, "nothing lost"
+            # the selection is scored at the end: otherwise doing nothing would pay 0, as if nothing were lost
             ends = episode.violations + 1 >= self.max_invalid_actions
             return Decision(episode, selection, violations=1, scored=ends, ends=ends)
         selection[action] = True
@@ -72,7 +75,7 @@ class SequentialRules(EpisodeRules):
         return Decision(episode, selection, scored=self.dense or ends, ends=ends)
 
     def shared_view(self, episode: Episode) -> Observation:
-        """Return an observation of an episode that shares memory with others."""
+        """Return an observation that shares memory with others."""
         return super().shared_view(episode) | {"selected": episode.selection.astype(np.int8)}
 
     def info(self, episode: Episode) -> dict[str, Any]:
@@ -82,23 +85,23 @@ class SequentialRules(EpisodeRules):
 
 
 class SequentialSelectionEnv(EpisodeEnv[np.int64]):
-    """Choose, one at a time, which visual tokens a frozen vision-language model may see before it answers a question.
+    """Environment in which each action adds one visual token to those a frozen model may see.
 
     ## Description
 
-    The decision of :class:`~grip_env.envs.selection.TokenSelectionEnv`, taken apart: each step adds one visual
-    token to the set, until the k that the budget allows are in. The set that comes out is paid as it is there.
+    The decision of :class:`~grip_env.envs.selection.TokenSelectionEnv`, split into steps: each step adds one visual
+    token to the set, until it has the k tokens that the budget allows. The final set has the same reward as there.
 
-    N visual tokens, D width, Q question tokens, k kept.
+    Dimensions: N visual tokens, D width, Q question tokens, k kept tokens.
 
     ## Action Space
 
-    ``Discrete(N)``: the index of the token to add. ``action_masks()`` tells which actions are legal, bool (N,): the
+    ``Discrete(N)``: the index of the token to add. ``action_masks()`` returns the mask of legal actions, bool (N,): the
     real tokens that are not selected yet. sb3-contrib's MaskablePPO calls it (through wrappers:
-    ``env.get_wrapper_attr("action_masks")()``); ``info["action_mask"]`` has the same as int8, as Gymnasium's own
-    environments do, for ``env.action_space.sample(mask=info["action_mask"])``. An illegal action changes nothing but
-    the count ``info["invalid_actions"]``, and costs ``invalid_action_penalty``; with the
-    ``max_invalid_actions``-th, the episode ends.
+    ``env.get_wrapper_attr("action_masks")()``); ``info["action_mask"]`` is the same as int8, as in Gymnasium's own
+    environments, for ``env.action_space.sample(mask=info["action_mask"])``. An illegal action is ignored, increases
+    ``info["invalid_actions"]`` by 1 and costs ``invalid_action_penalty``; the ``max_invalid_actions``-th ends the
+    episode.
 
     ## Observation Space
 
@@ -108,51 +111,51 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
 
     | key | space | dtype, shape | meaning |
     |---|---|---|---|
-    | selected | MultiBinary | int8 (N,) | 1 for the tokens that are in |
+    | selected | MultiBinary | int8 (N,) | 1 for the tokens selected so far |
 
     ## Starting State
 
-    No token is in. Which instance comes, and under what budget, is decided as in
-    :class:`~grip_env.envs.selection.TokenSelectionEnv`: the same seed gives the same sequence of both.
+    No token is selected. Instances and budgets are drawn as in :class:`~grip_env.envs.selection.TokenSelectionEnv`: the
+    same seed gives the same sequence of both.
 
     ## Rewards
 
-    Let R(S) be what the one-shot environment pays for the set S, and S_t the set after step t.
+    Let R(S) be the one-shot environment's reward for the set S, and S_t the set after step t.
 
     - ``dense=True``: step t pays R(S_t) - R(S_t-1), where R of the empty set counts as 0. The undiscounted sum is
       R(S_k), exactly as with ``dense=False``: this is potential-based shaping (Ng, Harada and Russell, 1999), which
-      leaves the optimal policies as they are. Each token is paid for what it changed, so that a learner need not
-      find out which of k tokens earned the one number at the end. The first token's reward also holds the level
-      from which the instance starts; it is the same whatever is chosen, so that a critic, which sees the instance,
-      learns it. Taking it off would need the model's answer to the empty set, and returns would no longer compare
-      with the one-shot environment's. The model is asked at every legal step.
-    - ``dense=False``: the last step pays R(S_k), the others nothing. The model is asked at the last step only.
+      leaves the optimal policies unchanged. Each token is credited with the change it made, so the learner need not
+      find out which of the k tokens earned a single final reward. The first token's reward also includes the
+      instance's baseline, which is the same for every choice, so a critic, which sees the instance, can learn it.
+      Subtracting it would require the model's answer to the empty set, and returns would no longer be comparable with
+      the one-shot environment's. The model is run at every legal step.
+    - ``dense=False``: the last step pays R(S_k), the others pay 0. The model is run at the last step only.
 
-    In an episode that illegal actions end early, S_k stands for the tokens that are in by then, none perhaps.
+    If illegal actions end an episode early, S_k stands for the tokens selected by then, possibly none.
 
-    Both are less ``invalid_action_penalty`` for an illegal action. Train with a discount of 1 (Stable-Baselines3:
-    ``gamma=1.0``): less would pay for gaining early rather than for the final set.
+    In both cases, ``invalid_action_penalty`` is subtracted for an illegal action. Train with a discount of 1
+    (Stable-Baselines3: ``gamma=1.0``): a smaller one would reward early gains rather than the final set.
 
     ## Episode End
 
-    ``terminated`` with the step that brings the k-th token in, or with the ``max_invalid_actions``-th illegal action;
-    never ``truncated``. So a policy that does not look at the mask, and may repeat an illegal action for ever, comes to
-    an end as well: the model then answers from the tokens that are in, and the rewards add up to R of that set. For
-    algorithms without masks, such as DQN, ``max_invalid_actions=1`` ends the episode with the first mistake, and a
-    penalty tells which action it was.
+    ``terminated`` with the step that adds the k-th token, or with the ``max_invalid_actions``-th illegal action;
+    never ``truncated``. So episodes end even if a policy ignores the mask and repeats an illegal action forever: the
+    model then answers from the tokens selected so far, and the rewards add up to R of that set. For algorithms without
+    masks, such as DQN, ``max_invalid_actions=1`` ends the episode at the first illegal action, and a penalty teaches
+    the policy to avoid it.
 
     ## Information
 
     As in :class:`~grip_env.envs.selection.TokenSelectionEnv`, the same keys from ``reset`` and ``step``; in place of
     ``over_budget`` there are ``invalid_actions`` (int, so far) and ``action_mask`` (int8 (N,), 1 = legal). ``scored``
-    tells of each step whether the model was asked: where it was not, ``log_likelihood`` is 0.0 and ``correct`` False.
+    says whether the model was run in this step: if not, ``log_likelihood`` is 0.0 and ``correct`` False.
 
     ## Arguments
 
     Args:
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`.
-        task: Where instances come from, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
-        split: Which split of the task.
+        task: Source of the instances: a task, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
+        split: Name of the split.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.
         reward: A name, a sum of names such as "agreement - 0.1 * kept_fraction", "package.module:object" to import, or
@@ -161,22 +164,22 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         render_mode: ``None``, "rgb_array" (``render`` returns uint8 (height, width, 3), of one size throughout an
             episode) or "human" (window).
         max_tokens: N. By default the number of visual tokens of the split's first example; set it for models
-            with dynamic resolution, whose images differ.
+            with dynamic resolution, whose images have different numbers of tokens.
         max_question_tokens: Q.
-        cache_size: How many encoded examples to keep in memory; the least recently used go first.
-        feature_dim: F, the width that features have in observations, through a fixed random projection; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16"; see
-        :class:`~grip_env.envs.core.features.Features`.
-        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
-            see Starting State of :class:`~grip_env.TokenSelectionEnv`.
-        dense: Whether every token pays, or the last alone.
-        invalid_action_penalty: Charged for each action that is ignored.
-        max_invalid_actions: An episode ends with this many of them, at least 1; ``None`` stands for N.
+        cache_size: Number of encoded examples to keep in memory; the least recently used are dropped first.
+        feature_dim: F, the width of features in observations, after a fixed random projection; D by default.
+        obs_dtype: Precision of these features, "float32" or "float16"; see
+            :class:`~grip_env.envs.core.features.Features`.
+        examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
+            Starting State of :class:`~grip_env.TokenSelectionEnv`.
+        dense: Whether every token has a reward, or only the last.
+        invalid_action_penalty: Penalty for each illegal action.
+        max_invalid_actions: Number of illegal actions that ends an episode, at least 1; ``None`` stands for N.
 
     Raises:
-        ValueError: If an argument is none of the above; while it runs, for an example with more than
-            ``max_tokens`` visual or ``max_question_tokens`` question tokens, an action that is no index of a token,
-            and unknown reset options.
+        ValueError: If an argument is invalid; in ``reset`` and ``step``, for an example with more than
+            ``max_tokens`` visual or ``max_question_tokens`` question tokens, an action that is not a token's index, and
+            unknown reset options.
         gymnasium.error.ResetNeeded: If ``step`` or ``action_masks`` comes before ``reset``, or ``step`` after the
             episode's end.
 
@@ -218,31 +221,31 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
         super().__init__(**own_arguments(locals()))
 
     def action_masks(self) -> np.ndarray:
-        """Return which actions are legal, bool (N,)."""
+        """Return the mask of legal actions, bool (N,)."""
         if self._episode is None:
             raise gymnasium.error.ResetNeeded("there is no episode; call reset() before action_masks()")
         return legal_actions(self._episode)
 
 
 class SequentialSelectionVectorEnv(EpisodeVectorEnv, single=SequentialSelectionEnv):
-    """``num_envs`` instances of :class:`~grip_env.envs.sequential.SequentialSelectionEnv`, encoded and scored
-    together.
+    """Vector environment of token-by-token selection, encoding and scoring all together.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. A step
-    makes one call of the language model at most, whatever it scores, and one of the encoder where episodes begin.
-    Episodes end at different steps, and by default each gives way to the next in the same step
-    (``AutoresetMode.SAME_STEP``): the observation returned then belongs to the new one,
-    ``infos["final_obs"]`` (object (num_envs,) of dicts of
-    read-only arrays) and ``infos["final_info"]`` to the one that ended. Each key comes with the ``_key`` mask of
-    Gymnasium, bool (num_envs,), which tells whose entries count; masks such as ``kept`` come as bool (num_envs, N).
+    It runs ``num_envs`` instances of :class:`~grip_env.envs.sequential.SequentialSelectionEnv`. Environment i, seeded
+    with s, goes through the same episodes as a single environment seeded with s + i. A step makes at most one call of
+    the language model, two if the reward needs agreement, and one of the encoder if episodes begin. Episodes end at
+    different steps, and by default the next one begins in the same step
+    (``AutoresetMode.SAME_STEP``): the observation returned then belongs to the new
+    episode, ``infos["final_obs"]`` (object (num_envs,) of dicts of read-only arrays) and ``infos["final_info"]`` to the
+    one that ended. Each key comes with the ``_key`` mask of Gymnasium, bool (num_envs,), which marks the valid entries;
+    masks such as ``kept`` have shape (num_envs, N).
 
     Args:
-        num_envs: How many instances.
-        options: The arguments of the single environment, by the same names and with the same defaults. Ranges and
-            lists of budgets are drawn from separately for each instance; of ``examples``, instance i takes every
-            ``num_envs``-th; ``render_mode`` is ``None`` or "rgb_array".
-        max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, which
-            ``gymnasium.make`` puts around the single environment for the same argument.
+        num_envs: Number of instances.
+        options: The arguments of the single environment, with the same names and defaults. Budgets from ranges and
+            lists are drawn separately for each instance; of ``examples``, each instance takes every ``num_envs``-th;
+            ``render_mode`` is ``None`` or "rgb_array".
+        max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``, in which
+            ``gymnasium.make`` wraps the single environment for the same argument.
         autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 
     Raises:
@@ -263,7 +266,7 @@ class SequentialSelectionVectorEnv(EpisodeVectorEnv, single=SequentialSelectionE
     """
 
     def action_masks(self) -> np.ndarray:
-        """Return which actions are legal in each instance, bool (num_envs, N)."""
+        """Return the mask of legal actions in each instance, bool (num_envs, N)."""
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("there are no episodes; call reset() before action_masks()")
         return np.stack([legal_actions(episode) for episode in self._episodes])

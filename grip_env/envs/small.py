@@ -1,4 +1,4 @@
-"""The same decision on a coarse grid, small enough to know the best selection there is."""
+"""Environments of token selection on a coarse grid, small enough to know the optimum."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ __all__ = ["SmallSelectionEnv", "SmallSelectionVectorEnv"]
 
 @dataclass
 class SmallEpisode(Episode):
-    """An episode, and by how many blocks its action was short of k."""
+    """Episode that also counts by how many blocks the action was short of k."""
 
     under_budget: int = 0
 
 
 class SmallRules(SelectionRules):
-    """Rules of the small environments; the arguments are those of :class:`SmallSelectionEnv`."""
+    """Rules of the small environments.
+
+    The arguments are those of :class:`SmallSelectionEnv`.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class SmallRules(SelectionRules):
         super().__init__(vlm=model, **(arguments | fixed))
 
     def _share(self, k: Any) -> float:
-        """Return k as a share of the blocks, after checking that it can be had."""
+        """Return k as a share of the blocks, after checking that it is possible."""
         if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= self.blocks:
             raise ValueError(f"k is how many of the {self.blocks} blocks to keep, from 1 to {self.blocks}; got {k!r}")
         if self.enumerate:
@@ -75,13 +78,13 @@ class SmallRules(SelectionRules):
         return int(k) / self.blocks
 
     def check_options(self, options: dict[str, Any] | None) -> Fixed:
-        """Return what the options of a reset, "index" and "k", fix."""
+        """Return the values that the options of a reset, "index" and "k", fix."""
         given = as_options(options, ("index", "k"))
         k = given.pop("k", None)
         return super().check_options(given if k is None else given | {"budget": self._share(k)})
 
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
-        """End some episodes and begin others; see :class:`SelectionRules`."""
+        """Carry out decisions and begin episodes; see :class:`SelectionRules`."""
         begun = super().advance(decisions, requests)
         return [
             SmallEpisode(episode.instance, min(round(share * self.blocks), int(episode.instance.real.sum())))
@@ -89,7 +92,10 @@ class SmallRules(SelectionRules):
         ]
 
     def decide(self, episode: Episode, action: np.ndarray, generator: np.random.Generator) -> Decision:
-        """Turn a checked action into a selection of exactly k; drawn at random as far as it has more or fewer."""
+        """Turn a checked action into a selection of exactly k blocks, as a decision.
+
+        Blocks in excess of k are dropped at random, and missing ones are drawn at random.
+        """
         assert isinstance(episode, SmallEpisode)
         decision = super().decide(episode, action, generator)
         episode.under_budget = episode.k - int(decision.selection.sum())
@@ -115,7 +121,10 @@ class SmallRules(SelectionRules):
         return info | optimum
 
     def table(self, episode: Episode) -> RewardTable:
-        """Return the rewards of all selections of an episode's instance, scored now unless memory or disk has them."""
+        """Return the rewards of all selections of an episode's instance.
+
+        They are scored now unless found in memory or on disk.
+        """
         instance, key = episode.instance, (episode.instance.index, episode.k)
         table = self._tables.get(key)
         if table is None:
@@ -127,40 +136,40 @@ class SmallRules(SelectionRules):
 
 
 class SmallSelectionEnv(TokenSelectionEnv):
-    """Choose k of the blocks an image is cut into, where the best choice is known.
+    """Environment in which one action selects k blocks of the image and the optimum is known.
 
     ## Description
 
     :class:`~grip_env.envs.selection.TokenSelectionEnv` with N = rows x columns blocks in place of visual tokens, 16
     by default. Keeping a block lets all visual tokens in it into the language model, as they are (see
     :class:`~grip_env.vlms.blocks.BlockVLM`): the frozen model, its answers and rewards are real. All C(N, k)
-    selections are scored, so that each reward can be held against the optimum.
+    selections are scored, so that each reward can be compared with the optimum.
 
-    B instances, N blocks, D width, Q question tokens, k kept.
+    Dimensions: B instances, N blocks, D width, Q question tokens, k kept blocks.
 
     ## Action Space
 
-    As there, ``action_mode="binary"`` or "scores" over the blocks, but **exactly k** blocks are kept:
+    As in that environment, ``action_mode="binary"`` or "scores" over the blocks, but **exactly k** blocks are kept:
 
-    - of more than k chosen, k uniformly at random are kept; ``info["over_budget"]`` tells by how many it was more;
-    - fewer than k are filled up with blocks chosen uniformly at random from the others; ``info["under_budget"]``
-      tells with how many.
+    - if more than k are chosen, k of them are kept uniformly at random; ``info["over_budget"]`` is the excess;
+    - if fewer than k are chosen, blocks drawn uniformly at random from the others are added;
+      ``info["under_budget"]`` is their number.
 
-    The optimum is over all selections of exactly k. If an action could keep fewer, it could beat the "optimum", as
-    more tokens are not always better; so the rule makes every episode end in one of the selections it is over.
+    The optimum is over all selections of exactly k. An action that kept fewer could beat the "optimum", as more tokens
+    are not always better; so every episode ends in one of the selections that the optimum is over.
 
     ## Observation Space
 
-    As there; a row of ``tokens`` is the mean of a block's visual tokens, a row of ``positions`` a block's centre.
-    Blocks that hold no token are padding.
+    As in that environment; a row of ``tokens`` is the mean of a block's visual tokens, a row of ``positions`` its
+    centre. Blocks that hold no token are padding.
 
     ## Starting State
 
-    As there. ``reset(options={"index": 3, "k": 2})`` fixes either or both for one episode.
+    As in that environment. ``reset(options={"index": 3, "k": 2})`` fixes either or both for one episode.
 
     ## Rewards
 
-    As there. ``over_budget_penalty`` is no part of what follows.
+    As in that environment. The quantities below do not include ``over_budget_penalty``.
 
     ## Episode End
 
@@ -168,43 +177,44 @@ class SmallSelectionEnv(TokenSelectionEnv):
 
     ## Information
 
-    As there, with blocks in ``kept`` and ``relevant`` (a block is as relevant as the most relevant of its tokens). Also
-    ``under_budget`` (int) and, unless ``enumerate=False``, these, which are 0.0 after ``reset``:
+    As in that environment, with blocks in ``kept`` and ``relevant`` (a block is as relevant as its most relevant
+    token). Also ``under_budget`` (int) and, unless ``enumerate=False``, the following, which are 0.0 after ``reset``:
 
     - ``optimal_reward`` (float): the largest reward of any selection of k blocks;
-    - ``optimality_gap`` (float): by how much that of the blocks kept is below it, 0 for the best;
-    - ``percentile`` (float): the share of selections with a smaller reward plus half of those with the same, itself
-      among them; on average 0.5 for random actions.
+    - ``optimality_gap`` (float): by how much the reward of the blocks kept is below it, 0 for the best;
+    - ``percentile`` (float): the share of selections with a smaller reward plus half of those with the same reward,
+      itself included; on average 0.5 for random actions.
 
     They are looked up in a table of all selections (:class:`~grip_env.exact.reward_table.RewardTable`), made when an
-    instance's first episode with this k ends. For the default that is 1,820 selections and about four seconds of
-    one CPU core, for 8 of 16 blocks 12,870 and a minute. The table is kept on disk, so it is made once. Its rewards are
-    scored in other batches than the step's: ``optimality_gap`` and ``optimal_reward - reward`` agree to 1e-4.
+    instance's first episode with this k ends. By default these are 1,820 selections, which take about four seconds of
+    one CPU core; for 8 of 16 blocks, 12,870 and a minute. The table is kept on disk, so it is made once. Its rewards
+    are scored in other batches than those of the step: ``optimality_gap`` and ``optimal_reward - reward`` agree to
+    1e-4.
 
     ## Arguments
 
     Args:
-        vlm: The frozen model, whose visual tokens the blocks are made of, or a name or folder.
-        task: Where instances come from, see :class:`~grip_env.envs.selection.TokenSelectionEnv`.
-        split: Which split of the task.
-        k: How many blocks to keep, or a list to draw from uniformly for each episode. Of an image with fewer blocks
-            that hold tokens, all are kept.
+        vlm: The frozen model, whose visual tokens are grouped into blocks, or a name or folder.
+        task: Source of the instances; see :class:`~grip_env.envs.selection.TokenSelectionEnv`.
+        split: Name of the split.
+        k: Number of blocks to keep, or a list to draw from uniformly for each episode. If fewer blocks of an image
+            hold tokens, all of these are kept.
         grid: Rows and columns of blocks.
         action_mode: "binary" or "scores".
         reward: A name or an object.
-        over_budget_penalty: Charged for each block by which a binary action is over budget.
+        over_budget_penalty: Penalty for each block by which a binary action is over budget.
         question_aware: Whether the agent sees the question.
         render_mode: ``None``, "rgb_array" or "human".
         max_question_tokens: Q.
-        cache_size: How many encoded examples, and how many tables, to keep in memory.
-        feature_dim: F, the width that features have in observations; D by default.
-        obs_dtype: Precision of those features, "float32" or "float16".
-        examples: Evaluate on the first so many examples of the split, or on those of these indices, in a fixed order:
-            see Starting State of :class:`~grip_env.TokenSelectionEnv`.
+        cache_size: Number of encoded examples, and of tables, to keep in memory.
+        feature_dim: F, the width of features in observations; D by default.
+        obs_dtype: Precision of these features, "float32" or "float16".
+        examples: Number of first examples of the split, or list of indices, to evaluate on in a fixed order; see
+            Starting State of :class:`~grip_env.TokenSelectionEnv`.
         enumerate: Whether to score all selections.
         table_cache: Folder where scores of all selections are kept between runs; "auto" is ``grip_env/tables`` in
-            ``$XDG_CACHE_HOME`` or ``~/.cache`` (for models that have a ``fingerprint()``, as those of transformers
-            do), ``None`` keeps them in memory alone.
+            ``$XDG_CACHE_HOME`` or ``~/.cache`` (for models that have a ``fingerprint()``, such as those of
+            transformers); ``None`` keeps them in memory only.
 
     Raises:
         ValueError: As :class:`~grip_env.envs.selection.TokenSelectionEnv`; if k is not from 1 to N, or there are more
@@ -244,19 +254,19 @@ class SmallSelectionEnv(TokenSelectionEnv):
         enumerate: bool = True,
         table_cache: str | Path | None = "auto",
     ) -> None:
-        EpisodeEnv.__init__(self, **own_arguments(locals()))  # not the large environment's: other arguments
+        EpisodeEnv.__init__(self, **own_arguments(locals()))  # the parent's constructor has other arguments
 
 
 class SmallSelectionVectorEnv(TokenSelectionVectorEnv, single=SmallSelectionEnv):
-    """``num_envs`` instances of :class:`SmallSelectionEnv`, encoded and scored together.
+    """Vector environment of :class:`SmallSelectionEnv`, encoded and scored together.
 
-    Seeds, autoreset and infos are those of :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`; tables are made
-    one instance after the other.
+    Seeds, autoreset and infos are as in :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`; tables are made for
+    one instance after another.
 
     Args:
-        num_envs: How many instances.
-        options: The arguments of the single environment, by the same names and with the same defaults; lists of ``k``
-            are drawn from separately for each instance. Actions have shape (num_envs, N).
+        num_envs: Number of instances.
+        options: The arguments of the single environment, with the same names and defaults; from a list, ``k`` is drawn
+            separately for each instance. Actions have shape (num_envs, N).
         max_episode_steps: See :class:`~grip_env.envs.selection.TokenSelectionVectorEnv`.
         autoreset_mode: See :class:`~grip_env.envs.core.vector_env.EpisodeVectorEnv`.
 

@@ -1,1 +1,1 @@
-"""Instances small enough to score every selection: their optimum, and how rugged they are."""
+"""Exact analysis of instances small enough to score every selection."""

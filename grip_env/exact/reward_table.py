@@ -1,4 +1,4 @@
-"""Every selection of k of an instance's visual tokens and its reward: instances whose optimum is known."""
+"""Tables with the reward of every selection of k of an instance's visual tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from grip_env.vlms.cache.tables import TableCache
 __all__ = ["MAX_SUBSETS", "RewardTable", "count_subsets", "score_subsets", "subset_masks"]
 
 MAX_SUBSETS = 50_000
-"""Most subsets a table may have."""
+"""Largest number of subsets in a table."""
 MAX_TOKENS = 64  # bits of a mask
-BATCH = 2048  # subsets per call of the model, which may cut them further
+BATCH = 2048  # subsets per call of the model, which may split them further
 
 
 def count_subsets(count: int, k: int) -> int:
@@ -50,11 +50,16 @@ def count_subsets(count: int, k: int) -> int:
 
 
 def subset_masks(tokens: Sequence[int], k: int) -> np.ndarray:
-    """Return every subset of k tokens as a bitmask, bit i for token i: uint64 (S,), in lexicographic order.
+    """Return every subset of k tokens as a bitmask, in lexicographic order.
+
+    Bit i stands for token i.
 
     Args:
         tokens: Indices below 64, ascending.
         k: Size of the subsets.
+
+    Returns:
+        uint64 (S,).
 
     Raises:
         ValueError: As :func:`count_subsets`, or if an index is 64 or more.
@@ -70,7 +75,7 @@ def subset_masks(tokens: Sequence[int], k: int) -> np.ndarray:
 
 
 def as_selections(masks: np.ndarray, count: int) -> np.ndarray:
-    """Return bitmasks (S,) as bool (S, count)."""
+    """Return bitmasks (S,) as selections, bool (S, count)."""
     return (masks[:, None] >> np.arange(count, dtype=np.uint64) & np.uint64(1)).astype(bool)
 
 
@@ -81,17 +86,19 @@ def score_subsets(
     cache: TableCache | None = None,
     reference: torch.Tensor | None = None,
 ) -> Scores:
-    """Score every subset of k of an example's visual tokens, in the order of :func:`subset_masks`.
+    """Score every subset of k of an example's visual tokens.
+
+    The order is that of :func:`subset_masks`.
 
     Args:
         vlm: The frozen model.
         encoded: One example.
         k: Size of the subsets.
-        cache: Where scores are kept on disk.
+        cache: Cache of scores on disk.
         reference: See :meth:`~grip_env.vlms.base.FrozenVLM.score`.
 
     Returns:
-        Fields of shape (1, S), on the CPU; with ``agreement`` if there is a reference.
+        Scores with fields of shape (1, S), on the CPU; with ``agreement`` if there is a reference.
 
     Raises:
         ValueError: If there is not exactly one example, or as :func:`subset_masks`.
@@ -119,18 +126,18 @@ def score_subsets(
 
 
 class RewardTable:
-    """The reward of every selection of exactly k of an instance's visual tokens.
+    """Table of the reward of every selection of exactly k of an instance's visual tokens.
 
     Args:
         masks: The selections as bitmasks, bit i for token i, uint64 (S,).
         rewards: Their rewards, float (S,), finite.
-        count: N, how many tokens a selection is over, padding included; at most 64.
+        count: N, the length of a selection, padding included; at most 64.
 
     Raises:
-        ValueError: If they do not fit together.
+        ValueError: If the shapes of masks and rewards differ, or a reward is not finite.
 
     The model's scores are float32: rewards scored in another batch may differ from those here by rounding (1e-4 in
-    log-likelihood). Everything a table tells is about the rewards in it.
+    log-likelihood). All results of a table refer to the rewards in it.
     """
 
     def __init__(self, masks: np.ndarray, rewards: np.ndarray, count: int) -> None:
@@ -163,10 +170,10 @@ class RewardTable:
         Args:
             vlm: The frozen model; a :class:`~grip_env.vlms.blocks.BlockVLM` has few enough tokens.
             encoded: One example.
-            k: How many tokens are kept, 0 to the number of real ones.
+            k: Number of tokens to keep, from 0 to the number of real ones.
             reward: A name or an object.
             full: The example's scores with every token kept, fields of shape (1, 1); scored if not given.
-            cache: Where scores are kept on disk: scores, not rewards, so that an entry serves any reward.
+            cache: Cache on disk of scores, not rewards, so that an entry serves any reward.
 
         Raises:
             ValueError: If there are more than MAX_SUBSETS selections, or the reward is not finite.
@@ -190,25 +197,28 @@ class RewardTable:
 
     @property
     def optimal_reward(self) -> float:
-        """The largest reward."""
+        """Largest reward in the table."""
         return float(self.rewards.max())
 
     @property
     def optimal(self) -> np.ndarray:
-        """A selection of largest reward, bool (N,); of several, the first in lexicographic order."""
+        """Selection with the largest reward, bool (N,).
+
+        If there are several, it is the first in the order of the table.
+        """
         return self.selection(int(self.rewards.argmax()))
 
     def selection(self, row: int) -> np.ndarray:
         """Return the selection in a row of the table, bool (N,)."""
         return as_selections(self.masks[[row]], self.count)[0]
 
-    # -- where a selection stands ----------------------------------------------------------------------------
+    # -- rank of a selection ---------------------------------------------------------------------------------
 
     def rows(self, selections: np.ndarray) -> np.ndarray:
-        """Return the rows of selections, bool (R, N), in the table, int64 (R,).
+        """Return the row numbers of selections, bool (R, N), in the table, int64 (R,).
 
         Raises:
-            ValueError: If one of them is not in it.
+            ValueError: If a selection is not in the table.
         """
         given = np.asarray(selections)
         if given.dtype != bool or given.shape[1:] != (self.count,):
@@ -219,10 +229,10 @@ class RewardTable:
         return self.find(np.bitwise_or.reduce(np.where(given, bits, np.uint64(0)), axis=1, dtype=np.uint64))
 
     def find(self, masks: np.ndarray) -> np.ndarray:
-        """Return the rows of bitmasks, uint64 (R,), in the table, int64 (R,).
+        """Return the row numbers of bitmasks, uint64 (R,), in the table, int64 (R,).
 
         Raises:
-            ValueError: If one of them is not in it.
+            ValueError: If a bitmask is not in the table.
         """
         place = np.minimum(np.searchsorted(self.masks, masks, sorter=self._order), len(self) - 1)
         rows = self._order[place]
@@ -233,27 +243,32 @@ class RewardTable:
         return rows
 
     def reward(self, selection: np.ndarray) -> float:
-        """Return the reward of a selection, bool (N,); raises ValueError if it is none of the table's."""
+        """Return the reward of a selection, bool (N,).
+
+        Raises:
+            ValueError: If the selection is not in the table.
+        """
         return float(self.rewards[self.rows(np.asarray(selection)[None])[0]])
 
     def optimality_gap(self, selection: np.ndarray) -> float:
-        """Return by how much a selection's reward is below the largest, 0 for the best."""
+        """Return the largest reward minus a selection's reward, 0 for the best."""
         return self.optimal_reward - self.reward(selection)
 
     def percentile(self, selection: np.ndarray) -> float:
-        """Return the share of selections with a smaller reward, plus half of those with the same, in (0, 1).
+        """Return the percentile of a selection's reward, in (0, 1).
 
-        A selection counts among those with its own reward, so that the mean over all selections is 1/2.
+        This is the share of selections with a smaller reward plus half of those with the same reward, itself included,
+        so that the mean over all selections is 1/2.
         """
         return float(self.percentiles(self.rows(np.asarray(selection)[None]))[0])
 
     def percentiles(self, rows: np.ndarray) -> np.ndarray:
-        """Return the same for rows of the table, float64 (R,)."""
+        """Return the percentiles of rows of the table, float64 (R,)."""
         smaller, no_larger = (np.searchsorted(self._sorted, self.rewards[rows], side) for side in ("left", "right"))
         return (smaller + no_larger) / 2 / len(self)
 
     def rank(self, selection: np.ndarray) -> int:
-        """Return 1 plus the number of selections with a larger reward."""
+        """Return the rank of a selection: 1 plus the number of selections with a larger reward."""
         return 1 + int((self.rewards > self.reward(selection)).sum())
 
     @cached_property

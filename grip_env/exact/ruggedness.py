@@ -1,6 +1,6 @@
-"""How rugged the reward of a selection is: local optima under swaps, and how far tokens are from adding up.
+"""Ruggedness of the reward: local optima under swaps, and interactions between tokens.
 
-Everything here is exact, over tables of every selection (:class:`~grip_env.exact.reward_table.RewardTable`).
+All results are exact, over tables of every selection (:class:`~grip_env.exact.reward_table.RewardTable`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ __all__ = [
 ]
 
 ROUNDING = 1e-4
-"""What a frozen model's scores may differ by for no reason, in nats: second differences up to it count as none, and
-selections this close to the optimum as optimal."""
+"""Tolerance for rounding differences between a frozen model's scores, in nats.
+
+Second differences up to it count as zero, and selections this close to the optimum as optimal.
+"""
 
 
 # -- swaps -----------------------------------------------------------------------------------------------------
 
 
 def best_swaps(table: RewardTable) -> np.ndarray:
-    """Return the row of the best selection one swap away (one token out, another in), int64 (S,).
+    """Return the row of the best selection one swap away from each row, int64 (S,).
 
-    Where no swap gives a strictly larger reward, that is the selection's own row: it is a local optimum. Of several
-    best swaps it is the first row.
+    A swap replaces one token by another. If no swap gives a strictly larger reward, the selection is a local optimum,
+    and the row is its own. Among several best swaps, the first row is taken.
     """
     masks, rewards = table.masks, table.rewards
     best, value = np.arange(len(masks)), rewards.copy()
@@ -55,13 +57,13 @@ def best_swaps(table: RewardTable) -> np.ndarray:
 
 
 def climb(table: RewardTable) -> np.ndarray:
-    """Return the row where best-improvement swap ascent ends when it starts in each row, int64 (S,).
+    """Return the row where best-improvement swap ascent from each row ends, int64 (S,).
 
-    The local optima are the rows that occur in it, and how often each occurs is the size of its basin.
+    The rows that occur are the local optima, and the number of times each occurs is the size of its basin.
     """
     ends = best_swaps(table)
     while not np.array_equal(ends, ends[ends]):
-        ends = ends[ends]  # each round doubles the number of swaps taken
+        ends = ends[ends]  # each iteration doubles the number of swaps taken
     return ends
 
 
@@ -72,28 +74,29 @@ def climb(table: RewardTable) -> np.ndarray:
 class Curvature:
     """First and second differences of a reward f over all selections S of at most K tokens.
 
-    The first differences are f(S + x) - f(S), for every S with |S| < K and every x outside it; the second ones
-    f(S + x + y) - f(S + x) - f(S + y) + f(S), for every S with |S| < K - 1 and all pairs x, y outside it.
+    The first differences are f(S + x) - f(S), for every S with |S| < K and every x outside S; the second differences
+    are f(S + x + y) - f(S + x) - f(S + y) + f(S), for every S with |S| < K - 1 and all pairs x, y outside S.
 
-    f is submodular up to K, that is f(A + x) - f(A) >= f(B + x) - f(B) for all A within B with |B| < K, if and only
-    if no second difference is positive: the condition for B = A + y, and those for larger B are sums of it.
+    f is submodular up to K, that is, f(A + x) - f(A) >= f(B + x) - f(B) for all subsets A of B with |B| < K and all x
+    outside B, if and only if no second difference is positive. This is the condition for B = A + y, and the conditions
+    for larger B are sums of such.
     """
 
     violations: float
-    """Share of second differences above ROUNDING: those that violate submodularity."""
+    """Share of second differences above ROUNDING, which violate submodularity."""
     violation_size: float
-    """Mean of these, 0 if there are none."""
+    """Mean of the second differences above ROUNDING, 0 if there are none."""
     interaction: float
-    """Mean size of the second differences divided by that of the first: 0 if rewards of tokens add up."""
+    """Mean absolute second difference divided by the mean absolute first one; 0 if rewards of tokens add up."""
     decreasing: float
-    """Share of first differences below -ROUNDING: a token more, and the reward is smaller."""
+    """Share of first differences below -ROUNDING, where adding a token lowers the reward."""
 
 
 def curvature(tables: Sequence[RewardTable]) -> Curvature:
-    """Return what differences tell of tables of 0, 1, ..., K tokens of one instance.
+    """Return the curvature, given tables of 0, 1, ..., K tokens of one instance.
 
     Raises:
-        ValueError: If they are not that, or K is below 2.
+        ValueError: If the tables are not of 0, 1, ..., K tokens, or K is below 2.
     """
     sizes = [table.k for table in tables]
     if len(tables) < 3 or sizes != list(range(len(tables))):
@@ -127,10 +130,12 @@ def curvature(tables: Sequence[RewardTable]) -> Curvature:
 
 
 def greedy(tables: Sequence[RewardTable]) -> np.ndarray:
-    """Return what greedy forward selection ends with, bool (N,): the best token is added until K are chosen.
+    """Return the result of greedy forward selection, bool (N,).
+
+    The best token is added repeatedly until K tokens are selected.
 
     Args:
-        tables: Of 0, 1, ..., K tokens of one instance.
+        tables: Tables of 0, 1, ..., K tokens of one instance.
     """
     chosen = tables[0].masks[0]
     for table in tables[1:]:
@@ -144,19 +149,19 @@ def greedy(tables: Sequence[RewardTable]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a method's selections of an instance stand, each a mean over its random choices."""
+    """Quality of a method's selections of an instance, averaged over its random choices."""
 
     gap: float
-    """By how much their reward is below the optimum."""
+    """Optimal reward minus the reward of the selections."""
     percentile: float
-    """Share of all selections that are worse, plus half of the equals."""
+    """Share of all selections with a smaller reward, plus half of those with the same reward."""
     optimal: float
-    """Share that are optimal: no more than ROUNDING below the optimum."""
+    """Share of the selections that are optimal, at most ROUNDING below the optimum."""
 
 
 @dataclass(frozen=True)
 class Terrain:
-    """The landscape of one instance at one k."""
+    """Reward landscape of one instance at one k."""
 
     index: int
     family: str
@@ -165,32 +170,32 @@ class Terrain:
     spread: float
     """Standard deviation of the reward over all selections."""
     local_optima: int
-    """Selections than which none is better one swap away, the global optimum among them."""
+    """Number of selections that no swap improves, the global optimum included."""
     worst_optimum: float
-    """By how much the reward of the worst of these is below the optimum."""
+    """Optimal reward minus the reward of the worst local optimum."""
     curvature: Curvature
-    """Over all selections of at most k blocks."""
+    """Curvature over all selections of at most k blocks."""
     methods: dict[str, Standing]
     rewards: np.ndarray = field(repr=False)
-    """Of all selections, ascending, float64 (S,)."""
+    """Rewards of all selections, ascending, float64 (S,)."""
 
     def plain(self) -> dict[str, Any]:
-        """Return what goes into the JSON file."""
+        """Return a dict for the JSON file, without ``rewards``."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "rewards"}
 
 
 def explore(
     tables: Sequence[RewardTable], index: int, family: str, selections: Mapping[str, np.ndarray] | None = None
 ) -> Terrain:
-    """Describe the landscape of one instance.
+    """Return the reward landscape of one instance.
 
     Args:
-        tables: Of 0, 1, ..., k blocks of it.
-        index: Its index in the split.
-        family: Its question family.
-        selections: What other methods keep, bool (R, N) each: R selections of exactly k.
+        tables: Tables of 0, 1, ..., k blocks of the instance.
+        index: Index of the instance in the split.
+        family: Question family of the instance.
+        selections: Selections of other methods by name, bool (R, N) each: R selections of exactly k blocks.
 
-    Random selections and swap ascent are exact: over all selections, and over all of them as starts.
+    Results for random selection and swap ascent are exact, over all selections and over all starting points.
     """
     table = tables[-1]
     ends = climb(table)

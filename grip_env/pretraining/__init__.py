@@ -1,1 +1,1 @@
-"""How the embedded model was made: its parts, the vision stage, the language stage, and their training loop."""
+"""Pre-training of the embedded model in two stages, for vision and language."""

@@ -77,7 +77,10 @@ CHAT_TEMPLATE = (
 
 
 def task_words() -> dict[str, list[str]]:
-    """Return the attribute words the vision stage aligns patches with: shapes and digits, and colours."""
+    """Return the words that the vision stage aligns patches with: kinds and colours.
+
+    Kinds are shapes and digits.
+    """
     return {
         "kind": [f" {shape}" for shape in SHAPES] + [f" {digit}" for digit in range(10)],
         "colour": [f" {colour}" for colour in COLOURS],
@@ -152,7 +155,10 @@ def build_processor(size: Size = TINY, pixels: int | None = None) -> LlavaProces
 
 
 def _sincos(side: int, width: int) -> torch.Tensor:
-    """Two-dimensional sine-cosine positions, (side * side, width): neighbours start out alike."""
+    """Return two-dimensional sine-cosine position embeddings, (side * side, width).
+
+    With them, neighbours start out similar.
+    """
     quarter = width // 4
     frequency = torch.from_numpy(np.geomspace(1.0, 1 / 12.0, quarter)).float()
     axis = torch.arange(side)[:, None] * frequency * (torch.pi / 2)
@@ -209,8 +215,8 @@ def build_model(
         table = model.model.vision_tower.embeddings.position_embedding.weight
         table[1:] = 0.3 * _sincos(grid, WIDTH)
         for layer in model.model.language_model.layers:
-            # Queries start out matching keys of like content, and attention passes on what it finds: words name
-            # their patches within a few hundred steps instead of thousands. After Trockman & Kolter, "Mimetic
+            # At the start, queries match keys of similar content, and attention passes on the values it finds: words
+            # find their patches within a few hundred steps, not thousands. After Trockman & Kolter, "Mimetic
             # initialization of self-attention layers", 2023 (who pass on the negative; here tokens share words).
             match, content = (torch.nn.init.orthogonal_(torch.empty(WIDTH, WIDTH)) for _ in range(2))
             layer.self_attn.q_proj.weight.copy_(match)

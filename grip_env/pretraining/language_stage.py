@@ -1,8 +1,9 @@
-"""Second stage of pre-training: projector and language model learn to answer, the vision tower stays frozen.
+"""Second stage of pre-training, in which projector and language model learn to answer.
 
-Several questions about one picture share one sequence: each sees the picture and itself, at the positions it would
-have alone, which is exactly the same as separate sequences and several times cheaper. In some batches only a subset
-of the visual tokens is shown, so that the model knows pruned pictures and admits what it cannot see.
+The vision tower stays frozen. Several questions about one picture share one sequence: each attends to the picture and
+itself, at the positions it would have alone. This is exactly the same as separate sequences and several times cheaper.
+In some batches only a subset of the visual tokens is shown, so that the model learns to handle pruned pictures and
+to be uncertain about what it cannot see.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ PLACE_WEIGHT = 0.03
 
 @dataclass
 class EncodedScenes:
-    """Scenes after the tower.
+    """Scenes with the features of the vision tower.
 
-    ``features`` (S, N, width); ``owners`` (S, N): which thing each patch shows, -1 for none; ``grades`` (S, N): the
-    relevance of each patch if every object were asked for.
+    ``features`` (S, N, width) are the tower's; ``owners`` (S, N) is the index of the thing each patch shows, or -1;
+    ``grades`` (S, N) is the relevance of each patch if a question were about all objects.
     """
 
     scenes: list[Scene]
@@ -94,16 +95,20 @@ def random_subset(
     generator: torch.Generator,
     grades: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Choose ``kept`` tokens of each scene in ``rows`` (B,). Returns sorted indices (B, kept).
+    """Choose ``kept`` tokens of each scene in ``rows`` (B,).
 
     Args:
         pool: The scenes.
-        rows: Which of them.
-        kept: How many tokens.
-        kind: "uniform", "objects" (a random few things whole, the rest at random), "anchors" (the best patches of
-            all objects first: little is shown but every question can be answered), or "asked" (what ``grades`` says).
+        rows: Indices of the scenes, (B,).
+        kept: Number of tokens to choose.
+        kind: "uniform" (random tokens), "objects" (a few random things in full, the rest at random), "anchors" (the
+            best patches of all objects first: little is shown, but every question can be answered), or "asked" (the
+            tokens with the highest ``grades`` first).
         generator: Source of randomness.
-        grades: For "asked": the relevance of each token to the question, (B, N).
+        grades: Relevance of each token to the question, (B, N), for "asked".
+
+    Returns:
+        Sorted indices, (B, kept).
     """
     owners = pool.owners[rows]
     score = torch.rand(owners.shape, generator=generator)
@@ -119,7 +124,7 @@ def random_subset(
 
 
 class QuestionPacker:
-    """Turns lists of questions into one packed text block per picture."""
+    """Converter of lists of questions to one packed text block per picture."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -127,7 +132,7 @@ class QuestionPacker:
         self._cache: dict[tuple[str, str], tuple[list[int], int]] = {}
 
     def encode(self, question: Question) -> tuple[list[int], int]:
-        """Return the ids of prompt, answer and end, and where the answer starts."""
+        """Return the ids of prompt, answer and end, and the index at which the answer starts."""
         key = (question.text, question.answer)
         if key not in self._cache:
             prompt = self.tokenizer.encode(f"\n{question.text}" + ("" if question.family == "caption" else " answer:"))
@@ -136,7 +141,10 @@ class QuestionPacker:
         return self._cache[key]
 
     def pack(self, questions: list[list[Question]]) -> dict[str, torch.Tensor]:
-        """Return ids, positions (from 0), segment (-1 is padding) and targets (-100 where none), each (B, T)."""
+        """Return packed ids, positions, segments and targets, each (B, T).
+
+        Positions start at 0 for each question; segments are -1 for padding; targets are -100 where there are none.
+        """
         rows = []
         for asked in questions:
             ids: list[int] = []
@@ -160,7 +168,7 @@ class QuestionPacker:
 
     @staticmethod
     def sample(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-        """Draw ``count`` questions about a scene, answers balanced as far as the scene allows."""
+        """Draw ``count`` questions about a scene, with answers as balanced as the scene allows."""
         asked: list[Question] = []
         families, choices = scene.level.families, scene.level.choices
         weights = [FAMILY_WEIGHTS[family] for family in families]
@@ -175,11 +183,11 @@ class QuestionPacker:
 
 
 def captions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """Draw short captions to complete, such as " star" with "red": the answer follows the word that names the object.
+    """Draw short captions to complete, such as " star" with the answer "red".
 
-    Every third one tells in which half of the picture an object is.
-
-    They teach words to find their patches in one step; questions, which need several, learn from there.
+    The answer follows the word that names the object. Every third caption is about the half of the picture an object
+    is in, if the scene has such an object. From captions, the model learns to find the patches of a word in one step;
+    questions, which need several steps, build on this.
     """
     found = []
     for kind in scene.questions("color"):
@@ -213,12 +221,12 @@ def forward_packed(
     Args:
         model: The model; its tower is not run.
         features: The tower's patch features (B, N, width).
-        text: What :meth:`QuestionPacker.pack` returned.
+        text: Return value of :meth:`QuestionPacker.pack`.
         bos: Id of the token before the picture.
-        kept: Indices of the visual tokens to show (B, k); all when ``None``. They keep their positions.
+        kept: Indices of the visual tokens to show, (B, k); ``None`` shows all. They keep their positions.
 
     Returns:
-        Logits at the positions that have a target, (targets, vocabulary), and those targets.
+        Logits at the positions that have a target, (targets, vocabulary), and the targets.
     """
     batch, tokens, _ = features.shape
     device = features.device
@@ -244,9 +252,10 @@ def forward_packed(
 
 
 def place_loss(model: LlavaForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
-    """Return how far two fixed directions of the projected tokens are from giving row and column (mean square).
+    """Return the mean squared error of row and column along two directions of projected tokens.
 
-    Without it the projector drops the places that the tower knows, and left/right cannot be learnt.
+    The two directions are fixed. Without this loss the projector discards the positions that the tower encodes, and
+    left and right cannot be learnt.
 
     Args:
         model: The model; its tower is not run.
@@ -260,7 +269,7 @@ def place_loss(model: LlavaForConditionalGeneration, features: torch.Tensor) -> 
 
 
 class LanguageStage:
-    """Batches and losses of the second stage; everything random follows from the step.
+    """Batches and losses of the second stage, with all randomness seeded by the step.
 
     Args:
         model: The model, its tower already trained.
@@ -269,7 +278,7 @@ class LanguageStage:
         questions: Questions per picture.
         captions: Captions to complete per picture.
         chunk: Pictures drawn and encoded at a time.
-        reuse: How often each picture of a chunk is shown, each time with new questions.
+        reuse: Number of times each picture of a chunk is shown, each time with new questions.
         drop: Share of the steps that show only a subset of the visual tokens.
         level: Which scenes.
         easy_steps: The first steps show mostly the best patches of all objects, more of them as time goes on.
@@ -296,7 +305,7 @@ class LanguageStage:
         self._current: tuple[int, EncodedScenes] | None = None
 
     def loss(self, step: int) -> dict[str, torch.Tensor]:
-        """Return the loss of one step, and the accuracy on its answers."""
+        """Return the loss of one step and the accuracy of its answers."""
         number, inside = divmod(step, self._steps_per_chunk)
         if self._current is None or self._current[0] != number:
             self._current = (number, EncodedScenes.draw(self.model, self.chunk, 1_000_000 + number, self.level))
@@ -318,7 +327,7 @@ class LanguageStage:
             count = round(math.exp(rng.uniform(math.log(5), math.log(tokens * 5 // 6))))
             kind = rng.choice(("uniform", "objects", "anchors", "asked", "asked", "asked"))
             if kind == "asked":
-                asked = [questions[:1] for questions in asked]  # the only ones it is fair to ask
+                asked = [questions[:1] for questions in asked]  # the subset is chosen for this question
                 pairs = zip(rows.tolist(), asked, strict=True)
                 grades = np.stack(
                     [pool.scenes[row].relevance(questions[0].about).reshape(-1) for row, questions in pairs]

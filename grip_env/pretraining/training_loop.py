@@ -1,4 +1,4 @@
-"""A training loop that can be interrupted at any time and goes on where it was."""
+"""A training loop that can be interrupted at any time and resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ __all__ = ["run_stage"]
 
 
 def _save(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write modules and optimizer state at ``step``; a crash while writing leaves the previous file whole."""
+    """Write modules and optimizer state at ``step`` atomically.
+
+    A crash while writing leaves the previous file intact.
+    """
     tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items()})
@@ -28,7 +31,7 @@ def _save(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Opti
 
 
 def _load(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Read what :func:`_save` wrote and return the step."""
+    """Load a file written by :func:`_save` and return its step."""
     from safetensors import safe_open
 
     tensors = load_file(path)
@@ -59,16 +62,17 @@ def run_stage(
     """Train every parameter of ``modules`` that requires a gradient, with a progress bar.
 
     Args:
-        name: Names the checkpoint and the progress bar.
+        name: Name of the checkpoint and the progress bar.
         steps: Number of optimizer steps; a finished stage is loaded, not run again.
-        loss_of_step: Returns a dict with "loss", and numbers to show, for a step. All its randomness must come
-            from the step, so that a resumed run sees the batches it would have seen.
-        modules: What to train and to save.
-        folder: Where ``{name}.safetensors`` is kept.
-        learning_rate: Peak rate of AdamW: 50 steps of warm-up, then cosine decay to 2%.
-        save_every: Steps between checkpoints.
-        probe: Called every ``probe_every`` steps; its text is printed above the bar and added to ``{name}.log``.
-        probe_every: Steps between probes.
+        loss_of_step: Function that returns a dict with "loss", and numbers to show, for a step. All its randomness must
+            be seeded by the step, so that a resumed run sees the same batches.
+        modules: Modules to train and to save.
+        folder: Folder of ``{name}.safetensors``.
+        learning_rate: Peak learning rate of AdamW, with 50 steps of warm-up and cosine decay to 2%.
+        save_every: Number of steps between checkpoints.
+        probe: Function called every ``probe_every`` steps; its text is printed above the bar and added to
+            ``{name}.log``.
+        probe_every: Number of steps between probes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"

@@ -1,7 +1,8 @@
-"""First stage of pre-training: a vision tower whose every token says what its patch shows.
+"""First stage of pre-training, in which each visual token learns to describe its patch.
 
-Each projected token is trained to point at the tokenizer's words for what covers its patch (a dense form of
-contrastive image-text training), and to give its row and column. The tower is frozen afterwards: tokens stay local.
+Each projected token is trained to be similar to the embeddings of the words for the thing that covers its patch (a
+dense form of contrastive image-text training), and to give its row and column. The tower is frozen afterwards, so
+tokens stay local.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def draw_scenes(count: int, seed: int, split: str = "train", level: Level = STAN
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:
-    """Turn uint8 pictures (B, H, W, 3) into what the processor gives the tower: float32 (B, 3, H, W)."""
+    """Convert uint8 pictures (B, H, W, 3) to pixel values as the processor does.
+
+    The result is float32 (B, 3, H, W).
+    """
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
 
 
@@ -106,13 +110,19 @@ class DenseBatch:
 
 
 def vision_tokens(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tower's patch features (B, N, width), as the projector gets them, and its pooled CLS token."""
+    """Return the tower's patch features (B, N, width) and its pooled CLS token.
+
+    The features are those that the projector gets.
+    """
     outputs = model.model.vision_tower(pixels, output_hidden_states=True)
     return outputs.hidden_states[model.config.vision_feature_layer][:, 1:], outputs.pooler_output
 
 
 class DenseHead(nn.Module):
-    """Reads kind, colour, place and object centre off projected tokens; only used in pre-training."""
+    """Head that predicts kind, colour, position and anchors from projected tokens.
+
+    It is used only in pre-training.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, grid: int = STANDARD.grid) -> None:
         super().__init__()
@@ -128,11 +138,11 @@ class DenseHead(nn.Module):
     def losses(
         self, tokens: torch.Tensor, pooled: torch.Tensor, embeddings: torch.Tensor, batch: DenseBatch
     ) -> dict[str, torch.Tensor]:
-        """Return each loss and accuracy.
+        """Return losses and accuracies by name.
 
         Args:
             tokens: Projected visual tokens (B, N, WIDTH).
-            pooled: The pooled CLS token (B, WIDTH); it learns which words apply to the picture.
+            pooled: The pooled CLS token (B, WIDTH), which learns the words that apply to the picture.
             embeddings: The language model's word embeddings (V, WIDTH).
             batch: The labels.
         """

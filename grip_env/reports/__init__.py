@@ -1,1 +1,1 @@
-"""Agents and methods compared: runs as they were saved, the comparison with its tables, and its pictures."""
+"""Comparison of agents and methods: loading of saved runs, tables and pictures."""

@@ -1,4 +1,4 @@
-"""Comparing ways to get along with fewer visual tokens, on the same examples: numbers and tables."""
+"""Comparison of methods that reduce visual tokens, on the same examples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["AGENT", "ALL_TOKENS", "BUDGETS", "WARMUP", "Comparison", "Margin", "compare"]
 
 BUDGETS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
-"""Shares of tokens the reports look at."""
+"""Budgets of the reports, as shares of the visual tokens."""
 
 WARMUP = "its warm-up"
 
@@ -36,19 +36,24 @@ _BATCH = 48  # examples compared at a time
 
 @dataclass(frozen=True)
 class Margin:
-    """By how much one method beats another on the same examples, in nats per answer token."""
+    """Gain of one method over another on the same examples, in nats per answer token."""
 
     mean: float
     interval: float
-    """Half width of the 95% interval of the mean over examples; what makes an example hard for both cancels out."""
+    """Half width of the 95% interval of the mean over examples; the difficulty that both methods share cancels out."""
     worst: float
-    """The smallest margin of a single seed; the mean itself where there is one."""
+    """Smallest margin of a single seed; the mean itself if there is one seed."""
 
     @classmethod
     def of(cls, ours: np.ndarray, theirs: np.ndarray) -> Margin:
-        """Return the margin of log-likelihoods (seeds, examples), means over the seeds, over others (seeds, examples).
+        """Return the margin of log-likelihoods over those of another method.
 
-        Where both have as many seeds, the worst of them is of pairs in the order they were given.
+        Both are averaged over the seeds first. For the worst seed, the seeds are paired in the given order if both
+        methods have the same number of them; otherwise each is compared with the other method's mean.
+
+        Args:
+            ours: Log-likelihoods, (seeds, examples).
+            theirs: Log-likelihoods of the other method, (seeds, examples).
         """
         ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
         gains = ours.mean(0) - theirs.mean(0)  # (examples,)
@@ -58,7 +63,7 @@ class Margin:
 
     @property
     def clear(self) -> bool:
-        """Whether the mean is above 0 by more than the interval."""
+        """True if the mean is above 0 by more than the interval."""
         return self.mean > self.interval
 
 
@@ -66,13 +71,13 @@ class Margin:
 class Comparison:
     """Results of several methods on the same examples.
 
-    ``cells[method][budget]`` holds "log_likelihood" and "accuracy", means over the examples, "log_likelihood_se", the
-    standard error of that mean, "families", the same two means for each question family, "tokens", how many visual
-    tokens are left at the end, and, of methods that drop tokens inside the language model, "layer_average", how many
-    there are on average over its layers, and "flops", its cost as a share of that without pruning. A method trained
-    with several seeds has means over them, and "log_likelihood_sd" and "accuracy_sd", standard deviations over them. A
-    budget that a method cannot keep is absent. ``log_likelihoods[method][budget]`` are those of the single examples,
-    float32 (seeds, examples).
+    ``cells[method][budget]`` holds "log_likelihood" and "accuracy", means over the examples; "log_likelihood_se", the
+    standard error of the former; "families", the two means for each question family; and "tokens", the number of visual
+    tokens left at the end. For methods that drop tokens inside the language model it also holds "layer_average", the
+    number of visual tokens averaged over the layers, and "flops", the cost as a share of the cost without pruning. For
+    a method trained with several seeds, the values are means over the seeds, and "log_likelihood_sd" and "accuracy_sd"
+    are standard deviations over them. A budget that a method cannot keep is absent. ``log_likelihoods[method][budget]``
+    holds the log-likelihoods of single examples, float32 (seeds, examples).
     """
 
     split: str
@@ -81,38 +86,41 @@ class Comparison:
     cells: dict[str, dict[float, dict[str, Any]]]
     log_likelihoods: dict[str, dict[float, np.ndarray]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What is left out, and why."""
+    """Results that are left out, with the reasons."""
     training: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What trained methods took to train: "seconds" and "forwards", see :class:`~agents.pool.ForwardCounter`; empty
-    where that is not known."""
+    """Training cost of trained methods: "seconds" and "forwards", see :class:`~agents.pool.ForwardCounter`; empty where
+    unknown."""
     positions: dict[str, str] = field(default_factory=dict)
-    """Position policy of each method, "original" or "reindex"; absent where the model does not say."""
+    """Position policy of each method, "original" or "reindex"; absent where the model has none."""
 
     @property
     def budgets(self) -> list[float]:
-        """The budgets, of all methods."""
+        """All budgets of all methods, sorted."""
         return sorted({budget for row in self.cells.values() for budget in row})
 
     def value(self, method: str, budget: float, key: str = "log_likelihood") -> float:
-        """Return one number of the table."""
+        """Return one number of ``cells``."""
         return float(self.cells[method][budget][key])
 
     def gap_closed(self, method: str, budget: float) -> float | None:
-        """Return how much of the way from random to the oracle's log-likelihood ``method`` gets; 1 is all of it."""
+        """Return the share of the gap from random to oracle that ``method`` closes.
+
+        The gap is in log-likelihood. Returns ``None`` if one of the two is missing, or the oracle is not better.
+        """
         if "oracle" not in self.cells or "random" not in self.cells:
             return None
         low, high = self.value("random", budget), self.value("oracle", budget)
         return (self.value(method, budget) - low) / (high - low) if high > low else None
 
     def margin(self, method: str, rival: str, budget: float) -> Margin:
-        """Return by how much ``method`` beats ``rival`` in log-likelihood, see :meth:`Margin.of`."""
+        """Return the log-likelihood gain of ``method`` over ``rival``, see :meth:`Margin.of`."""
         return Margin.of(*(self.log_likelihoods[name][budget] for name in (method, rival)))
 
     def merged(self, groups: Mapping[str, Sequence[str]]) -> Comparison:
-        """Return the same with the methods of each group, one trained with several seeds, as one.
+        """Return a copy in which the methods of each group, seeds of one method, are merged.
 
         Args:
-            groups: The name of each group and the methods in it; methods in none stay as they are.
+            groups: Names of the groups, with the methods of each; methods without a group are unchanged.
         """
         owner = {name: group for group, names in groups.items() for name in names}
         cells: dict[str, dict[float, dict[str, Any]]] = {}
@@ -128,15 +136,15 @@ class Comparison:
         return Comparison(self.split, self.examples, self.tokens, cells, single, self.notes, positions=positions)
 
     def markdown(self) -> str:
-        """Return the tables."""
+        """Return the tables in Markdown."""
         return comparison_tables(self)
 
     def margins(self, method: str) -> str:
-        """Return a table of what ``method`` gains on each of the others, with 95% intervals."""
+        """Return a table of the gains of ``method`` over all others, with 95% intervals."""
         return margin_table(self, method)
 
     def plain(self) -> dict[str, Any]:
-        """Return what ``report.json`` has: all but the numbers of single examples."""
+        """Return the content of ``report.json``: all but the numbers of single examples."""
         return {
             "split": self.split,
             "examples": self.examples,
@@ -148,7 +156,10 @@ class Comparison:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``report.md``, ``report.json`` and, with the numbers of single examples, ``report.safetensors``."""
+        """Write ``report.md``, ``report.json`` and ``report.safetensors`` into ``folder``.
+
+        The last file holds the log-likelihoods of single examples.
+        """
         write_atomically(folder / "report.md", self.markdown() + "\n")
         arrays = {
             f"{name}@{budget}": np.ascontiguousarray(values[0] if len(values) == 1 else values)
@@ -160,7 +171,7 @@ class Comparison:
 
 
 def _mean(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of cells of several seeds."""
+    """Return the mean of the cells of several seeds."""
     if len(cells) == 1:
         return cells[0]
     mean: dict[str, Any] = {}
@@ -177,7 +188,7 @@ def _mean(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Column:
-    """What one method did at one budget, batch by batch."""
+    """The results of one method at one budget, collected batch by batch."""
 
     def __init__(self) -> None:
         self.likelihood: list[np.ndarray] = []
@@ -221,17 +232,18 @@ def compare(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Score every method at every budget on the first ``examples`` examples of ``split``, and the full image.
+    """Score methods at several budgets, and the full image, on the first examples of a split.
 
     Args:
-        vlm: The frozen model.
-        task: Where the examples come from.
-        methods: What to compare, by name: policies and selectors of tokens, methods that put other tokens in their
-            place, or pruners inside the language model.
-        split: Which split; use "validation" while you tune.
-        examples: How many examples.
-        budgets: Shares of tokens to keep; one that a pruner inside the language model cannot keep is left out for it.
-        seed: For methods that draw at random.
+        vlm: The frozen vision-language model.
+        task: The task that provides the examples.
+        methods: Methods to compare, by name: policies, token selectors, methods that replace tokens by others, or
+            pruners inside the language model.
+        split: The split; use "validation" for tuning.
+        examples: Largest number of examples.
+        budgets: Shares of tokens to keep. A budget that a pruner inside the language model cannot keep is left out for
+            that pruner.
+        seed: Random seed for methods that sample.
         progress: Show a progress bar.
     """
     import torch
@@ -241,7 +253,7 @@ def compare(
 
     contestants = {name: PolicySelector(one) if isinstance(one, Policy) else one for name, one in methods.items()}
     examples = min(examples, task.size(split))
-    # one source of chance each, so that what else is compared does not change a method's numbers
+    # separate generators, so that the numbers of a method do not depend on the other methods
     generators = {
         (name, budget): torch.Generator().manual_seed(seed + zlib.crc32(f"{name}@{budget}".encode()))
         for budget in budgets
@@ -275,7 +287,7 @@ def compare(
         f"{name} at {', '.join(f'{budget:.0%}' for budget in row)} ({next(iter(row.values()))})"
         for name, row in refused.items()
     ]
-    usual = getattr(vlm, "position_policy", None)  # that of the model, but pruners inside it may have their own
+    usual = getattr(vlm, "position_policy", None)  # the default; pruners inside the model may have their own
     policies = {name: getattr(contestants.get(name), "position_policy", usual) for name in known}
     positions = {name: policy for name, policy in policies.items() if policy is not None}
     likelihoods = {name: single[name] for name in known}
@@ -291,7 +303,10 @@ def _run_batch(
     refused: dict[str, dict[float, str]],
     bar: _Progress,
 ) -> None:
-    """Add a batch to the columns; selections are scored together. A pair that cannot be is taken out of all."""
+    """Add the results of a batch to the columns, scoring all selections together.
+
+    If a method cannot keep a budget, the pair is removed from ``generators`` and ``columns``, and added to ``refused``.
+    """
     import torch
 
     from agents.base import budget_to_count

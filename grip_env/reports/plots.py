@@ -1,4 +1,4 @@
-"""Pictures of a comparison: the budget curve, and the gallery of what was kept."""
+"""Pictures of a comparison: the budget curve, and the gallery of selections."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["draw_curve", "draw_gallery"]
 
 
 def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
-    """Draw log-likelihood and accuracy over the budget, one line per method, and write the picture to ``path``.
+    """Plot log-likelihood and accuracy over the budget, one line per method, into a file.
 
     Args:
-        comparison: The numbers.
-        path: Of a PNG.
-        main: The method that stands out.
+        comparison: The results to plot.
+        path: The PNG file.
+        main: The method to highlight.
     """
     from matplotlib.figure import Figure
 
@@ -33,7 +33,7 @@ def draw_curve(comparison: Comparison, path: Path, main: str = AGENT) -> None:
     figure = Figure(figsize=(13.5 if many else 11, 4.6), layout="constrained")
     colours = {main: "#d1495b", WARMUP: "#e8a0a9", "oracle": "#2e7d5b", ALL_TOKENS: "#555555"}
     palette = ("#b8bec7", "#8d99ae", "#5c80bc", "#c79a3b", "#8e6c8a", "#4f9d9d", "#7a9e5f", "#b0785a", "#3f5d7d")
-    others = cycle(product("os^", palette))  # colours come again, with other markers
+    others = cycle(product("os^", palette))  # colours repeat with other markers
     markers: dict[str, str] = {}
     for axes, key, label in zip(
         figure.subplots(1, 2),
@@ -85,7 +85,11 @@ def draw_gallery(
     title: str = "What the agent keeps",
     seed: int = 0,
 ) -> np.ndarray:
-    """Draw what ``selector`` keeps of each example (rows) at each budget (columns): uint8 (height, width, 3)."""
+    """Draw the tokens that ``selector`` keeps of each example (rows) at each budget (columns).
+
+    Returns:
+        The picture, uint8 (height, width, 3).
+    """
     import torch
 
     from agents.base import budget_to_count

@@ -1,4 +1,4 @@
-"""Runs on disk: what a comparison needs to know of them, and which of them differ by their seed alone."""
+"""Loading of saved runs for a comparison, and grouping of the seeds of one method."""
 
 from __future__ import annotations
 
@@ -21,62 +21,69 @@ __all__ = ["Run", "group_runs", "load_agent", "load_run", "read_log"]
 
 @dataclass
 class Run:
-    """A run, as far as a comparison needs it."""
+    """A saved run, as needed for a comparison."""
 
     path: Path
     saved: dict[str, Any]
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its configuration."""
+        """Configuration of the run."""
         found: dict[str, Any] = self.saved["config"]
         return found
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of its algorithm; none where that is a class of the user's own."""
+        """Options of the algorithm; empty for a user-defined class."""
         algo: str = self.config["algo"]
         found: dict[str, Any] = {} if ":" in algo else self.config.get(algo.replace("-", "_"), {})
         return found
 
     @property
     def label(self) -> str:
-        """What runs that differ by their seed alone have in common: the algorithm, and where it is not the default."""
+        """Name that all seeds of a run share: the algorithm and its deviations from the defaults."""
         algo = self.config["algo"]
         preset, in_turn = self.options.get("preset"), self.options.get("in_turn", False)
         usual = "default" if algo == "grpo" else algo
         notes = [preset] if preset not in (None, usual) else []
-        if in_turn != (preset == "default"):  # as the preset has it
+        if in_turn != (preset == "default"):  # differs from the preset
             notes.append("in turn" if in_turn else "at once")
         notes += [self.mark] if self.mark else []
         return algo + (f" ({', '.join(notes)})" if notes else "")
 
     @property
     def mark(self) -> str:
-        """What tables add to the name of its agent; nothing where training has finished, or nobody knows."""
+        """Addition to the agent's name in tables; empty if training has finished or has no status."""
         status = read_status(self.path)
         return "" if status is None else status.mark
 
     def training_cost(self) -> dict[str, float] | None:
-        """Return the "seconds" and "forwards" its logs tell of; ``None`` if they do not, or it has not finished."""
+        """Return the "seconds" and "forwards" of training from the logs.
+
+        Returns:
+            The two numbers, or ``None`` if the logs lack them or training has not finished.
+        """
         seconds = forwards = 0.0
         for path in [] if self.mark else sorted(self.path.glob("*.csv")):
             rows = read_log(path)
             if not rows or not {"seconds", "forwards"} <= set(rows[0]):
                 return None
             seconds += sum(row["seconds"] for row in rows)
-            forwards = max(forwards, rows[-1]["forwards"])  # counted from the beginning on
+            forwards = max(forwards, rows[-1]["forwards"])  # cumulative
         return {"seconds": seconds, "forwards": forwards} if seconds else None
 
     def is_another_seed_of(self, others: Sequence[Run]) -> bool:
-        """Return whether it is one more seed of others; a run that has not finished is not."""
+        """Return whether this is a further seed of ``others``; unfinished runs never are."""
         if self.mark or others[0].mark:
             return False
         seeds = [other.config.get("seed") for other in others]
         return others[0].like(self) and self.config.get("seed") not in seeds
 
     def like(self, other: Run) -> bool:
-        """Return whether the two differ by nothing but their seed, and where and when they were made."""
+        """Return whether two runs have the same configuration, except for seed and environment.
+
+        Options that do not affect training, such as names, folders, threads and device, are ignored.
+        """
         beside = (
             "seed",
             "name",
@@ -94,12 +101,12 @@ class Run:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a log that a run wrote; rows that are cut off or otherwise damaged are left out."""
+    """Return the rows of the log of a run, without incomplete or damaged rows."""
     try:
         text = path.read_bytes().decode(errors="replace").replace("\0", " ")
     except OSError:
         return []
-    whole, end, _ = text.rpartition("\n")  # a last row without an end was cut: its last number may be, too
+    whole, end, _ = text.rpartition("\n")  # a last row without a line end is incomplete, and its last number may be cut
     rows = []
     lines = csv.reader((whole + end).splitlines())
     names = next(lines, [])
@@ -112,25 +119,32 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def load_run(path: Path) -> Run:
-    """Return the run in a folder, or stop and say what is wrong."""
+    """Return the run in a folder.
+
+    Raises:
+        CommandError: If the folder holds no readable run.
+    """
     from agents.training.options import options_of
 
     try:
         run = Run(path, read_run_config(path, options_of))
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from None
-    run.options.setdefault("in_turn", False)  # in runs made before there was a choice
+    run.options.setdefault("in_turn", False)  # for runs from before this option existed
     return run
 
 
 def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent", algorithm: str | None = None) -> Selector:
-    """Return the agent of a run, or its warm-up, or stop and say what is wrong.
+    """Return the agent of a run, or its warm-up.
 
     Args:
         run: The run.
-        vlm: Its model.
+        vlm: The vision-language model of the run.
         part: "agent" or "warmup".
-        algorithm: Whose code may be imported, see :func:`agents.saved.load_saved`.
+        algorithm: The algorithm whose code may be imported, see :func:`agents.saved.load_saved`.
+
+    Raises:
+        CommandError: If there is no trained agent, it cannot be loaded, or the model has other weights.
     """
     from agents.saved import load_saved
 
@@ -148,9 +162,9 @@ def load_agent(run: Run, vlm: HuggingFaceVLM, part: str = "agent", algorithm: st
 
 
 def group_runs(runs: Sequence[Run]) -> Mapping[str, list[str]]:
-    """Return the paths of the runs in groups that differ by their seed alone, by a name for each.
+    """Return the paths of the runs by group; the runs of a group differ only in their seed.
 
-    Where the algorithm names several groups, all but the first have their first run's folder in their name as well.
+    If several groups have the same label, all but the first have the folder of their first run in their name.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:

@@ -11,7 +11,7 @@ ALL_TOKENS = "all tokens"
 
 
 class Measured(Protocol):
-    """What the tables show: a :class:`~grip_env.reports.comparison.Comparison`."""
+    """The part of a :class:`~grip_env.reports.comparison.Comparison` that the tables need."""
 
     split: str
     examples: int
@@ -23,20 +23,20 @@ class Measured(Protocol):
 
     @property
     def budgets(self) -> list[float]:
-        """The budgets, of all methods."""
+        """All budgets of all methods."""
         ...
 
     def gap_closed(self, method: str, budget: float) -> float | None:
-        """Return how much of the way from random to the oracle ``method`` gets."""
+        """Return the share of the gap between random and oracle that ``method`` closes."""
         ...
 
     def margin(self, method: str, rival: str, budget: float) -> Any:
-        """Return by how much ``method`` beats ``rival``."""
+        """Return the gain of ``method`` over ``rival``."""
         ...
 
 
 def comparison_tables(comparison: Measured) -> str:
-    """Return all tables of a comparison but that of margins."""
+    """Return all tables of a comparison except that of margins."""
     lines = [
         f"{comparison.examples} examples of the {comparison.split} split, {comparison.tokens:.0f} visual tokens each."
     ]
@@ -46,7 +46,7 @@ def comparison_tables(comparison: Measured) -> str:
     ):
         lines += ["", f"**{title}** by budget (tokens kept)", "", *_head(comparison)]
         lines += [_row(comparison, method, key) for method in comparison.cells]
-    # one that has not finished has more in its name
+    # the name of an unfinished agent has an addition
     agent = next((name for name in comparison.cells if name == AGENT or name.startswith(f"{AGENT} (")), None)
     if agent is not None and comparison.gap_closed(agent, comparison.budgets[0]) is not None:
         gaps = [comparison.gap_closed(agent, budget) for budget in comparison.budgets]
@@ -58,7 +58,7 @@ def comparison_tables(comparison: Measured) -> str:
 
 
 def margin_table(comparison: Measured, method: str) -> str:
-    """Return a table of what ``method`` gains on each of the others, with 95% intervals."""
+    """Return a table of the gains of ``method`` over all others, with 95% intervals."""
     lines = [f"**What {method} gains** in answer log-likelihood, with 95% intervals over examples", ""]
     lines += _head(comparison, "gain on")
     for rival in comparison.cells:
@@ -92,7 +92,7 @@ def _row(comparison: Measured, method: str, key: str) -> str:
 
 
 def _positions(comparison: Measured) -> list[str]:
-    """Return the line that says which position ids the tokens that stay have under each method."""
+    """Return the line about the position ids of kept tokens under each method."""
     meanings = {"original": "as in the full sequence", "reindex": "renumbered without gaps"}
     rows = {name: policy for name, policy in comparison.positions.items() if name in comparison.cells}
     shown = []
@@ -104,7 +104,7 @@ def _positions(comparison: Measured) -> list[str]:
 
 
 def _costs(comparison: Measured) -> list[str]:
-    """Return the table of methods that do not simply keep what the budget allows."""
+    """Return the table of methods whose token numbers differ from the budget."""
     lines = []
     for method, row in comparison.cells.items():
         shown = []
@@ -124,7 +124,7 @@ def _costs(comparison: Measured) -> list[str]:
 
 
 def _training(comparison: Measured) -> list[str]:
-    """Return the table of what training took."""
+    """Return the table of training costs."""
     title = "**What training took**: seconds, on the machine it ran on, and forward passes of the language model"
     lines = ["", title, "", "| method | seconds | forwards |", "|---|--:|--:|"]
     for name, row in comparison.training.items():

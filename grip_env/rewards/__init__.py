@@ -1,1 +1,1 @@
-"""What a selection is worth: rewards and their sums, as objects and as text."""
+"""Rewards of selections, and sums of them, as objects and as text."""

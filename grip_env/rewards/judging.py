@@ -1,4 +1,4 @@
-"""From selections to rewards: ask the frozen model, and judge what it says."""
+"""Computation of rewards of selections from the scores of the frozen model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def full_scores(vlm: FrozenVLM, encoded: Encoded, first_token: bool = False) -> 
     Args:
         vlm: The frozen model.
         encoded: The examples.
-        first_token: Fill in ``first_token`` of the scores, (B, 1, V), which agreement is measured against.
+        first_token: Also return ``first_token`` of the scores, (B, 1, V), the reference for agreement.
     """
     return vlm.score(encoded, encoded.full_selection(), first_token=first_token)
 
 
 @dataclass(frozen=True)
 class RewardScorer:
-    """A frozen model and the reward of its scores: what environments, searches and trainers ask about selections.
+    """Frozen model and reward, with which environments, searches and trainers judge selections.
 
-    A reward such as "agreement" compares each selection with the full image, which the model must have read before.
-    This class knows what to ask for then; without it every caller has to.
+    A reward such as "agreement" compares each selection with the full image, which must be scored first. This class
+    requests the right scores for the reward, so that callers need not.
     """
 
     vlm: FrozenVLM
@@ -40,21 +40,24 @@ class RewardScorer:
 
     @property
     def agreement(self) -> bool:
-        """Whether the reward compares first tokens' distributions with those of the full image."""
+        """True if the reward compares first-token distributions with those of the full image."""
         return needs_agreement(self.reward)
 
     def full(self, encoded: Encoded) -> Scores:
-        """Return the scores of B examples with every token kept, (B, 1): what :meth:`score` and :meth:`judge` take."""
+        """Return the scores of B examples with every token kept, fields of shape (B, 1).
+
+        They are the ``full`` of :meth:`score` and :meth:`judge`.
+        """
         return full_scores(self.vlm, encoded, self.agreement)
 
     def score(self, encoded: Encoded, selections: torch.Tensor, full: Scores | None = None) -> Scores:
-        """Return the scores of selections, bool (B, G, N), fields of shape (B, G).
+        """Return the scores of selections, with fields of shape (B, G).
 
         Args:
             encoded: B examples.
-            selections: What the model sees of them.
-            full: Their scores with every token kept; ``None`` where the selections are of every token themselves, so
-                that what others will be compared with is asked for.
+            selections: G selections of each example, bool (B, G, N).
+            full: Their scores with every token kept; ``None`` if the selections themselves are of every token, so that
+                the reference for later comparisons is computed.
         """
         return self.vlm.score(
             encoded,
@@ -69,19 +72,19 @@ class RewardScorer:
 
 
 def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> torch.Tensor:
-    """Return the reward of each selection, (B, G), after checking that it is one.
+    """Return the reward of each selection, (B, G), after checking the reward's output.
 
     Args:
-        reward: What is asked.
-        scores: Of the selections.
-        full: With all tokens kept.
-        finite: False lets NaN and infinities through.
+        reward: The reward.
+        scores: Scores of the selections.
+        full: Scores with all tokens kept.
+        finite: If False, NaN and infinities are allowed.
 
-    The reward gets copies (but of ``first_token``, which is large): one that works in place spoils nothing.
+    The reward receives copies (except of ``first_token``, which is large), so it may work in place.
 
     Raises:
-        ValueError: If it is no numbers, or not finite (NonFiniteError), or of another shape: (B, 1), for one, would
-            teach nothing and not fail.
+        ValueError: If the output is not numeric, not finite (NonFiniteError), or has the wrong shape: (B, 1), for
+            example, would not fail but would give every selection the same reward.
     """
     import torch
 
@@ -104,7 +107,7 @@ def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> 
 
 
 def _own(scores: Scores) -> Scores:
-    """Return the same scores with fields of their own, but for the first tokens' distributions."""
+    """Return a copy of the scores that shares only ``first_token``."""
     fields = {
         name: value.clone() for name, value in vars(scores).items() if value is not None and name != "first_token"
     }

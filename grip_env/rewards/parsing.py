@@ -1,6 +1,7 @@
-"""Rewards as text, for command lines and saved configurations: names, sums of names, and where to import one.
+"""Parsing of rewards from text, for command lines and saved configurations.
 
-Nothing is evaluated as Python: a sum is parsed, and only names of rewards, numbers and ``+ - * /`` have a meaning.
+A text is a name, a sum of names, or the location of an object to import. Nothing is evaluated as Python: a sum is
+parsed, and only names of rewards, numbers and ``+ - * /`` are allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from grip_env.rewards.terms import REWARDS, Reward, check_reward
 
 __all__ = ["read_reward", "resolve_reward"]
 
-_LONGEST = 500  # characters; nesting beyond all sense would exhaust the stack
+_LONGEST = 500  # characters; very deep nesting would exhaust the stack
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -29,22 +30,22 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 
 
 def read_reward(text: str) -> Reward:
-    """Return the reward that ``text`` stands for.
+    """Return the reward that ``text`` describes.
 
     Args:
         text: A name in :data:`~grip_env.rewards.terms.REWARDS`; names and numbers with ``+ - * /`` and parentheses; or
-            "package.module:object", with an object that is a reward, or a class or function that makes one when called
+            "package.module:object", where the object is a reward, or a class or function that returns one when called
             without arguments.
 
     Raises:
-        ValueError: If it is none of those, or cannot be imported.
+        ValueError: If the text is none of these, or the object cannot be imported.
 
     >>> read_reward("log_likelihood - 0.1 * kept_fraction")
     AnswerLogLikelihood() - 0.1 * KeptFraction()
     """
     try:
         return _imported(text) if ":" in text else _parsed(text)
-    except Exception as error:  # whatever a module of the user's raises
+    except Exception as error:  # a user-defined module may raise anything
         reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
         raise ValueError(
@@ -59,12 +60,15 @@ def _imported(place: str) -> Reward:
 
 
 def _makes_a_reward(found: Any) -> bool:
-    """Return whether an imported object is a class or takes no arguments, rather than scores and full."""
+    """Return whether an imported object makes a reward, rather than being one.
+
+    It does if it is a class, or takes no arguments instead of ``scores`` and ``full``.
+    """
     if isinstance(found, type):
         return True
     try:
         signature = inspect.signature(found)
-    except (TypeError, ValueError):  # nothing to call, or written in C
+    except (TypeError, ValueError):  # not callable, or written in C
         return False
     return not _takes(signature, None, None) and _takes(signature)
 
@@ -91,7 +95,7 @@ def _parsed(text: str) -> Reward:
 
 
 def _value(node: ast.expr) -> Any:
-    """Return the reward or the number (float) that a node stands for."""
+    """Return the reward or the number (float) that a node represents."""
     if isinstance(node, ast.Name):
         if node.id not in REWARDS:
             raise ValueError(f"there is no reward {node.id!r}")
@@ -106,15 +110,15 @@ def _value(node: ast.expr) -> Any:
 
 
 def resolve_reward(reward: str | Reward) -> Reward:
-    """Return the reward that a text stands for, or the object itself.
+    """Return a reward, given itself or its description as text.
 
     Args:
         reward: An object; one of the names in :data:`REWARDS`; a sum of them, such as "log_likelihood - 0.1 *
-            kept_fraction"; or where to import one of your own, such as "my_package.my_module:my_reward".
+            kept_fraction"; or the location of a user-defined one, such as "my_package.my_module:my_reward".
 
     Raises:
-        ValueError: If the text is none of those.
-        TypeError: If it is neither a text nor an object to call.
+        ValueError: If the text is none of these.
+        TypeError: If it is neither a string nor a callable object.
     """
     if isinstance(reward, str):
         return read_reward(reward)

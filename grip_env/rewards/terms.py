@@ -1,7 +1,7 @@
-"""What a selection is worth: small objects that compare its scores with those of the full image.
+"""Rewards of selections: callables that compare scores with those of the full image.
 
-A reward is any callable ``reward(scores, full) -> tensor (B, G)``; pass one to an environment as ``reward=...``. Those
-below join in sums with each other, with callables of your own and with numbers:
+A reward is any callable ``reward(scores, full) -> tensor (B, G)``; pass one to an environment as ``reward=...``. The
+ones below can be added to each other, to user-defined callables and to numbers:
 
 >>> from grip_env.rewards.parsing import resolve_reward
 >>> reward = 2 * AnswerLogLikelihood() - 0.1 * KeptFraction()
@@ -42,9 +42,10 @@ __all__ = [
 
 @runtime_checkable
 class Reward(Protocol):
-    """Turns scores into rewards; knows nothing of images, budgets or episodes.
+    """Interface of rewards: callables that turn scores into rewards.
 
-    One that reads ``scores.agreement`` has an attribute ``needs_agreement`` that is True; whoever scores looks for it.
+    A reward does not depend on images, budgets or episodes otherwise. If it reads ``scores.agreement``, it has an
+    attribute ``needs_agreement`` that is True, so that agreement is computed.
     """
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
@@ -61,18 +62,18 @@ class Reward(Protocol):
 
 
 def needs_agreement(reward: Reward) -> bool:
-    """Return whether ``reward`` says that it reads ``scores.agreement``; what says nothing does not."""
+    """Return whether ``reward`` declares that it reads ``scores.agreement``; False by default."""
     return bool(getattr(reward, "needs_agreement", False))
 
 
 class ComposableReward(ABC):
-    """A reward with arithmetic: derive from it to give your own the same.
+    """Base class of rewards that support arithmetic.
 
     ``+`` and ``-`` take rewards, plain callables ``reward(scores, full)`` and numbers; ``*`` and ``/`` take a number.
-    Anything else is a TypeError: write a callable for it. What comes out is a :class:`WeightedSum`.
+    Anything else raises TypeError: write a callable for it. The result is a :class:`WeightedSum`.
     """
 
-    __array_ufunc__ = None  # so that NumPy's numbers leave the operators below to us
+    __array_ufunc__ = None  # so that NumPy numbers defer to the operators below
 
     @abstractmethod
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
@@ -80,7 +81,7 @@ class ComposableReward(ABC):
 
     @property
     def needs_agreement(self) -> bool:
-        """Whether the reward reads ``scores.agreement``."""
+        """True if the reward reads ``scores.agreement``."""
         return False
 
     def __add__(self, other: Reward | float) -> ComposableReward:
@@ -109,17 +110,17 @@ class ComposableReward(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WeightedSum(ComposableReward):
-    """A sum of weighted rewards and a constant, in the units of its terms: what arithmetic with rewards makes.
+    """Weighted sum of rewards and a constant, the result of arithmetic with rewards.
 
-    Two are equal that have the same terms and constant, in any order. To weigh a plain callable by itself, write
-    ``WeightedSum(((0.5, my_callable),))``.
+    Sums are equal if they have the same terms, in any order, and the same constant. To weight a single plain callable,
+    write ``WeightedSum(((0.5, my_callable),))``.
 
     Args:
         terms: Weight and reward of each term.
-        constant: Added to their sum.
+        constant: Number added to the sum of the terms.
 
     Raises:
-        TypeError: If a term is no reward.
+        TypeError: If a term is not a reward.
         ValueError: If there is no term, or a number is not finite.
     """
 
@@ -137,11 +138,11 @@ class WeightedSum(ComposableReward):
 
     @property
     def needs_agreement(self) -> bool:
-        """Whether any term reads ``scores.agreement``."""
+        """True if any term reads ``scores.agreement``."""
         return any(needs_agreement(reward) for _, reward in self.terms)
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
-        """Return the sum, (B, G)."""
+        """Return the weighted sum, (B, G)."""
         total: Any = self.constant
         for weight, reward in self.terms:
             total = total + weight * reward(scores, full)
@@ -173,9 +174,9 @@ class WeightedSum(ComposableReward):
 
 @dataclass(frozen=True)
 class AnswerLogLikelihood(ComposableReward):
-    """Mean answer log-likelihood under the selection minus the same with all tokens kept, in nats per token.
+    """Mean answer log-likelihood minus the same with all tokens kept, in nats per token.
 
-    0 means that nothing was lost, above 0 that the answer became likelier than with the whole image.
+    0 means that nothing was lost; above 0, the answer is more likely than with the full image.
     """
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
@@ -185,10 +186,10 @@ class AnswerLogLikelihood(ComposableReward):
 
 @dataclass(frozen=True)
 class AnswerProbability(ComposableReward):
-    """Geometric mean of the answer tokens' probabilities, in [0, 1]: exp of the mean log-likelihood.
+    """Geometric mean of the answer tokens' probabilities, in [0, 1].
 
-    For an answer of one token this is its probability. The full image plays no part, so an example that the
-    model cannot answer pays little whatever is kept.
+    This is exp of the mean log-likelihood; for a one-token answer, its probability. The full image is not used, so
+    rewards are low for an example that the model cannot answer, whatever is kept.
     """
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
@@ -198,7 +199,7 @@ class AnswerProbability(ComposableReward):
 
 @dataclass(frozen=True)
 class ExactMatch(ComposableReward):
-    """1 where greedy decoding gives the answer, 0 elsewhere."""
+    """1 if greedy decoding gives the answer, 0 otherwise."""
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
         """Return 0 or 1, (B, G)."""
@@ -207,50 +208,51 @@ class ExactMatch(ComposableReward):
 
 @dataclass(frozen=True)
 class AgreementWithFull(ComposableReward):
-    """Minus the KL divergence, in nats, from the unpruned model's distribution over the first answer token to that
-    under the selection: -KL(full || selection).
+    """Negative KL divergence, in nats, from the full-image model's first-token distribution.
 
-    0 means that the model is of the same mind as with all tokens kept, whether or not it is right; below 0 otherwise.
-    It needs no labels: no answer text enters it, only what the model expects where its prompt ends. (Examples have an
-    answer all the same, which log-likelihood and accuracy in logs are about. Should a tokenizer join the end of the
-    prompt and the beginning of an answer into one token, then the place is the one before that token.) Where first
-    tokens tell little, as when every answer begins with "the", so does this reward.
+    The reward is -KL(full || selection), where both are the model's distributions over the first answer token. 0 means
+    that the model predicts the same as with all tokens kept, right or wrong; otherwise the reward is negative.
 
-    Needs the full image's distribution, V float32 numbers for each example in memory, with V the size of the
+    No labels are needed: the reward does not use the answer text, only the model's prediction at the end of the prompt.
+    (Examples still have an answer, for the log-likelihood and accuracy in logs. If a tokenizer merges the end of the
+    prompt and the beginning of an answer into one token, the distribution is the one before that token.) If first
+    tokens carry little information, as when every answer begins with "the", neither does this reward.
+
+    It requires the full image's distribution, V float32 numbers for each example in memory, where V is the size of the
     vocabulary; see :meth:`grip_env.FrozenVLM.score`.
     """
 
     @property
     def needs_agreement(self) -> bool:
-        """Whether the reward reads ``scores.agreement``: it does."""
+        """True, as the reward reads ``scores.agreement``."""
         return True
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
         """Return the negative divergence, float32 (B, G).
 
         Raises:
-            ValueError: If it was not computed.
+            ValueError: If agreement was not computed.
         """
         if scores.agreement is None:
             raise ValueError(
-                "these scores have no agreement with the full image: get them by vlm.score(encoded, selection, "
+                "these scores have no agreement with the full image: compute them by vlm.score(encoded, selection, "
                 "reference=full.first_token), with full = vlm.score(encoded, encoded.full_selection(), "
-                "first_token=True); a callable that uses this reward says so by needs_agreement = True"
+                "first_token=True); a callable that uses this reward must set needs_agreement = True"
             )
         return scores.agreement
 
 
 @dataclass(frozen=True)
 class KeptFraction(ComposableReward):
-    """Share of the real visual tokens kept, in [0, 1]; with a negative weight, the price of a token.
+    """Share of the real visual tokens that are kept, in [0, 1].
 
-    It matters where an action decides how many tokens to keep. Where all that are compared keep equally many, as in a
-    group of GRPO, it is a constant.
+    With a negative weight it is a cost per token, which matters if actions decide how many tokens to keep. If all
+    compared selections keep equally many, as in a group of GRPO, it is constant.
     """
 
     def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
         """Return the share, (B, G)."""
-        return scores.kept_fraction
+        return scores.kept
 
 
 REWARDS: dict[str, type[ComposableReward]] = {
@@ -260,11 +262,11 @@ REWARDS: dict[str, type[ComposableReward]] = {
     "agreement": AgreementWithFull,
     "kept_fraction": KeptFraction,
 }
-"""Names that stand for a reward wherever one is expected."""
+"""Reward classes by name; names are accepted wherever a reward is expected."""
 
 
 def check_reward(reward: object) -> Reward:
-    """Return ``reward`` if it is an object to call, or raise TypeError."""
+    """Return ``reward`` if it is a callable object; otherwise raise TypeError."""
     if isinstance(reward, type) or not callable(reward):
         raise TypeError(
             f"expected a reward, an object called as reward(scores, full) such as AnswerLogLikelihood(); got {reward!r}"
@@ -276,7 +278,7 @@ _Parts = tuple[tuple[tuple[float, Any], ...], float]  # terms and constant of a 
 
 
 def _parts(operand: object, factor: float = 1.0) -> _Parts:
-    """Return what ``factor`` times an operand of ``+`` or ``-`` is the sum of."""
+    """Return the terms and constant of ``factor`` times an operand of ``+`` or ``-``."""
     if isinstance(operand, Real):
         return (), factor * float(operand)
     if isinstance(operand, WeightedSum):
@@ -285,7 +287,7 @@ def _parts(operand: object, factor: float = 1.0) -> _Parts:
 
 
 def _combine(*parts: _Parts) -> ComposableReward:
-    """Return the sum of all parts: the reward itself where a single one is left, unweighted."""
+    """Return the sum of all parts, or the reward itself if it is a single unweighted term."""
     terms = tuple(term for terms, _ in parts for term in terms)
     constant = sum(number for _, number in parts)
     if not constant and len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], ComposableReward):
@@ -303,7 +305,7 @@ def _number(number: object, done: str) -> float:
 
 
 def _name(reward: Reward) -> str:
-    """Return how a term is shown; functions by their name, for their repr is an address."""
+    """Return the text of a term; the name for functions, whose repr shows an address."""
     if isinstance(reward, WeightedSum):
         return f"({reward!r})"
     return getattr(reward, "__name__", None) or repr(reward)

@@ -1,1 +1,1 @@
-"""The folder of one run: how it was configured, how far it has come, and what TensorBoard shows of it."""
+"""The folder of a run, with its configuration, its status, and its logs for TensorBoard."""

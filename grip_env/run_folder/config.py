@@ -1,4 +1,4 @@
-"""The configuration of a run: its options, and ``config.json`` read as a file that anybody may have written."""
+"""The configuration of a run: its options, and the checked reading of ``config.json``."""
 
 from __future__ import annotations
 
@@ -17,83 +17,83 @@ __all__ = ["Config", "ModelConfig", "TrainOptions", "consent_needed", "read_run_
 
 @dataclass
 class ModelConfig:
-    """Which frozen vision-language model is used, and how."""
+    """Options of the frozen vision-language model."""
 
     vlm: str = "tiny"
-    """The frozen vision-language model: "tiny" is embedded, anything else is a folder with a saved model."""
+    """The frozen vision-language model: "tiny" (embedded), or the folder of a saved model."""
     device: str = "auto"
-    """Where it runs: "cpu", "cuda", "cuda:1", "mps", ...; auto takes a CUDA device if there is one."""
+    """Device of the model: "cpu", "cuda", "cuda:1", "mps", ...; "auto" takes a CUDA device if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of its weights."""
+    """Precision of the model's weights."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Its implementation of attention."""
+    """Implementation of the model's attention."""
     position_policy: Literal["original", "reindex"] = "original"
-    """Whether kept tokens keep their places in the full sequence, or are counted anew."""
+    """Position ids of the kept tokens: as in the full sequence ("original"), or renumbered without gaps ("reindex")."""
     cache: Path | None = None
-    """Folder where encoded images are kept between runs; several runs may share it."""
+    """Folder that keeps encoded images between runs; several runs may share it."""
     cache_gib: float = 4.0
-    """Size of that folder, in GiB, above which the least recently used images are deleted."""
+    """Largest size of the cache folder, in GiB; beyond it, the least recently used images are deleted."""
 
 
 @dataclass
 class TrainOptions:
-    """What this command alone asks."""
+    """Options of the command ``train`` alone."""
 
     algo: str = "grpo"
     """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, ppo, a2c,
-    maskable-ppo, or your own class, as "package.module:Class"."""
+    maskable-ppo, or a user-defined class as "package.module:Class"."""
     task: Literal["scenes"] = "scenes"
-    """Where images and questions come from."""
+    """The task that provides images and questions."""
     data: Path | None = None
-    """Your own images and questions instead of the task: a .jsonl or .json file, or a saved dataset's folder."""
+    """Your own images and questions instead of a task: a .jsonl or .json file, or the folder of a saved dataset."""
     skip_bad: bool = False
-    """Leave out rows of --data with faults, and list them, instead of stopping."""
+    """Leave out and list rows of --data with faults, instead of stopping."""
     reward: str = "log_likelihood"
-    """What a selection is worth: log_likelihood, probability, exact_match, agreement (with all tokens kept; needs no
-    labels), a sum such as "agreement + 0.5 * exact_match", or your own as "package.module:object"."""
+    """The reward of a selection: log_likelihood, probability, exact_match, agreement (with all tokens kept; needs no
+    labels), a sum such as "agreement + 0.5 * exact_match", or a user-defined one as "package.module:object"."""
     seed: int = 0
-    """Decides weights, examples, budgets and subsets."""
+    """Random seed of weights, examples, budgets and subsets."""
     name: str = ""
-    """Name of the run; made from algorithm, task or data, seed and time when empty."""
+    """Name of the run; if empty, it is made from algorithm, task or data, seed and time."""
     runs: Path = Path("runs")
-    """Where runs are kept."""
+    """Folder of all runs."""
     examples: int = 480
-    """Test examples the final report is measured on; 0 skips the report."""
+    """Number of test examples in the final report; 0 skips the report."""
     picture_every: int = 100
-    """Steps between galleries in TensorBoard and checkpoints."""
+    """Number of steps between checkpoints, and between galleries in TensorBoard."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to PyTorch."""
+    """Number of CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show progress bars."""
     options: Annotated[Any, tyro.conf.Suppress] = None
-    """Hyperparameters of the algorithm, of its class ``Options``; its defaults if ``None``. On the command line they
-    have the algorithm's name, as in --grpo.steps."""
+    """Hyperparameters of the algorithm, an instance of its class ``Options``; its defaults if ``None``. On the command
+    line they are prefixed with the algorithm's name, as in --grpo.steps."""
 
 
 @dataclass
 class Config(ModelConfig, TrainOptions):  # fields of the last base come first
-    """Train an agent to choose visual tokens, and compare it with the baselines on held-out examples."""
+    """Train an agent to select visual tokens, and compare it with baselines on held-out data."""
 
 
 def options_name(algo: str) -> str:
-    """Return under what name an algorithm's hyperparameters are saved, and given on the command line."""
+    """Return the name of an algorithm's hyperparameters in files and on the command line."""
     return "agent" if ":" in algo else algo.replace("-", "_")
 
 
 def read_run_config(folder: Path, options_of: Callable[[str], Any]) -> dict[str, Any]:
-    """Return what ``config.json`` in the folder of a run says, all of which has the types that train writes.
+    """Read ``config.json`` from the folder of a run, and check the types of its values.
 
-    Keys may be missing where they are not needed to load the agent, and there may be others, so that runs of other
-    versions can be read. No code that the file names is imported.
+    So that runs of other versions can be read, keys that are not needed to load the agent may be missing, and there may
+    be additional ones. No code named in the file is imported.
 
     Args:
-        folder: Of the run.
-        options_of: Returns the dataclass of an algorithm's options, by its name, or ``None`` where they are not to be
-            looked at; :func:`agents.training.options.options_of` knows those that come with the package.
+        folder: The folder of the run.
+        options_of: Returns the dataclass of an algorithm's options by its name, or ``None`` to skip their check;
+            :func:`agents.training.options.options_of` covers the algorithms of the package.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not as train writes it; the message names file and key.
+        ValueError: If the file is not as train writes it; the message names the file and the key.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -111,7 +111,7 @@ def read_run_config(folder: Path, options_of: Callable[[str], Any]) -> dict[str,
             check_keys(config, {"skip_bad": bool}, "config.")
             check_keys(saved, {"data": dict}, "")
             check_keys(saved["data"], {"fingerprint": str}, "data.")
-        if "algorithm" in saved:  # where the file of a class of the user's own lay
+        if "algorithm" in saved:  # the folder of a user-defined class
             check_keys(saved, {"algorithm": dict}, "")
             check_keys(saved["algorithm"], {"folder": str}, "algorithm.")
         key = options_name(config["algo"])
@@ -127,7 +127,7 @@ def read_run_config(folder: Path, options_of: Callable[[str], Any]) -> dict[str,
 
 
 def consent_needed(folder: Path, saved: Mapping[str, Any]) -> str:
-    """Return the beginning of a refusal to load the agent of a run whose class is in no package that is known."""
+    """Return the beginning of the refusal to load an agent that needs user-defined code."""
     place = saved.get("algorithm", {}).get("folder")
     lay = "" if place is None else f" (in {place} when it was trained)"
     return f"the agent in {folder} needs the code of {saved['config']['algo']}{lay}, which would be run"

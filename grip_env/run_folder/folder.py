@@ -1,4 +1,4 @@
-"""Where one run keeps its configuration, metrics, checkpoints and report."""
+"""The folder with the configuration, metrics, checkpoints and report of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["RunFolder", "free_folder", "make_folder", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions a result depends on."""
+    """Return the versions of the software that results depend on."""
     names = ("grip-env", "torch", "transformers", "gymnasium", "numpy", "pillow", "tokenizers", "safetensors")
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in names:
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder if it is not there, or stop with one line; returns it."""
+    """Create a folder unless it exists, and return it; raise CommandError on failure."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -41,14 +41,14 @@ def make_folder(path: Path) -> Path:
 
 
 class RunFolder:
-    """Where one run keeps its configuration, metrics, checkpoints and report.
+    """The folder with the configuration, metrics, checkpoints and report of a run.
 
     Args:
-        path: The folder; it must not hold another run.
-        unique: Take another name, with a number at its end, if there is one.
+        path: The folder; it must be empty or not exist.
+        unique: If the folder is taken, append a number to its name instead of failing.
 
     Raises:
-        CommandError: If there is one, or the folder cannot be made.
+        CommandError: If the folder is taken, or cannot be created.
     """
 
     def __init__(self, path: Path, unique: bool = False) -> None:
@@ -60,10 +60,13 @@ class RunFolder:
             self.path = path.with_name(f"{path.name}-{count}")
         self._config = ""
         self.status = RunStatus()
-        """How far it has come; :meth:`keep` writes it."""
+        """Status of the run; :meth:`keep` and :meth:`write_status` write it."""
 
     def _claim(self) -> bool:
-        """Make the folder, unless it has something in it; of several that try at once, one does."""
+        """Create the folder, and return whether it is ours.
+
+        It is not if it has content; of several processes that try at the same time, only one succeeds.
+        """
         if not free_folder(self.path):
             return False
         make_folder(self.path)
@@ -79,7 +82,7 @@ class RunFolder:
         return True
 
     def write_config(self, config: Mapping[str, Any], **more: Any) -> None:
-        """Write ``config.json``: the full configuration, the command line, versions, and anything else given."""
+        """Write ``config.json``: the configuration, the command line, versions, and ``more``."""
         import torch
 
         content = {
@@ -93,14 +96,14 @@ class RunFolder:
         write_atomically(self.path / "config.json", self._config, durable=True)
 
     def keep(self, agent: Saves, status: RunStatus, part: str = "agent") -> None:
-        """Save an agent in the folder ``part``, whole or not at all, and how far the run has come with it.
+        """Save an agent atomically in the folder ``part``, with the status if it is "agent".
 
-        A folder that has vanished meanwhile is made anew, with its ``config.json``.
+        If the folder of the run has vanished, it is created again with its ``config.json``.
         """
         if not (self.path / "config.json").is_file():
             write_atomically(self.path / "config.json", self._config, durable=True)
         new = self.path / f"{part}.new"
-        remove(new)  # of an attempt that failed
+        remove(new)  # left by a failed attempt
         agent.save(new)
         if not new.exists():  # there was nothing to save
             new.mkdir()
@@ -109,12 +112,12 @@ class RunFolder:
             self.write_status(status)
 
     def write_status(self, status: RunStatus) -> None:
-        """Write how far the run has come."""
+        """Write the status of the run."""
         status.write(self.path)
         self.status = status
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """Append a row to ``{phase}.csv``; a phase always logs the same values."""
+        """Append a row to ``{phase}.csv``; the values of a phase always have the same names."""
         path = self.path / f"{phase}.csv"
         fresh = not path.exists()
         with path.open("a", newline="") as file:
@@ -125,15 +128,19 @@ class RunFolder:
 
 
 class Saves(Protocol):
-    """Anything that writes itself into a folder."""
+    """An object that saves itself into a folder."""
 
     def save(self, folder: Path) -> None:
-        """Do so."""
+        """Save it into ``folder``."""
         ...
 
 
 def free_folder(path: Path) -> bool:
-    """Return whether a folder could be made here, or is there with nothing in it; stop with one line on a bad path."""
+    """Return whether a path is free: it does not exist, or is an empty folder.
+
+    Raises:
+        CommandError: If the path cannot be examined.
+    """
     try:
         return not path.exists() or (path.is_dir() and not any(path.iterdir()))
     except (OSError, ValueError) as error:

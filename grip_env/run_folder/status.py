@@ -1,4 +1,4 @@
-"""How far a run has come: what ``status.json`` in its folder says, and what tables and notes say of it."""
+"""The status of a run: its file ``status.json``, and its description in tables and notes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ STATES = ("running", "interrupted", "failed", "done")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The state of a run, and how much training its saved agent has had."""
+    """The state of a run, and the amount of training of its saved agent."""
 
     state: str = "running"
-    """"running", also after a kill that left no time to say so; "interrupted" by a signal; "failed" with an error;
-    "done"; or "unknown", where the file is damaged."""
+    """State of the run: "running" (also after a kill), "interrupted" by a signal, "failed" with an error, "done", or
+    "unknown" if the file is damaged."""
     phase: str = ""
-    """The phase of training that the saved agent comes from; empty while it has its initial weights."""
+    """Training phase of the saved agent; empty while it has its initial weights."""
     step: int = 0
-    """Steps of that phase that it has had."""
+    """Number of steps of that phase that the agent has had."""
     steps: int | None = None
-    """Steps of the whole phase, if known."""
+    """Number of steps of the whole phase, if known."""
     reason: str = ""
-    """What stopped the run, if it was stopped."""
+    """Reason for which the run was stopped, if it was."""
 
     @property
     def trained(self) -> str:
-        """How much training the saved agent has had, in words."""
+        """Amount of training of the saved agent, in words."""
         if self.state == "unknown":
-            return "untold training"
+            return "an unknown amount of training"
         if not self.phase:
             return "untrained"
         phase = "the warm-up" if self.phase == "warmup" else self.phase
@@ -43,7 +43,7 @@ class RunStatus:
 
     @property
     def mark(self) -> str:
-        """What tables add to the name of an agent of such a run; nothing to that of one that is done."""
+        """Addition to the name of the agent in tables; empty if the run is done."""
         if self.state == "done":
             return ""
         state = {"running": "unfinished"}.get(self.state, self.state)
@@ -52,11 +52,11 @@ class RunStatus:
         return f"{state}, {self.trained}" if not self.phase else f"{state} at {self.trained}"
 
     def describe(self) -> str | None:
-        """Return a sentence about a run that is not done, ``None`` for one that is."""
+        """Return a sentence about a run that is not done, or ``None`` if it is done."""
         if self.state == "done":
             return None
         if self.state == "unknown":
-            return f"{FILE} is damaged, so nobody knows whether it has finished"
+            return f"{FILE} is damaged, so it is unknown whether the run has finished"
         agent = "its agent is untrained" if not self.phase else f"its agent is that of {self.trained}"
         what = {
             "running": "it has not finished: it is still training, or was killed",
@@ -66,12 +66,12 @@ class RunStatus:
         return f"{what}{f' ({self.reason})' if self.reason else ''}; {agent}"
 
     def write(self, run: Path) -> None:
-        """Write it into the folder of a run."""
+        """Write the status into the folder of a run."""
         write_atomically(run / FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n", durable=True)
 
 
 def read_status(run: Path) -> RunStatus | None:
-    """Return how far the run in a folder has come; ``None`` for runs made before there were such files."""
+    """Return the status of the run in a folder, or ``None`` for old runs without a status file."""
     try:
         found = RunStatus(**json.loads((run / FILE).read_text(encoding="utf-8")))
         texts = (found.state, found.phase, found.reason)
@@ -88,7 +88,11 @@ def read_status(run: Path) -> RunStatus | None:
 
 
 def unfinished(folder: Path) -> str | None:
-    """Return a sentence about a folder, of a run or of its agent, whose training has not finished; else ``None``."""
+    """Return a sentence about an unfinished run, or ``None`` if it has finished.
+
+    Args:
+        folder: The folder of the run, or of its agent.
+    """
     run = folder if (folder / FILE).exists() or folder.name != "agent" else folder.parent
     status = read_status(run)
     described = None if status is None else status.describe()

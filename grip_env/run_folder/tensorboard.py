@@ -1,4 +1,7 @@
-"""TensorBoard: curves and pictures of a training. Its background thread can neither hang a program nor talk into it."""
+"""Curves and pictures for TensorBoard.
+
+The background thread of the writer can neither hang the program nor print errors of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ import numpy as np
 __all__ = ["Board"]
 
 PATIENCE = 3.0
-"""Seconds that closing may take: on a full or vanished disk the writer might wait for ever."""
+"""Longest time to close the writer, in seconds; on a full or vanished disk it might never finish."""
 
 
 class Board:
-    """Writes an event file for TensorBoard into a folder, as a context.
+    """A context manager that writes an event file for TensorBoard.
 
     Args:
-        folder: Where.
+        folder: The folder of the event file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +34,7 @@ class Board:
         threading.excepthook = self._report
 
     def _report(self, failure: Any) -> None:
-        """Keep quiet about the writer's thread: its error comes again in the thread that writes."""
+        """Ignore errors of the writer's thread, which are raised again in the calling thread."""
         if type(failure.thread).__name__ != "_AsyncWriterThread":
             self._hook(failure)
 

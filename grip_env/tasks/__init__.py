@@ -13,11 +13,10 @@ __all__ = ["load_task"]
 
 
 def load_task(task: Task | str | PathLike[str]) -> Task:
-    """Return the task of that name, the one on the data at that path, or ``task`` itself if it is neither.
+    """Return a task by its name or by the path of its data; return task objects unchanged.
 
     Raises:
-        ValueError: If there is no such task, or there are faults in the data
-            (:class:`~grip_env.tasks.files.DataError`).
+        ValueError: If there is no such task, or the data have faults (:class:`~grip_env.tasks.files.DataError`).
     """
     if not isinstance(task, str | PathLike):
         return task

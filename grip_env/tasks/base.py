@@ -1,4 +1,4 @@
-"""What a task hands to the rest of the project: examples, deterministic in (split, index)."""
+"""The interface of tasks, and their examples, which are deterministic in (split, index)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Example:
         image: RGB picture, uint8, shape (height, width, 3).
         question: The question, without any prompt around it.
         answer: The expected answer, without leading or trailing white space.
-        family: Which kind of question this is ("colour", "counting", ...); results are reported per family.
-        relevance: Where known, how much each cell of a (rows, columns) grid laid over the image matters for
-            the answer: float32 in [0, 1], 0 for cells that do not. Larger values should be kept first when
-            the budget is smaller than the set. ``None`` where there is no ground truth.
-        key: A name for the example that is unique within its task, for logs.
+        family: Kind of question ("colour", "counting", ...); results are reported per family.
+        relevance: Relevance to the answer of each cell of a (rows, columns) grid laid over the image: float32 in
+            [0, 1], 0 for irrelevant cells. When the budget is smaller than the set of relevant cells, larger values
+            should be kept first. ``None`` where there is no ground truth.
+        key: Name of the example for logs, unique within its task.
     """
 
     image: np.ndarray
@@ -53,8 +53,8 @@ class Example:
 class Task(Protocol):
     """A source of examples.
 
-    ``example(split, index)`` always returns the same example for the same arguments, and no example of one
-    split is an example of another.
+    ``example(split, index)`` always returns the same example for the same arguments, and splits share no
+    examples.
     """
 
     @property
@@ -64,11 +64,11 @@ class Task(Protocol):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits, such as ("train", "validation", "test")."""
+        """Names of the splits, such as ("train", "validation", "test")."""
         ...
 
     def size(self, split: str) -> int:
-        """Return how many examples ``split`` has."""
+        """Return the number of examples in ``split``."""
         ...
 
     def example(self, split: str, index: int) -> Example:
@@ -77,7 +77,7 @@ class Task(Protocol):
 
 
 def check_index(task: Task, split: str, index: int) -> None:
-    """Raise a clear error unless ``split`` and ``index`` name an example of ``task``."""
+    """Raise ValueError or IndexError unless ``task`` has example ``index`` of ``split``."""
     if split not in task.splits:
         raise ValueError(f"unknown split {split!r} of task {task.name!r}: choose one of {', '.join(task.splits)}")
     size = task.size(split)

@@ -1,4 +1,7 @@
-"""The task on your own data: questions about images in a file or folder, checked before the first is asked."""
+"""A task on user-provided data: questions about images, read from a file or folder.
+
+All data are checked before the first example is drawn.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Fault:
     """Something wrong with a row."""
 
     place: str
-    """Where the row is, such as "pets.jsonl:3"."""
+    """Location of the row, such as "pets.jsonl:3"."""
     message: str
 
     def __str__(self) -> str:
@@ -31,7 +34,10 @@ class Fault:
 
 
 class DataError(ValueError):
-    """Data that cannot be used; ``faults`` holds every fault of every row, the message the first of them."""
+    """Error for data that cannot be used.
+
+    ``faults`` holds every fault of every row; the message lists them.
+    """
 
     def __init__(self, message: str, faults: tuple[Fault, ...] = ()) -> None:
         super().__init__(message)
@@ -39,7 +45,7 @@ class DataError(ValueError):
 
 
 def summary(faults: tuple[Fault, ...]) -> str:
-    """Return a line for each fault."""
+    """Return one line of text per fault."""
     return "\n".join(f"  {fault}" for fault in faults)
 
 
@@ -55,13 +61,13 @@ class _Record:
     """Digest of the image."""
 
     def order(self) -> bytes:
-        """Return what the place within the split depends on: everything but where the record was read."""
+        """Return the sort key within the split: a digest of all but the record's location."""
         texts = (self.question, self.answer, self.family, self.split)
         return hashlib.blake2b(self.contents + repr(texts).encode(), digest_size=16).digest()
 
 
 class _Source(Protocol):
-    """Where rows and their images come from."""
+    """A source of rows and their images."""
 
     def rows(self) -> Iterator[Row]: ...
 
@@ -82,45 +88,46 @@ class _JsonFile:
 class FileTask:
     """Your own images, questions and answers.
 
-    Everything is read, checked and decoded once when the task is made; ``example`` decodes an image again when it is
-    asked for, so that memory holds the texts alone.
+    The data are read, checked and decoded once when the task is created. ``example`` decodes its image again, so that
+    only the texts stay in memory.
 
-    **Formats.** A ``.jsonl`` file has a JSON object per line; a ``.json`` file too, or one list of them; a folder is
-    what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` of Hugging Face's ``datasets`` wrote. A row has
-    "image", "question" and "answer", or "image" and "conversations" as LLaVA's files do: each pair of turns ("human",
-    "gpt") is a question and its answer, asked alone. One ``<image>`` in the first question is dropped; other markers do
-    not fit a row's one image and are a fault. "image" may be a list of one. "family" (reported apart) and "split"
-    may be there as well, other keys are not looked at. Texts must be strings: a number would lose how it was written.
-    Paths are relative to the folder of the data file, and lead to files inside it.
+    **Formats.** A ``.jsonl`` file holds one JSON object per line; a ``.json`` file does too, or holds one list of
+    objects; a folder is the output of ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` of Hugging Face's
+    ``datasets``. A row has "image", "question" and "answer", or "image" and "conversations" as in LLaVA's files: each
+    pair of turns ("human", "gpt") becomes a question and its answer, asked without the other turns. One ``<image>`` in
+    the first question is removed; any other marker is a fault, since a row has one image. "image" may be a list with
+    one item. "family" (results are reported per family) and "split" are optional; other keys are ignored. Texts must be
+    strings: a number would lose its notation. Paths are relative to the folder of the data file and must stay inside
+    it.
 
-    **Images.** PNG, JPEG, WebP, GIF, BMP and TIFF, told by contents. They are turned upright as EXIF says, put on
-    white where transparent, and reduced to eight bits; of several frames the first is taken.
+    **Images.** PNG, JPEG, WebP, GIF, BMP and TIFF, recognised by content. Images are rotated as EXIF says, put on white
+    where transparent, and reduced to eight bits per channel; only the first of several frames is used.
 
-    **Splits.** The decoded pixels of an image decide whether it is in train (80%), validation (10%) or test (10%), so
-    that all questions about it, also under another file name, are in one split, whatever else there is and in
-    whatever order. Where a row has "split", that holds for all rows with the same image. A ``DatasetDict`` with
-    several datasets brings its own splits. Few images can leave a split empty. Within a split the order depends on
-    contents alone and is as good as shuffled, so that the first examples are a fair sample. JPEG decoders may differ
-    in the last bit between versions of Pillow, which moves a JPEG image at random; "split" pins it.
+    **Splits.** The decoded pixels of an image decide whether it is in train (80%), validation (10%) or test (10%). All
+    questions about an image, even under another file name, are thus in one split, regardless of the other rows and of
+    their order. A "split" in one row applies to all rows with the same image. A ``DatasetDict`` with several datasets
+    defines its own splits. With few images a split may be empty. The order within a split depends on the contents alone
+    and is as good as shuffled, so that the first examples are a fair sample. JPEG decoders may differ in the last bit
+    between versions of Pillow, which moves a JPEG image to a random split; "split" pins it.
 
     Args:
         path: The file or folder.
-        skip_bad: Leave out rows with faults, which ``skipped`` then lists, instead of refusing the data. A row is left
-            out as a whole, with all its turns.
+        skip_bad: Leave out rows with faults instead of rejecting the data; ``skipped`` lists their faults. A row is
+            left out as a whole, with all its turns.
         max_row_bytes: Longest line, or item of a list, that is parsed.
-        max_pixels: Most pixels an image may have. Pillow's own limit holds as well.
-        max_side: Pictures with a longer side are shrunk when an example is made; ``None`` leaves them as they are. A
-            model shrinks what it is given to its own ``max_side``, which is as long by default.
+        max_pixels: Largest number of pixels of an image. Pillow's own limit applies as well.
+        max_side: Images with a longer side are shrunk when an example is drawn; ``None`` keeps their size. A model
+            shrinks its input to its own ``max_side``, which has the same default.
         progress: Show a progress bar when checking takes more than two seconds.
 
     Attributes:
-        name: What the file or folder is called, without its suffix.
+        name: Name of the file or folder, without its suffix.
         skipped: Faults of the rows that were left out.
-        fingerprint: Changes with anything in any example; rows in another order leave it as it is.
+        fingerprint: Digest of the contents of all examples; it does not depend on the order of the rows.
 
     Raises:
-        DataError: If the data cannot be read, or rows have faults; the message shows twenty of them, ``faults`` has
-            all. ``example`` raises it when an image is not what it was when it was checked.
+        DataError: If the data cannot be read, or rows have faults; the message and ``faults`` list all of them.
+            ``example`` raises it if an image has changed since it was checked.
     """
 
     splits = SPLITS
@@ -147,7 +154,7 @@ class FileTask:
         self._arrange(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileTask:
-        return self  # nothing in it changes, and gymnasium.make copies its arguments
+        return self  # it is immutable, and gymnasium.make copies its arguments
 
     # -- checking --------------------------------------------------------------------------------------------
 
@@ -182,8 +189,8 @@ class FileTask:
         self.skipped = tuple(faults)
         bad = f"{len(faults)} fault{'s' * (len(faults) != 1)}"
         if faults and (stop or not skip_bad):
-            way = "mend these rows, or leave them out with --skip-bad (in Python: skip_bad=True)"
-            way = "mend the file: nothing after the last of these can be read" if stop else way
+            way = "fix these rows, or leave them out with --skip-bad (in Python: skip_bad=True)"
+            way = "fix the file: nothing after the last of these can be read" if stop else way
             raise DataError(f"{self.path} has {bad}:\n{summary(self.skipped)}\n{way}", self.skipped)
         if not good:
             told = f"no row without a fault:\n{summary(self.skipped)}" if count else "no rows: it is empty"
@@ -195,14 +202,15 @@ class FileTask:
         self.fingerprint = hashlib.blake2b(b"".join(map(_Record.order, records)), digest_size=16).hexdigest()
 
     def check_texts(self, check: Callable[[str], None], skip_bad: bool = False) -> None:
-        """Check questions and answers against a model, before the first is asked.
+        """Check all questions and answers against a model.
 
         Args:
-            check: Raises a ValueError for a text the model cannot be given; the message goes on from the text's name.
-            skip_bad: Leave out the questions with faults, which ``skipped`` then lists, too.
+            check: Raises a ValueError for a text that the model cannot process; the message continues a sentence that
+                begins with the name of the text.
+            skip_bad: Leave out questions with faults, and add the faults to ``skipped``.
 
         Raises:
-            DataError: If there are faults, as when the task was made.
+            DataError: If there are faults that are not skipped, or no question is left.
         """
         good: list[_Record] = []
         faults: list[Fault] = []
@@ -217,7 +225,7 @@ class FileTask:
                 good.append(record)
         if faults and not (skip_bad and good):
             many = f"{len(faults)} fault{'s' * (len(faults) != 1)}"
-            way = "mend these rows, or leave them out with --skip-bad (in Python: skip_bad=True)"
+            way = "fix these rows, or leave them out with --skip-bad (in Python: skip_bad=True)"
             raise DataError(f"{self.path} has {many}:\n{summary(tuple(faults))}\n{way}", tuple(faults))
         if faults:
             self.skipped += tuple(faults)
@@ -240,7 +248,7 @@ class FileTask:
     # -- the task --------------------------------------------------------------------------------------------
 
     def size(self, split: str) -> int:
-        """Return how many examples ``split`` has."""
+        """Return the number of examples in ``split``."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r} of task {self.name!r}: choose one of {', '.join(SPLITS)}")
         return len(self._splits[split])
@@ -249,7 +257,7 @@ class FileTask:
         """Return example ``index`` of ``split``.
 
         Raises:
-            DataError: If its image has changed since it was checked.
+            DataError: If the image has changed since it was checked.
         """
         check_index(self, split, index)
         record = self._splits[split][index]
@@ -268,7 +276,7 @@ class FileTask:
         )
 
     def describe(self) -> str:
-        """Return in one line how much there is."""
+        """Return a line with the numbers of questions and images, and the size of each split."""
         images = len({record.contents for records in self._splits.values() for record in records})
         sizes = ", ".join(f"{split} {len(records)}" for split, records in self._splits.items())
         total = sum(map(len, self._splits.values()))
@@ -276,7 +284,10 @@ class FileTask:
 
 
 def _place(path: Path) -> Path:
-    """Return the path without links but for the last part: images lie beside where the user says the file is."""
+    """Resolve the links of a path, except in the last part of the path of a file.
+
+    Images are looked up beside the data file as the user names it, even if that name is a link.
+    """
     try:
         path = path.expanduser().absolute()
         return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
@@ -285,7 +296,7 @@ def _place(path: Path) -> Path:
 
 
 def _source(path: Path, limit: int) -> _Source:
-    """Return what reads ``path``, once it is known to be there and of a known format."""
+    """Return the reader of ``path``, after checking that it exists in a supported format."""
     formats = "expected a .jsonl file, a .json file, or a folder that save_to_disk of Hugging Face's datasets wrote"
     try:
         mode = path.stat().st_mode

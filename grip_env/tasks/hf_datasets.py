@@ -1,4 +1,7 @@
-"""Reading the rows of a Hugging Face dataset that ``save_to_disk`` wrote; needs the package ``datasets``."""
+"""Reading the rows of Hugging Face datasets written by ``save_to_disk``.
+
+This needs the package ``datasets``.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ _TEXTS = ("question", "answer", "conversations", "family", "split")
 
 
 class SavedDataset:
-    """A dataset, or several by the name of their split, in one folder.
+    """A saved dataset, or several named by their splits, in one folder.
 
     Args:
-        folder: What ``save_to_disk`` wrote.
+        folder: The folder that ``save_to_disk`` wrote.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the folder cannot be read, or columns are missing.
         ImportError: If ``datasets`` is missing.
     """
 
@@ -32,7 +35,7 @@ class SavedDataset:
             _check_columns(f"{folder.name}[{name}]" if name else folder.name, part.features)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_parts": None}  # copies open the files anew
+        return vars(self) | {"_parts": None}  # copies reopen the files
 
     def _open(self) -> dict[str, Any]:
         if self._parts is None:
@@ -45,13 +48,13 @@ class SavedDataset:
                 ) from None
             try:
                 found = datasets.load_from_disk(str(self.folder))
-            except Exception as error:  # whatever comes of a damaged file
+            except Exception as error:  # damaged files raise all sorts of errors
                 raise ValueError(_unreadable(self.folder, error)) from None
             parts = dict(found) if isinstance(found, dict) else {"": found}
             for name, part in parts.items():
                 part = part.with_format(None)
                 if isinstance(part.features.get("image"), datasets.Image):
-                    # the checks of grip_env decode, not the library's
+                    # grip_env decodes images itself, with its own checks
                     part = part.cast_column("image", datasets.Image(decode=False))
                 parts[name] = part
             self._parts = parts
@@ -60,7 +63,7 @@ class SavedDataset:
     def rows(self) -> Iterator[Row]:
         """Read and check every row, without its image.
 
-        Where there are several datasets, their names are the splits of their rows.
+        If there are several datasets, their names are the splits of their rows.
         """
         parts = self._open()
         for name, part in parts.items():
@@ -78,10 +81,10 @@ class SavedDataset:
                 raise ValueError(_unreadable(self.folder, error)) from None
 
     def picture(self, image: str | tuple[str, int]) -> Path | bytes:
-        """Return where the image of a row is, or its contents.
+        """Return the path of the image of a row, or the contents of its file.
 
         Raises:
-            PictureError: If there is none, or it is outside the folder.
+            PictureError: If the image is missing, or its path leads out of the folder.
         """
         if isinstance(image, str):
             return locate(self.folder, image)
@@ -109,7 +112,7 @@ def _keeps_images(features: Any) -> bool:
 
 
 def _check_columns(place: str, features: Any) -> None:
-    """Raise a ValueError unless the columns are those of rows."""
+    """Raise ValueError unless the dataset has the columns of a row, and images or paths."""
     wanted = ("image", "conversations") if "conversations" in features else ("image", "question", "answer")
     missing = [key for key in wanted if key not in features]
     if missing:

@@ -1,4 +1,4 @@
-"""Reading the rows of JSON files one after the other, in little memory, whatever is wrong with them."""
+"""Reading the rows of JSON files one by one, in little memory, even from malformed files."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from grip_env.tasks.rows import Row, to_row
 __all__ = ["read_lines", "read_list"]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_MARKS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)  # with each backslash comes what it escapes
+_MARKS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)  # a backslash is matched with the character it escapes
 _DEPTH = {"{": 1, "[": 1, "}": -1, "]": -1}
 _SEPARATOR = re.compile(r"[ \t\r\n,\]}]")
 
 
 class _Parser:
-    """JSON that notes keys that are there twice, of which Python's own parser takes the last."""
+    """A JSON parser that records duplicate keys.
+
+    Python's own parser silently takes the last value of such a key.
+    """
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        # rows hold no numbers, and int takes quadratic time on long ones
+        # rows need no integers, and int takes quadratic time on long ones
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=float)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                self.notes.append(f"the key {shown(key, 40)} is there twice: which is meant?")
+                self.notes.append(f"the key {shown(key, 40)} appears twice: keep one of them")
             found[key] = value
         return found
 
     def parse(self, text: str, start: int) -> tuple[Any, int]:
-        """Return the value that begins at ``start``, and where it ends.
+        """Return the value that begins at ``start``, and the index of its end.
 
         Raises:
-            ValueError: If it is no JSON; JSONDecodeError where the place is known.
+            ValueError: If the text is not JSON; a JSONDecodeError where the position is known.
         """
         self.notes = []
         try:
@@ -53,16 +56,16 @@ def _too_long(what: str, limit: int) -> str:
 
 
 def read_lines(path: Path, limit: int) -> Iterator[Row]:
-    """Read a file with one JSON object per line; blank lines are no rows.
+    """Read a file with one JSON object per line, skipping blank lines.
 
     Args:
-        path: The file, UTF-8.
-        limit: Most bytes of a line; what is longer is never held in memory.
+        path: The file, in UTF-8.
+        limit: Largest number of bytes of a line; longer lines are faults and never held in memory.
     """
     parser = _Parser()
     with path.open("rb") as file:
         number, begun = 0, False
-        while line := file.readline(limit + 2):  # with room for both bytes that may end it
+        while line := file.readline(limit + 2):  # with room for the two bytes of a line end
             number += 1
             place, body = f"{path.name}:{number}", line.rstrip(b"\r\n")
             if len(body) > limit:
@@ -96,7 +99,7 @@ def _parse_line(parser: _Parser, text: str, place: str) -> Row:
         if end < len(text):
             raise json.JSONDecodeError("more after the end of the row", text, end)
     except json.JSONDecodeError as error:
-        return Row(place, faults=[f"is no JSON: {_said(error)} in column {error.pos + 1}"])
+        return Row(place, faults=[f"is not JSON: {_said(error)} in column {error.pos + 1}"])
     except ValueError as error:
         return Row(place, faults=[str(error)])
     return to_row(value, place, parser.notes)
@@ -107,7 +110,10 @@ def _said(error: json.JSONDecodeError) -> str:
 
 
 class _Window:
-    """A text file of which only the next ``size`` characters (or a few times as many) are in memory."""
+    """A text file of which only a window is in memory.
+
+    The window holds the next ``size`` characters, or a few times as many.
+    """
 
     def __init__(self, file: TextIO, size: int) -> None:
         self._file, self._size = file, size
@@ -115,7 +121,7 @@ class _Window:
         self.move(0)
 
     def move(self, end: int) -> None:
-        """Go on to ``end``, an index into ``text``; afterwards ``at`` is where the rest begins."""
+        """Advance to ``end``, an index into ``text``; afterwards, ``at`` is the index of the rest."""
         self.line += self.text.count("\n", self.at, end)
         self.at = end
         if not self.ended and len(self.text) - self.at < self._size:
@@ -124,7 +130,7 @@ class _Window:
             self.text, self.at = self.text[self.at :] + more, 0
 
     def peek(self) -> str:
-        """Go on to the next character that is no white space and return it, or "" at the end of the file."""
+        """Skip white space and return the next character, or "" at the end of the file."""
         while True:
             found = _SPACE.match(self.text, self.at)
             self.move(found.end() if found else self.at)
@@ -134,7 +140,7 @@ class _Window:
                 return ""
 
     def skip_value(self) -> None:
-        """Go on to the end of a value that is not parsed, by its brackets and quotes."""
+        """Skip a value without parsing it, by its brackets and quotes."""
         if self.text[self.at : self.at + 1] not in ("{", "[", '"'):
             self._skip_to_separator()
             return
@@ -152,7 +158,7 @@ class _Window:
             if self.ended:
                 self.move(len(self.text))
                 return
-            half = mark is not None and mark[0] == "\\"  # what it escapes is not in memory yet
+            half = mark is not None and mark[0] == "\\"  # the escaped character is not in memory yet
             self.move(len(self.text) - half)
 
     def _skip_to_separator(self) -> None:
@@ -162,11 +168,14 @@ class _Window:
 
 
 def read_list(path: Path, limit: int) -> Iterator[Row]:
-    """Read a file with one JSON list of objects, item by item; places tell the line an item begins on.
+    """Read a file with one JSON list of objects, item by item.
+
+    The place of a row names the line on which its item begins. A file with one object per line is read as by
+    :func:`read_lines`.
 
     Args:
-        path: The file, UTF-8.
-        limit: Most characters of an item.
+        path: The file, in UTF-8.
+        limit: Largest number of characters of an item.
     """
     parser = _Parser()
     # surrogateescape, so that one bad byte spoils one item and not the file
@@ -178,7 +187,7 @@ def read_list(path: Path, limit: int) -> Iterator[Row]:
 
         first = window.peek()
         if first == "{" and (keys := _keys_of_line(parser, window.text[window.at :])) is None:
-            yield from read_lines(path, limit)  # one object per line, whatever the file is called
+            yield from read_lines(path, limit)  # one object per line, despite the suffix of the file
             return
         if first and first != "[":
             told = f"is one object with the keys {keys}" if first == "{" and keys else f"begins with {shown(first)}"
@@ -206,11 +215,14 @@ def read_list(path: Path, limit: int) -> Iterator[Row]:
 
 
 def _keys_of_line(parser: _Parser, text: str) -> str | None:
-    """Return the keys of the object that a text begins with; ``None`` if it is a row on a line of its own."""
+    """Return the keys of the object that a text begins with, or ``None`` for JSON lines.
+
+    The text counts as JSON lines if its first line is a complete object that is a row or is followed by more text.
+    """
     line = text.partition("\n")[0].strip()
     try:
         value, end = parser.parse(line, 0)
-    except ValueError:  # it goes on in the next line
+    except ValueError:  # the object continues on the next line
         return ", ".join(shown(key, 20) for key in re.findall(r'^\s*"(\w+)"\s*:', text, re.MULTILINE)[:8])
     rest = text[text.find(line) + len(line) :].strip() or line[end:].strip()
     if rest or "image" in value or "question" in value:
@@ -226,14 +238,14 @@ def _parse_item(parser: _Parser, window: _Window, place: str, limit: int) -> Row
         fault = str(error)
         if isinstance(error, json.JSONDecodeError):
             line = window.line + window.text.count("\n", start, error.pos)
-            fault = f"is no JSON: {_said(error)} in line {line}"
-            # an error at the end of what is in memory is no error of the file
+            fault = f"is not JSON: {_said(error)} in line {line}"
+            # an error at the end of the window need not be an error in the file
             if not window.ended and (error.pos - start > limit or error.msg.startswith("Unterminated")):
                 fault = _too_long("item", limit)
         window.skip_value()
         return Row(place, faults=[fault])
     if end - start > limit:
-        window.skip_value()  # not by its end, which may be that of what is in memory
+        window.skip_value()  # not by ``end``, which may be the end of the window
         return Row(place, faults=[_too_long("item", limit)])
     raw = window.text[start:end]
     window.move(end)

@@ -1,4 +1,7 @@
-"""Reading pictures that nobody has vouched for: each fault of a file is an error with a name, never a warning."""
+"""Reading untrusted pictures.
+
+Every fault of a file is raised as a :class:`PictureError`, never issued as a warning.
+"""
 
 from __future__ import annotations
 
@@ -27,43 +30,56 @@ __all__ = [
 ]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is read, by content and not by suffix. Pillow knows more, but some of those start other programs."""
+"""File formats that are read, recognised by content and not by suffix.
+
+Pillow supports more formats, but some of them start other programs.
+"""
 
 MAX_PIXELS = 50_000_000
-"""Most pixels a picture may have where nobody says otherwise."""
+"""Default limit on the number of pixels of a picture."""
 
 MAX_SIDE = 1024
-"""Longest side, in pixels, of the pictures that models get, where nobody says otherwise."""
+"""Default limit on the longer side, in pixels, of the pictures that models receive."""
 
 _SLIMMEST = 100
-"""Most times one side may be as long as the other: processors that fit the short side would blow up the long one."""
+"""Largest aspect ratio: processors that resize the short side to a fixed length would blow up the long one."""
 _SMALLEST = 8
-"""Fewest pixels along a side that reach a processor: those with 1, 3 or 4 are taken for colour channels."""
+"""Shortest side, in pixels, that a processor receives: sides of 1, 3 or 4 are taken for colour channels."""
 _MOST_SCANS = 100
-"""Most scans of a JPEG file; encoders write some ten."""
+"""Largest number of scans in a JPEG file; encoders write about ten."""
 _MOST_SCANNED = 1_000_000_000
-"""Most pixels that all scans of a JPEG file go over; a decoder takes some 10 seconds for so many."""
+"""Largest number of pixels over all scans of a JPEG file; a decoder takes about 10 seconds for this many."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""Beginnings of PNG, JPEG, GIF, WebP and TIFF files in base64."""
 _CHANNELS = (1, 3, 4)
-"""How many colours a pixel may have: grey, RGB, RGBA."""
+"""Possible numbers of colour channels: grey, RGB, RGBA."""
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used; the message completes a sentence that begins with its name."""
+    """Error for a picture that cannot be used.
+
+    The message completes a sentence that begins with the name of the picture.
+    """
 
 
 def shown(text: str, most: int = 80) -> str:
-    """Return ``text`` in quotes for a message: on one line, without control characters, not too long."""
+    """Quote ``text`` for a message.
+
+    Returns:
+        The text on one line, without control characters, cut to about ``most`` characters.
+    """
     return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def locate(folder: Path, name: str) -> Path:
-    """Return the file that a data file in ``folder`` calls ``name``.
+    """Return the path of the file that a data file in ``folder`` calls ``name``.
 
     Raises:
         PictureError: If there is no such file, or it is not inside ``folder`` (links followed).
     """
-    if name.startswith("data:") or (len(name) > 255 and _BASE64.fullmatch(name)):
+    encoded = len(name) > 255 or (len(name) > 31 and name.startswith(_BASE64_STARTS))
+    if name.startswith("data:") or (encoded and _BASE64.fullmatch(name)):
         raise PictureError("is the image itself as text (base64): save it beside the data file and give its path")
     if "://" in name:
         raise PictureError("is an address, not a file: save the image beside the data file and give its path")
@@ -84,22 +100,22 @@ def locate(folder: Path, name: str) -> Path:
     except PictureError:
         raise
     except ValueError as error:
-        raise PictureError(f"is no path ({error})") from None
+        raise PictureError(f"is not a path ({error})") from None
     return path
 
 
 def read_picture(source: Path | bytes, max_pixels: int) -> np.ndarray:
-    """Decode a picture: upright, its first frame, over white where it is transparent.
+    """Decode the first frame of a picture, upright, over white where it is transparent.
 
     Args:
         source: A file, or the contents of one.
-        max_pixels: Most pixels (height x width) it may have; Pillow's own limit holds as well.
+        max_pixels: Largest number of pixels (height x width) allowed; Pillow's own limit applies as well.
 
     Returns:
         RGB, uint8 (height, width, 3). Grey values of 16 bits keep their upper eight.
 
     Raises:
-        PictureError: If anything is wrong with it.
+        PictureError: If anything is wrong with the picture.
     """
     if isinstance(source, bytes):
         if not source:
@@ -109,7 +125,7 @@ def read_picture(source: Path | bytes, max_pixels: int) -> np.ndarray:
         status = source.stat()
         if stat.S_ISDIR(status.st_mode):
             raise PictureError("is a folder: give the path of an image")
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
             raise PictureError("is not a regular file")
         if not status.st_size:
             raise PictureError("is empty (0 bytes)")
@@ -124,7 +140,7 @@ def read_picture(source: Path | bytes, max_pixels: int) -> np.ndarray:
 def _decode(file: BinaryIO, max_pixels: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as damaged EXIF, which changes no pixel
+            warnings.simplefilter("ignore")  # such as damaged EXIF, which does not affect the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(*image.size, max_pixels)
@@ -137,7 +153,7 @@ def _decode(file: BinaryIO, max_pixels: int) -> np.ndarray:
         raise PictureError(f"is too large ({error}): save it smaller") from None
     except UnidentifiedImageError:
         raise PictureError(f"is not an image: expected the contents of {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders raise all sorts of things on damaged files, SyntaxError among them
+    except Exception as error:  # decoders raise all sorts of errors on damaged files, even SyntaxError
         raise PictureError(f"is damaged ({_reason(error)}): save it again") from None
 
 
@@ -149,13 +165,16 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_scans(image: Image.Image, file: BinaryIO) -> None:
-    """Refuse a progressive JPEG whose decoder would go over all of its pixels for each of thousands of scans."""
+    """Reject a progressive JPEG with too many scans.
+
+    The decoder goes over all pixels once per scan, and a file may hold thousands of scans.
+    """
     parts = 1
     if image.format == "TIFF" and "jpeg" in str(image.info.get("compression")):
         tags: Any = getattr(image, "tag_v2", {})
-        offsets = [tags.get(number, ()) for number in (273, 324)]  # where strips and tiles begin, each a JPEG
+        offsets = [tags.get(number, ()) for number in (273, 324)]  # offsets of strips and tiles, each a JPEG
         parts = max([1, *(len(found) for found in offsets if isinstance(found, tuple))])
-    elif image.format not in ("JPEG", "MPO"):  # MPO: several in a file
+    elif image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs in one file
         return
     place = file.tell()
     file.seek(0)
@@ -169,34 +188,34 @@ def _check_scans(image: Image.Image, file: BinaryIO) -> None:
 
 
 def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return a picture of any kind as models get it: whatever door it comes through, the same pixels.
+    """Convert a picture of any kind to the pixels that models receive.
+
+    The same picture gives the same pixels, whether it comes from a file, from Pillow or as an array.
 
     Args:
-        image: A picture of Pillow, or an array, also of another library, on the CPU: uint8 RGB (height, width, 3);
-            grey (height, width) or (height, width, 1); RGBA (height, width, 4); or with the channels first, (3, height,
-            width) and alike, where the last axis cannot be the channels. Arrays of 16 bits, uint16, keep their upper
-            eight, and of bool, True is white.
-        max_side: Pictures with a longer side are shrunk; ``None`` leaves them as they are.
-        max_pixels: Most pixels it may have.
+        image: A Pillow image, or an array of any library on the CPU: uint8 RGB (height, width, 3); grey (height, width)
+            or (height, width, 1); RGBA (height, width, 4); or channels first, such as (3, height, width), where the
+            last axis cannot be the channels. uint16 arrays keep their upper eight bits; in bool arrays, True is white.
+        max_side: Larger pictures are shrunk until their longer side has this many pixels; ``None`` keeps their size.
+        max_pixels: Largest number of pixels allowed.
 
     Returns:
-        RGB, uint8 (height, width, 3): upright as EXIF says, over white where it is transparent, no side shorter than 8
-        pixels.
+        RGB, uint8 (height, width, 3), upright as EXIF says, over white where transparent, no side below 8 pixels.
 
     Raises:
-        PictureError: If it is no picture, too large or too slim, or it cannot be told what is in it.
+        PictureError: If ``image`` is not a picture, is too large or too slim, or its layout is ambiguous.
     """
     if isinstance(image, Image.Image):
         _check_size(*image.size, max_pixels)
         try:
             if getattr(image, "fp", None) is not None:
-                _check_scans(image, image.fp)  # type: ignore[attr-defined] # of files that are opened and not read
+                _check_scans(image, image.fp)  # type: ignore[attr-defined] # of files that are open but not read
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # as for files
                 pixels = _rgb(image)
         except PictureError:
             raise
-        except Exception as error:  # a file that Pillow opened and has not decoded yet
+        except Exception as error:  # a file that Pillow has opened but not decoded
             raise PictureError(f"is damaged ({_reason(error)}): save it again") from None
     else:
         pixels = _rgb_of_array(image)
@@ -205,7 +224,7 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
 
 
 def _rgb_of_array(image: Any) -> np.ndarray:
-    """Return the same for an array, of its own size."""
+    """Convert an array to uint8 RGB of the same height and width."""
     wanted = "give uint8 RGB of shape (height, width, 3), or a picture of Pillow"
     if isinstance(image, str | bytes | Path) or not hasattr(image, "__array__"):
         given = "a path" if isinstance(image, str | bytes | Path) else f"of type {type(image).__name__}"
@@ -250,12 +269,12 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if deep:
         values = np.asarray(picture).astype(np.uint32)
         grey = (values >> 8).astype(np.uint8)
-        clear = image.info.get("transparency")  # the value that stands for nothing
+        clear = image.info.get("transparency")  # the value that marks transparent pixels
         if isinstance(clear, int):
             grey[values == clear] = 255
         return np.repeat(grey[:, :, None], 3, 2)
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")  # RGB alone would show the colours hidden below transparent pixels
+        picture = picture.convert("RGBA")  # RGB alone would show the colours hidden under transparent pixels
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.array(picture.convert("RGB"))
 
@@ -263,26 +282,26 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # as viewers do: a picture is not damaged because its notes are
+    except Exception:  # as viewers do: damaged metadata does not make the picture damaged
         return image
 
 
 def digest(pixels: np.ndarray) -> bytes:
-    """Return 16 bytes that tell pictures, uint8 (height, width, 3), apart by their contents."""
+    """Return a 16-byte digest of the pixels of a picture, uint8 (height, width, 3)."""
     hasher = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     hasher.update(np.ascontiguousarray(pixels).data)
     return hasher.digest()
 
 
 def resize(pixels: np.ndarray, longest: int | None) -> np.ndarray:
-    """Shrink a picture whose longer side has more than ``longest`` pixels, and magnify those of a few pixels.
+    """Shrink a picture with a side above ``longest`` pixels, and magnify a tiny one.
 
-    What comes back stays as it is when it is resized once more: a data file's pictures pass through here twice.
+    Resizing the result again leaves it unchanged: pictures of a data file pass through this function twice.
     """
     height, width = pixels.shape[:2]
     most = max(height, width)
     if longest is not None and most > longest:
-        least = -(-longest // _SLIMMEST)  # so that rounding makes none slimmer than it may be
+        least = -(-longest // _SLIMMEST)  # so that rounding does not exceed the largest aspect ratio
         height, width = (max(1, least, round(side * longest / most)) for side in (height, width))
         pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
     times = -(-_SMALLEST // min(height, width))

@@ -1,12 +1,12 @@
-"""What a row of a data file says: an image, and questions about it with their answers; or all that is wrong with it.
+"""Parsing and checking the rows of data files.
 
-A row is an object in one of two forms:
+A row holds an image, and questions about it with their answers. It is an object in one of two forms:
 
     {"image": "cat.png", "question": "what is it?", "answer": "a cat"}
     {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"},
                                            {"from": "gpt", "value": "a cat"}]}
 
-"family" and "split" may be there as well; other keys are not looked at.
+"family" and "split" are optional; other keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["LONGEST_TEXT", "SPLITS", "Row", "to_row"]
 SPLITS = ("train", "validation", "test")
 
 LONGEST_TEXT = 10_000
-"""Most characters of a question or an answer."""
+"""Largest number of characters in a question or an answer."""
 
-_MARKER = "<image>"  # where LLaVA's files say that the image goes; the adapter puts it into the prompt itself
+_MARKER = "<image>"  # where LLaVA's files place the image; the adapter inserts the image into the prompt itself
 _OTHERS = re.compile(r"<(?:video|audio|image ?(?:[2-9]|[1-9]\d+))>")
 _KINDS = {str: "a string", float: "a number", int: "a number", bool: "true or false", list: "a list", dict: "an object"}
 _FORM = 'expected an object such as {"image": "cat.png", "question": "what is it?", "answer": "a cat"}'
@@ -32,30 +32,30 @@ _FORM = 'expected an object such as {"image": "cat.png", "question": "what is it
 
 @dataclass
 class Row:
-    """What one row says; of no use when it has faults."""
+    """The content of one row; not to be used if the row has faults."""
 
     place: str
-    """Where the row is, such as "pets.jsonl:3"."""
+    """Location of the row, such as "pets.jsonl:3"."""
     image: Any = None
-    """How its source calls the image: the path as it is written, unless the source keeps the images itself."""
+    """Reference to the image: the path as written, unless the source stores the images itself."""
     turns: list[tuple[str, str]] = field(default_factory=list)
-    """Questions, each with its answer."""
+    """Pairs of a question and its answer."""
     family: str = "question"
     split: str | None = None
-    """The split the row asks for, if any."""
+    """Split given in the row, if any."""
     faults: list[str] = field(default_factory=list)
     fatal: bool = False
-    """Whether nothing after this row can be read."""
+    """True if nothing after this row can be read."""
 
 
 def to_row(value: Any, place: str, faults: list[str] | None = None, image: Any = None) -> Row:
-    """Check one row.
+    """Check one row, and return its content with the faults that were found.
 
     Args:
         value: The row as parsed.
-        place: Where it is.
-        faults: What the parser had to say.
-        image: How the source calls the image, where that is not what the row's "image" says.
+        place: Location of the row.
+        faults: Faults found by the parser.
+        image: Reference to the image where it is not the row's "image".
     """
     row = Row(place, image, faults=list(faults or ()))
     if not isinstance(value, dict):
@@ -107,7 +107,7 @@ def _keys(value: dict[str, Any]) -> str:
 
 
 def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
-    """Note a fault if the row's questions show more images than the one it has."""
+    """Add a fault if the questions refer to more than the one image of the row."""
     turns = value.get("conversations", [{"value": value.get("question")}])
     turns = turns if isinstance(turns, list) else []
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
@@ -115,7 +115,7 @@ def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
     count = sum(text.count(_MARKER) for text in questions)
     if count > 1:
         faults.append(
-            f"the marker {_MARKER} is there {count} times, and the row has one image: give it once, or not at all"
+            f"the marker {_MARKER} appears {count} times, but the row has one image: give it once, or not at all"
         )
     elif count and _MARKER not in questions[0]:
         faults.append(
@@ -124,7 +124,7 @@ def _check_markers(value: dict[str, Any], faults: list[str]) -> None:
         )
     other = next(filter(None, map(_OTHERS.search, questions)), None)
     if other is not None:
-        faults.append(f"the marker {other[0]} is there, and the row has one image and nothing else: remove it")
+        faults.append(f"the marker {other[0]} appears, but the row has one image and nothing else: remove it")
 
 
 def _without_marker(value: dict[str, Any], key: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _without_marker(value: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _text(value: dict[str, Any], key: str, name: str, faults: list[str]) -> str:
-    """Return a text without the white space around it; "" when it is of no use."""
+    """Return a text without surrounding white space, or "" if it has a fault."""
     text = value.get(key)
     if key not in value:
         faults.append(f"{name} is missing (the row has {_keys(value)})")
@@ -171,6 +171,6 @@ def _conversations(value: Any, faults: list[str]) -> list[tuple[str, str]]:
             return []
         texts.append(_text(turn if number % 2 else _without_marker(turn, "value"), "value", name, faults))
     if len(texts) % 2:
-        faults.append('the last turn of "conversations" is from "human": "gpt" must have the last word')
+        faults.append('the last turn of "conversations" is from "human": add the turn of "gpt"')
         return []
     return list(zip(texts[::2], texts[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""What is in a scene and where: its things, how they are drawn at random, and which bucket they fall into."""
+"""Contents and layout of scenes: random things and their places, and the bucket of a scene."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 BUCKETS = 5
-"""How many buckets scenes fall into; each belongs to one split."""
+"""Number of buckets of scenes; each bucket belongs to one split."""
 
 Contents: TypeAlias = "list[tuple[str, str, int | None]]"
 """Kind, colour and (for cards and plates) number of a scene's objects: shapes first, then cards, then plates."""
@@ -48,7 +48,7 @@ class Thing:
 
     @property
     def is_shape(self) -> bool:
-        """Whether questions can name this thing by its shape."""
+        """True if questions can name this thing by its shape."""
         return self.kind in sprites.SHAPES
 
     @property
@@ -218,12 +218,15 @@ def draw_clutter(rng: random.Random, level: Level = STANDARD) -> list[Thing]:
 
 
 def _below(rng: random.Random, limit: int) -> int:
-    """Draw from 0 to limit - 1; several times faster than randrange, its bias of 1e-15 is of no matter."""
+    """Draw an integer from 0 to limit - 1.
+
+    This is several times faster than ``randrange``; its bias of 1e-15 does not matter.
+    """
     return int(rng.random() * limit)
 
 
 def _pick(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]:
-    """Draw ``count`` different items."""
+    """Draw ``count`` items without replacement."""
     left = list(items)
     return [left.pop(_below(rng, len(left))) for _ in range(count)]
 
@@ -253,7 +256,7 @@ def arrange(
         level: How large the scene is.
 
     Returns:
-        What was placed, and the board with it; ``None`` if an object found no room.
+        The things that were placed, and the board with them; ``None`` if an object found no room.
     """
     placed: list[Thing] = []
     row = level.side + 1

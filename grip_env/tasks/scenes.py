@@ -1,9 +1,9 @@
-"""Procedural scenes with questions: the task the embedded model is made for.
+"""Procedural scenes with questions, the task that the embedded model is made for.
 
 A scene holds five to seven shapes and two cards with a digit, none touching another, among decorations in the same
 colours on a textured background. Six question families mirror the benchmarks of the field: existence, colour,
-counting, digit reading, shape, and left/right relation. A question's premise ("the circle": there is exactly one)
-holds over everything in the scene, so that it has one right answer.
+counting, digit reading, shape, and left/right relation. The premise of a question ("the circle": there is exactly one)
+holds for the whole scene, so that every question has exactly one correct answer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GRID, SIDE, FAMILIES, CHOICES = STANDARD.grid, STANDARD.side, STANDARD.families,
 """Of the standard level: cells of the relevance grid and pixels along a side, question families and their answers."""
 
 _SIZES = {"train": 1_000_000, "validation": 12_000, "test": 12_000}
-# A scene belongs to the split that a digest of its contents says, so that no scene can be in two.
+# A digest of its contents decides the split of a scene, so that no scene is in two splits.
 _BUCKETS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}
 
 _LUMA = np.array([0.3, 0.59, 0.11], dtype=np.float32)
@@ -47,7 +47,7 @@ _LIGHT_INK, _DARK_INK = (np.full((3, 1, 1), value, dtype=np.float32) for value i
 
 @dataclass
 class Scene:
-    """Everything there is in one picture."""
+    """The content of one picture."""
 
     things: list[Thing]
     texture: int
@@ -78,8 +78,9 @@ class Scene:
     def relevance(self, about: tuple[int, ...]) -> np.ndarray:
         """Grade the cells that show the things in ``about``: float32 (grid, grid) in [0, 1].
 
-        A cell counts when a thing covers at least a quarter of it, or when it is the thing's best cell. The best
-        cells of all things come first, then their second-best ones, so that the top of the ranking shows them all.
+        A cell has a grade above 0 if a thing covers at least a quarter of it, or if it is the best cell of a thing. The
+        best cells of all things rank first, then the second-best ones, so that the top of the ranking shows every
+        thing.
         """
         grid = self.level.grid
         grade = np.zeros((grid, grid), dtype=np.float32)
@@ -112,7 +113,11 @@ def coverage(thing: Thing, level: Level = STANDARD) -> np.ndarray:
 
 
 class SceneTask:
-    """Scenes with one question each; families take turns, so that every split is balanced over them.
+    """Scenes with one question each.
+
+    Consecutive examples cycle through the question families, so that every split is balanced. The same
+    ``(split, index)`` always gives the same example; the contents of a scene decide its split, so that no scene of
+    one split can be drawn in another.
 
     Args:
         families: Which question families to ask, one after another; those of the level if not given.
@@ -145,7 +150,7 @@ class SceneTask:
         self.families = tuple(families) or self.level.families
 
     def size(self, split: str) -> int:
-        """Return how many examples ``split`` has."""
+        """Return the number of examples in ``split``."""
         if split not in _SIZES:
             raise ValueError(f"unknown split {split!r} of task {self.name!r}: choose one of {', '.join(self.splits)}")
         return _SIZES[split]
@@ -182,7 +187,9 @@ class SceneTask:
         answer: str | None = None,
         level: Level = STANDARD,
     ) -> Scene | None:
-        """Draw a scene of ``split``; ``None`` when this draw had no room or cannot be asked ``family``.
+        """Draw a scene of ``split``, or return ``None`` if the draw fails.
+
+        A draw fails if the scene is of another split, has no room for its things, or does not allow the question.
 
         Args:
             split: The split the scene must belong to.

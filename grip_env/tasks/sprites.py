@@ -1,7 +1,7 @@
 """Sprites and backgrounds for the procedural scenes.
 
-Every sprite is an antialiased opacity mask that is drawn once, at eight times its size, and cached; a scene is then
-a handful of small array operations, so that drawing never becomes the slow part of training. Channels come first
+Every sprite is an antialiased opacity mask that is drawn once, at eight times its size, and cached. A scene then takes
+a handful of small array operations, so that drawing never becomes the bottleneck of training. Channels come first
 while a picture is drawn: operations along whole rows are several times faster than operations along three channels.
 """
 
@@ -29,10 +29,10 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 """Shapes that questions ask about."""
 
 DECORATIONS = ("bar", "zigzag", "arc", "dots", "blob")
-"""Clutter in the same colours that no question names."""
+"""Shapes of the clutter, which has the colours of objects and which no question names."""
 
 VARIANTS = 8
-"""How many versions (rotations, outlines) each sprite comes in."""
+"""Number of variants (rotations, outlines) of each sprite."""
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 35),
@@ -47,7 +47,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 
 _OVERSAMPLE = 8
 
-# 5 x 7 dot-matrix digits, one row of five bits per number.
+# 5 x 7 dot-matrix digits: each number holds the five bits of a row.
 _DIGITS = (
     (14, 17, 19, 21, 25, 17, 14),
     (4, 12, 4, 4, 4, 4, 14),
@@ -63,7 +63,7 @@ _DIGITS = (
 
 
 def _polygon(corners: int, inner: float, angle: float) -> list[tuple[float, float]]:
-    """Unit polygon (or star, with ``inner`` < 1) around the origin; ``angle`` in radians."""
+    """Return a unit polygon (a star if ``inner`` < 1) around the origin; ``angle`` in radians."""
     steps = corners if inner == 1 else 2 * corners
     points = []
     for step in range(steps):
@@ -98,7 +98,7 @@ def sprite(kind: str, size: int, variant: int) -> np.ndarray:
     def place(points: list[tuple[float, float]], scale: float = 1.0) -> list[tuple[float, float]]:
         return [(half + half * scale * x, half + half * scale * y) for x, y in points]
 
-    tilt = math.radians(-14 + 4 * variant)  # shapes stay nearly upright, so that square is never diamond
+    tilt = math.radians(-14 + 4 * variant)  # shapes stay nearly upright, so that no square looks like a diamond
     turn = math.pi * variant / VARIANTS  # decorations turn freely
     stroke = max(2, round(side * 0.13))
     if kind == "circle":
@@ -199,7 +199,7 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
     grain = np.frombuffer(rng.bytes(side * side), dtype=np.uint8).reshape(side, side).astype(np.float32)
     waves *= np.float32(strength)
     waves += patches
-    grain *= np.float32(24 / 255)  # from 0 to 24; its mean is taken off below
+    grain *= np.float32(24 / 255)  # from 0 to 24; its mean is subtracted below
     waves += grain
     return waves + (base - 12).astype(np.float32)[:, None, None]
 

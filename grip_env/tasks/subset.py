@@ -1,4 +1,4 @@
-"""A part of a task, as a task of its own."""
+"""Subsets of a task that are tasks themselves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["TaskSubset"]
 
 
 class TaskSubset:
-    """Some examples of a split of a task, in the order given.
+    """Selected examples of one split of a task, in the given order.
 
     Args:
         task: The task.
-        split: The one split that the subset has.
-        indices: Which of its examples.
+        split: The only split of the subset.
+        indices: Indices of the examples in that split.
 
     >>> from grip_env.tasks.scenes import SceneTask
     >>> part = TaskSubset(SceneTask(), "train", [4, 2])
@@ -28,10 +28,10 @@ class TaskSubset:
         self.name, self.splits = task.name, (split,)
 
     def size(self, split: str) -> int:
-        """Return how many examples there are.
+        """Return the number of examples.
 
         Raises:
-            ValueError: If ``split`` is another.
+            ValueError: If ``split`` is another split.
         """
         if split not in self.splits:
             raise ValueError(f"this part of task {self.name!r} is of split {self.splits[0]!r}; got {split!r}")

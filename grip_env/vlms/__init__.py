@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["TINY", "load_vlm"]
 
 TINY = Path(__file__).parent / "tiny"
-"""Where the embedded model is."""
+"""Folder of the embedded model."""
 
 
 def load_vlm(name_or_path: str | Path = "tiny", **options: Any) -> HuggingFaceVLM:
@@ -22,9 +22,9 @@ def load_vlm(name_or_path: str | Path = "tiny", **options: Any) -> HuggingFaceVL
         options: Passed on to :meth:`~grip_env.vlms.huggingface.HuggingFaceVLM.from_pretrained`.
 
     Raises:
-        FileNotFoundError: If there is no model, or the embedded one did not come whole with the package.
-        ValueError: If the model is damaged, needs code of its own, or is of a family that is not supported. Code that
-            comes with a model is never run, and pickles are never opened.
+        FileNotFoundError: If there is no model, or files of the embedded one are missing from the package.
+        ValueError: If the model is damaged, needs custom code, or belongs to an unsupported family. Code that comes
+            with a model is never run, and pickles are never opened.
     """
     from grip_env.vlms.huggingface import HuggingFaceVLM
 

@@ -1,4 +1,4 @@
-"""What the rest of the project knows of a frozen vision-language model."""
+"""Interface of a frozen vision-language model, with its encoded examples and scores."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ __all__ = ["Encoded", "FrozenVLM", "Scores"]
 
 @dataclass
 class Encoded:
-    """A batch of examples after the vision encoder: all that is needed to score any selection of visual tokens.
+    """A batch of examples after the vision encoder.
 
-    Rows are padded to the longest; padding is False in the masks and zero elsewhere.
+    It holds everything needed to score any selection of visual tokens. Rows are padded to the longest; padding is False
+    in the masks and zero elsewhere.
     """
 
     examples: list[Example]
     tokens: torch.Tensor
     """Visual tokens as the language model gets them, float (B, N, D)."""
     token_mask: torch.Tensor
-    """Which rows of ``tokens`` are real, bool (B, N)."""
+    """Mask of ``tokens``, bool (B, N): True for real tokens, False for padding."""
     positions: torch.Tensor
     """Row and column of each token's centre in the image, float in [0, 1], (B, N, 2)."""
     question: torch.Tensor
     """The language model's input embeddings of the question, float (B, Q, D)."""
     question_mask: torch.Tensor
-    """Which rows of ``question`` are real, bool (B, Q)."""
+    """Mask of ``question``, bool (B, Q): True for real tokens, False for padding."""
     input_ids: torch.Tensor
     """Prompt with all image placeholders, then the answer; right-padded, long (B, L)."""
     lengths: torch.Tensor
     """Number of ids of prompt and answer together, long (B,)."""
     answer_lengths: torch.Tensor
-    """How many of those are the answer, long (B,)."""
+    """Number of ids that belong to the answer, long (B,)."""
     position_ids: torch.Tensor | None = None
     """Position id of each id in the full sequence: long (B, L), or (B, L, axes) where positions have several axes."""
     deepstack: torch.Tensor | None = None
-    """What is added to the visual tokens after each of the language model's first E layers, float (B, N, E, D)."""
+    """Features added to the visual tokens after each of the language model's first E layers, float (B, N, E, D)."""
     cells: torch.Tensor | None = None
-    """Height and width of what each token shows, as shares of the image, (B, N, 2); ``None`` where all show as much."""
+    """Height and width of the region each token shows, as shares of the image, (B, N, 2); ``None`` if all are equal."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -73,12 +74,18 @@ class Encoded:
         return self.token_mask[:, None].clone()
 
     def kept_fraction(self, selection: torch.Tensor) -> torch.Tensor:
-        """Return the share of the real tokens that each selection, bool (B, G, N), keeps: float32 (B, G), in [0, 1]."""
+        """Return the share of real tokens kept by each selection, bool (B, G, N).
+
+        The result is float32 (B, G), in [0, 1].
+        """
         real = self.token_mask[:, None]
         return (selection & real).sum(-1) / real.sum(-1).clamp_min(1)
 
     def relevance(self) -> torch.Tensor | None:
-        """Return the ground-truth relevance of each token, float (B, N), or ``None`` where any example has none."""
+        """Return the ground-truth relevance of each token, float (B, N).
+
+        It is ``None`` if any example has no relevance.
+        """
         rows = [
             example.token_relevance(place.cpu().numpy())
             for example, place in zip(self.examples, self.positions, strict=True)
@@ -88,7 +95,7 @@ class Encoded:
 
 
 def _padded_cat(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors (b, L, ...) in one, with zeros where a row is shorter than the longest."""
+    """Concatenate tensors (b, L, ...), with rows zero-padded to the longest."""
     if values[0].dim() < 2 or len({value.shape[1] for value in values}) == 1:
         return torch.cat(list(values))
     return torch.nn.utils.rnn.pad_sequence([row for value in values for row in value], batch_first=True)
@@ -96,40 +103,43 @@ def _padded_cat(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """How a frozen model answers under each selection.
+    """Scores of a frozen model's answers under each selection.
 
-    The last two fields are there only where :meth:`FrozenVLM.score` was asked for them.
+    The last two fields are filled in only if :meth:`FrozenVLM.score` is asked for them.
     """
 
     log_likelihood: torch.Tensor
-    """Mean over the answer's tokens of their log-probability, float (B, G)."""
+    """Mean log-probability of the answer's tokens, float (B, G)."""
     correct: torch.Tensor
-    """Whether greedy decoding would begin with the answer, bool (B, G); whether it would end there is not looked at."""
-    kept_fraction: torch.Tensor
+    """True where greedy decoding begins with the answer, whether or not it ends there, bool (B, G)."""
+    kept: torch.Tensor
     """Share of the real visual tokens that the model saw, float (B, G), in [0, 1]."""
     first_token: torch.Tensor | None = None
-    """Log-probability of every token of the vocabulary as the first of the answer, float32 (B, G, V).
+    """Log-probability of each token of the vocabulary as the answer's first token, float32 (B, G, V).
 
-    Large: 0.6 MB for each selection where V is 150,000. Meant for the full image, where G is 1."""
+    It is large: 0.6 MB per selection for V = 150,000. It is meant for the full image, where G is 1."""
     agreement: torch.Tensor | None = None
     """Negative KL divergence, in nats, from the distribution over the answer's first token with all tokens kept to the
-    one under the selection, float32 (B, G): 0 where they are the same, below 0 elsewhere."""
+    one under the selection, float32 (B, G): 0 where they are equal, below 0 elsewhere."""
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
         fields: dict[str, Any] = {name: value if value is None else change(value) for name, value in vars(self).items()}
         return Scores(**fields)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Scores:
-        """Return the chosen examples' scores; a slice shares their memory, a tensor of indices copies them."""
+        """Return the scores of the chosen examples.
+
+        A slice shares memory with the original, a tensor of indices copies.
+        """
         return self._each(lambda value: value[rows])
 
     def cpu(self) -> Scores:
-        """Return the same in main memory, as float32 where they are no bools."""
+        """Return the scores in main memory, with all fields but bools as float32."""
         return self._each(lambda value: value.cpu() if value.dtype == torch.bool else value.float().cpu())
 
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
-        """Join the scores of several batches; a field that one of them lacks is left out."""
+        """Join the scores of several batches; a field missing from one of them is left out."""
         fields: dict[str, Any] = {}
         for name in vars(parts[0]):
             values = [getattr(part, name) for part in parts]
@@ -164,16 +174,16 @@ class FrozenVLM(Protocol):
     ) -> Scores:
         """Score G selections of each example.
 
-        Where ``reference`` is given, each selection's distribution over the first answer token is compared with it at
-        once and dropped, so that (B, G, V) numbers are never held together: beyond the scores themselves, this takes
-        the memory of a few times (R, V) float32 numbers, with R the selections that run through the model at a time.
+        If ``reference`` is given, each selection's distribution over the first answer token is compared with it
+        immediately and discarded, so (B, G, V) numbers are never held in memory. Beyond the scores themselves, this
+        takes a few times (R, V) float32 numbers, where R is the number of selections in one call of the model.
 
         Args:
             encoded: The examples.
             selection: bool (B, G, N), True for tokens the language model may see.
-            first_token: Fill in ``first_token`` of the scores, float32 (B, G, V).
-            reference: ``first_token`` of the same examples' scores with every token kept, (B, 1, V); fills in
-                ``agreement`` of the scores. ``None`` leaves it out.
+            first_token: If True, fill in ``first_token`` of the scores, float32 (B, G, V).
+            reference: ``first_token`` of the same examples' scores with every token kept, (B, 1, V). If given,
+                ``agreement`` of the scores is filled in.
         """
         ...
 
@@ -185,7 +195,7 @@ class FrozenVLM(Protocol):
         Args:
             encoded: The examples.
             selection: bool (B, G, N).
-            tokens: Stand-ins for ``encoded.tokens``, float (B, N, D); gradients flow to them when they need any.
+            tokens: Replacement for ``encoded.tokens``, float (B, N, D); gradients flow to it if it requires any.
         """
         ...
 
@@ -194,5 +204,9 @@ class FrozenVLM(Protocol):
         ...
 
     def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
-        """Return an attention score for each visual token, float (B, N); NotImplementedError where a model has none."""
+        """Return an attention score for each visual token, float (B, N).
+
+        Raises:
+            NotImplementedError: If the model has none.
+        """
         ...

@@ -1,4 +1,4 @@
-"""A frozen model whose visual tokens are blocks of another's: few enough to score every selection of them."""
+"""Frozen model with blocks of visual tokens, few enough to score every selection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_grid(rows: int, columns: int) -> int:
     """Return the number of blocks in a grid.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are no blocks.
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"a grid of blocks has at least one row and one column; got {rows} x {columns}")
@@ -32,15 +32,15 @@ def check_grid(rows: int, columns: int) -> int:
 class BlockEncoded(Encoded):
     """A batch of examples cut into M = rows * columns blocks of visual tokens.
 
-    ``tokens`` (B, M, D) are the means of the blocks, ``positions`` (B, M, 2) their centres, ``token_mask`` (B, M)
-    tells which hold any token; the other blocks are zero. The relevance grid of ``examples`` is that of the blocks
-    too: as large as that of the most relevant of its tokens. All else is as in ``whole``.
+    ``tokens`` (B, M, D) are the means of the blocks, ``positions`` (B, M, 2) their centres. ``token_mask`` (B, M) is
+    True for blocks with any token; the other blocks are zero. The relevance grid of ``examples`` is that of the blocks,
+    too: a block is as relevant as its most relevant token. Everything else is as in ``whole``.
     """
 
     whole: Encoded
-    """The same examples with the N visual tokens of the model inside."""
+    """The same examples with the N visual tokens of the wrapped model."""
     block: torch.Tensor
-    """The block each of those tokens is in, long (B, N); 0 for padding, which is in none."""
+    """Block of each visual token, long (B, N); 0 for padding, which is in no block."""
 
     def expand(self, selection: torch.Tensor) -> torch.Tensor:
         """Return the tokens in the chosen blocks, bool (B, G, N).
@@ -49,7 +49,7 @@ class BlockEncoded(Encoded):
             selection: bool (B, G, M).
 
         Raises:
-            ValueError: If it is of another shape or dtype.
+            ValueError: If it has the wrong shape or dtype.
         """
         batch, blocks = self.token_mask.shape
         if selection.dtype != torch.bool or selection.dim() != 3 or selection.shape[::2] != (batch, blocks):
@@ -64,28 +64,28 @@ class BlockEncoded(Encoded):
         """Return the mean over each block's tokens, (B, M, ...); 0 for blocks without any.
 
         Args:
-            values: One for each token, (B, N, ...).
+            values: Values of each token, (B, N, ...).
         """
         batch, blocks = self.token_mask.shape
-        index = self.block.masked_fill(~self.whole.token_mask, blocks)  # one more, for padding
+        index = self.block.masked_fill(~self.whole.token_mask, blocks)  # an extra block for padding
         index = index.reshape(*index.shape, *[1] * (values.dim() - 2)).expand_as(values)
         sums = values.new_zeros(batch, blocks + 1, *values.shape[2:])
         return sums.scatter_reduce(1, index, values, "mean", include_self=False)[:, :-1]
 
 
 class BlockVLM:
-    """Any frozen model, of which whole blocks of visual tokens are kept or dropped.
+    """Wrapper of a frozen model that keeps or drops whole blocks of visual tokens.
 
-    The image is cut into ``rows`` x ``columns`` equal blocks, and a token belongs to the block that its position is
-    in. Keeping a block lets all its tokens into the language model, as they are: nothing is retrained or averaged on
-    the way there, and scores are those of the model inside for these tokens. Blocks that hold no token (of images of
-    which a model sees only a part) are padding. It stands wherever a frozen model does: in environments, heuristics,
-    reports and training.
+    The image is cut into ``rows`` x ``columns`` equal blocks, and a token belongs to the block that contains its
+    position. Keeping a block passes all its tokens unchanged to the language model: nothing is retrained or averaged,
+    and scores are those of the wrapped model for these tokens. Blocks without tokens (of images that a model sees only
+    in part) are padding. The wrapper can be used wherever a frozen model can: in environments, heuristics, reports and
+    training.
 
     Args:
-        vlm: The frozen model inside.
-        rows: Rows of blocks.
-        columns: Columns of blocks; block ``r * columns + c`` is in row r and column c.
+        vlm: The frozen model to wrap.
+        rows: Number of rows of blocks.
+        columns: Number of columns of blocks; block ``r * columns + c`` is in row r and column c.
 
     Raises:
         ValueError: If there would be no block.
@@ -100,7 +100,10 @@ class BlockVLM:
         self.columns = columns
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockVLM:
-        """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
+        """Return the model itself, uncopied.
+
+        It never changes, and Gymnasium copies the arguments of environments.
+        """
         return self
 
     @property
@@ -114,10 +117,10 @@ class BlockVLM:
         return self.vlm.width
 
     def fingerprint(self) -> str:
-        """Return a digest of all that scores depend on but the examples.
+        """Return a digest of everything but the examples that scores depend on.
 
         Raises:
-            NotImplementedError: If the model inside has none.
+            NotImplementedError: If the wrapped model has none.
         """
         inside = getattr(self.vlm, "fingerprint", None)
         if inside is None:
@@ -165,9 +168,9 @@ class BlockVLM:
         first_token: bool = False,
         reference: torch.Tensor | None = None,
     ) -> Scores:
-        """Score the tokens in the chosen blocks (B, G, M); see :class:`~grip_env.vlms.base.FrozenVLM`.
+        """Score the tokens in the chosen blocks (B, G, M).
 
-        ``kept`` is the share of the tokens, not of the blocks.
+        See :class:`~grip_env.vlms.base.FrozenVLM`. ``kept`` is the share of tokens, not of blocks.
         """
         blocks = _blocks(encoded)
         return self.vlm.score(blocks.whole, blocks.expand(selection), first_token=first_token, reference=reference)
@@ -175,10 +178,10 @@ class BlockVLM:
     def log_likelihood(
         self, encoded: Encoded, selection: torch.Tensor, tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the mean answer log-likelihood under each selection of blocks (B, G, M), (B, G).
+        """Return the mean answer log-likelihood (B, G) under selections of blocks (B, G, M).
 
-        Stand-ins for blocks, float (B, M, D), move all tokens of a block by what differs from its mean: the block
-        itself as its stand-in changes nothing, and the gradient of a stand-in is the sum of its tokens' gradients.
+        Replacements for blocks, float (B, M, D), move all tokens of a block by their difference from its mean. So the
+        mean itself changes nothing, and the gradient of a replacement is the sum of the gradients of its tokens.
         """
         blocks = _blocks(encoded)
         chosen = blocks.expand(selection)
@@ -202,7 +205,7 @@ class BlockVLM:
         """Return the mean of the vision tower's features of each block's tokens, float (B, M, W).
 
         Raises:
-            NotImplementedError: If the model inside does not give them for each visual token.
+            NotImplementedError: If the wrapped model does not provide them for each visual token.
         """
         blocks = _blocks(encoded)
         inside = getattr(self.vlm, "tower_features", None)

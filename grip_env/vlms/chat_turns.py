@@ -1,4 +1,4 @@
-"""Where the last turn of the user begins in a chat of several turns."""
+"""Extraction of the user's last turn from a chat of several turns."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from grip_env.vlms.chat_templates import render_chat
+
 if TYPE_CHECKING:
     from grip_env.vlms.families.base import Family
 
 __all__ = ["last_turn"]
 
-_ASKED, _ANSWERED, _LAST = "qzone", "qztwo", "qzthree"  # words that no template writes by itself
+_ASKED, _ANSWERED, _LAST = "qzone", "qztwo", "qzthree"  # words that occur in no template
 
 
 def last_turn(family: Family, ids: Sequence[int], known: Sequence[int]) -> str | None:
-    """Return what the user says last in a part of a chat, if other turns come before it or an answer has begun.
+    """Return the user's last turn in a part of a chat that contains marks between turns.
 
-    How turns begin and end is seen from chats that the family's template writes; for templates that mark turns with
-    plain words, such as "USER:", a text that holds such a mark is two turns.
+    A turn is found if other turns come before it, or if its answer has begun. The marks are read from chats that
+    the family's template writes. If it marks turns with plain words, such as "USER:", a text that contains such a mark
+    counts as two turns.
 
     Args:
-        family: Its tokenizer and chat template.
-        ids: The part of the chat behind its image, or before it.
-        known: The same part of a prompt without a question: what the template writes next to an image stands there.
+        family: The family with its tokenizer and chat template.
+        ids: The part of the chat after its image, or before it.
+        known: The same part of a prompt without a question; it holds the text that the template adds next to an image.
 
     Returns:
-        ``None`` if nothing marks a turn in it.
+        The text of the turn, or ``None`` if nothing marks a turn.
     """
     starts, answers, end = _marks(family)
     if not starts:
@@ -38,7 +41,7 @@ def last_turn(family: Family, ids: Sequence[int], known: Sequence[int]) -> str |
     if found is None:
         if not special or answers not in body:
             return None
-        found = 0  # one turn, and an answer that has begun
+        found = 0  # a single turn whose answer has begun
     said = body[found:]
     said = said.split(answers)[0] if answers and answers in said else said
     frame = _without_end(str(family.tokenizer.decode(list(known), skip_special_tokens=False)), end)
@@ -47,7 +50,10 @@ def last_turn(family: Family, ids: Sequence[int], known: Sequence[int]) -> str |
 
 
 def _without_end(text: str, end: str) -> str:
-    """Return a text without what of ``end`` it ends with: prompts may be written without the answer's beginning."""
+    """Strip from a text the longest prefix of ``end`` that it ends with.
+
+    Prompts may be written without the beginning of the answer.
+    """
     for length in range(len(end), 0, -1):
         if text.endswith(end[:length]):
             return text[: len(text) - length]
@@ -55,7 +61,7 @@ def _without_end(text: str, end: str) -> str:
 
 
 def _marks(family: Family) -> tuple[list[str], str, str]:
-    """Return what stands before a later turn of the user, before an answer, and at the end of every prompt."""
+    """Return the marks before later user turns, before answers, and at the end of every prompt."""
     known = _MARKS.get(family)
     if known is None or known[0] != getattr(family.processor, "chat_template", None):
         known = _MARKS[family] = getattr(family.processor, "chat_template", None), _read_marks(family)
@@ -72,26 +78,27 @@ def _read_marks(family: Family) -> tuple[list[str], str, str]:
     answers, start, end = chat[_ASKED], chat[_ANSWERED], chat[_LAST]
     twice = _chat(family, [("user", _ASKED), ("user", _LAST)]) or {}
     starts = [start]
-    # two turns of the user on end, where their mark can be told from that of an answer
+    # two user turns in a row, if their mark differs from that of an answer
     if _common_end(start, twice.get(_ASKED, "")).strip():
         starts.append(twice[_ASKED])
     return [mark for mark in starts if mark.strip()], answers, end
 
 
 def _chat(family: Family, turns: Sequence[tuple[str, str]]) -> dict[str, str] | None:
-    """Return what stands behind each text of a chat about an image; ``None`` where the template has no such chats."""
+    """Return the template's text after each turn of a chat about an image.
+
+    It is ``None`` if the template does not support such chats.
+    """
     template = getattr(family.processor, "chat_template", None)
     if template is None:
         return None
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": turns[0][1]}]
     try:
-        text = family.tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    except Exception:  # a template may refuse with whatever it likes
+        text = render_chat(family.tokenizer, template, messages)
+    except Exception:  # a template may raise anything
         return None
-    # as the tokens say it, which may differ in white space
+    # as decoded from tokens, which may change white space
     text = family.tokenizer.decode(family.tokenizer(text, add_special_tokens=False)["input_ids"])
     behind: dict[str, str] = {}
     for (_, said), (_, following) in zip(turns, [*turns[1:], ("", "")], strict=True):
@@ -103,7 +110,7 @@ def _chat(family: Family, turns: Sequence[tuple[str, str]]) -> dict[str, str] | 
 
 
 def _common_end(left: str, right: str) -> str:
-    """Return the longest text that both end with."""
+    """Return the longest common suffix."""
     length = 0
     while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
         length += 1

@@ -1,4 +1,4 @@
-"""A frozen model of transformers, up to its encoded examples: identity, pictures and prompts."""
+"""Encoding of examples with a frozen model of transformers, and the model's identity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["EncodingVLM"]
 
 
 class EncodingVLM:
-    """What :class:`~grip_env.vlms.huggingface.HuggingFaceVLM` is before anything runs through the language model."""
+    """Base class of :class:`~grip_env.vlms.huggingface.HuggingFaceVLM` with its encoding."""
 
     def __init__(
         self,
@@ -44,13 +44,7 @@ class EncodingVLM:
         max_side: int | None = MAX_SIDE,
     ) -> None:
         self.family = family_of(model, processor)
-        if position_policy not in ("original", "reindex"):
-            raise ValueError(f"position_policy must be 'original' or 'reindex', not {position_policy!r}")
-        if position_policy == "reindex" and self.family.axes > 1:
-            raise ValueError(
-                f"position_policy 'reindex' has no meaning for {model.config.model_type}, whose visual tokens have "
-                "rows and columns as positions: use 'original'"
-            )
+        self.family.check_position_policy(position_policy)
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.name = name
@@ -60,19 +54,24 @@ class EncodingVLM:
         self.token_budget = token_budget
         self.cache = cache
         self.max_side = max_side
-        self._attended: dict[str, tuple[weakref.ref[Encoded], torch.Tensor]] = {}  # the last batch asked about
+        self._attended: dict[
+            str, tuple[weakref.ref[Encoded], torch.Tensor]
+        ] = {}  # values of the last batch asked about
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the model itself: it never changes, and Gymnasium copies the arguments of environments."""
+        """Return the model itself, uncopied.
+
+        It never changes, and Gymnasium copies the arguments of environments.
+        """
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all of it but hooks that transformers put on modules and that do not pickle.
+        """Return the state to pickle, without transformers' hooks on modules, which do not pickle.
 
         transformers installs them when attention or hidden states are first asked for, and does so again in the copy.
         """
         weights = [*self.model.parameters(), *self.model.buffers()]
-        # a twin of the tree of modules alone: what is in the memo is shared, and the model itself goes on as it is
+        # copies only the tree of modules: everything in the memo is shared, and the model itself stays unchanged
         memo: dict[int, Any] = {id(kept): kept for kept in (self.processor, self.processor.tokenizer, *weights)}
         model, family = copy.deepcopy((self.model, self.family), memo)
         for module in model.modules():
@@ -83,11 +82,11 @@ class EncodingVLM:
         return self.__dict__ | {"model": model, "family": family, "_attended": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a pickle, possibly in a process that never built such a model."""
+        """Restore a pickled state, possibly in a process that never built such a model."""
         from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
         self.__dict__.update(state)
-        # classes enter the list of what can be captured when they are built, and without it nothing is, silently
+        # classes enter the registry of what can be captured when a model is built; without it, nothing is, silently
         for module in self.model.modules():
             if hasattr(module, "_can_record_outputs"):
                 dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
@@ -99,11 +98,14 @@ class EncodingVLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.model.device
 
     def checksum(self) -> str:
-        """Return a digest of every weight and buffer: equal before and after training, or the model was not frozen."""
+        """Return a digest of all weights and buffers.
+
+        If it is the same before and after training, the model stayed frozen.
+        """
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
@@ -111,10 +113,11 @@ class EncodingVLM:
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Return a digest of all that scores depend on, to the last bit, but examples and their ids: for caches.
+        """Return a digest of everything but examples and their ids that scores depend on.
 
-        That is weights, configs, precision, attention kernels, image processor, position policy, ``token_budget``, the
-        kind of device and the versions of the libraries that compute. The weights are read once.
+        It serves as a key of caches and covers everything that can change a single bit: weights, configs, precision,
+        attention kernels, image processor, position policy, ``token_budget``, ``max_side``, the kind of device and the
+        versions of the libraries involved. The weights are read once.
         """
         scope = picture_scope(self.family, self._weights)
         parts = [scope, self.position_policy, self.token_budget, self.device.type, self.max_side]
@@ -125,7 +128,7 @@ class EncodingVLM:
         return self.checksum()
 
     def prompt(self, question: str) -> str:
-        """Return the text that asks ``question`` about an image, up to where the answer starts."""
+        """Return the prompt that asks ``question`` about an image, up to the start of the answer."""
         return self.family.prompt(question)
 
     @cached_property
@@ -133,17 +136,18 @@ class EncodingVLM:
         return encoder_digest(self.model)
 
     def _pictures(self, images: list[np.ndarray]) -> list[Picture]:
-        """Run the vision encoder on images, or only on those that are not in the cache."""
+        """Run the vision encoder on images that are not in the cache."""
         if self.cache is None:
             return self.family.pictures(images)
         scope = picture_scope(self.family, self._encoder_digest)
         return self.cache.pictures(scope, images, self.family.pictures, self.device)
 
     def _check_window(self, longest: int, key: str = "") -> None:
-        """Raise ValueError if sequences are longer than the model can tell positions, or than dropping allows.
+        """Raise ValueError if sequences exceed the model's positions or its sliding window.
 
-        What counts is the whole sequence, whatever is dropped and however positions are numbered: the same model also
-        scores it whole. Some layers of some models look back through a window, which dropped tokens would move.
+        The length of the full sequence counts, whatever is dropped and however positions are numbered, since the model
+        also scores the full sequence. Some layers of some models attend within a window, which dropped tokens would
+        shift.
         """
         text, where = self.model.config.get_text_config(), f"{key}: " if key else ""
         limit = _longest(text)
@@ -161,7 +165,12 @@ class EncodingVLM:
             )
 
     def _check_room(self, prompts: torch.Tensor, most: int) -> None:
-        """Raise ValueError if prompts (B,) and answers of up to ``most`` tokens do not fit the model."""
+        """Raise ValueError if prompts and answers do not fit the model.
+
+        Args:
+            prompts: Lengths of the prompts, long (B,).
+            most: Maximum number of tokens of an answer.
+        """
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {most!r}")
         longest = int(prompts.max())
@@ -177,7 +186,10 @@ class EncodingVLM:
         self._check_window(longest + most)
 
     def _with_pixels(self, example: Example, number: int) -> Example:
-        """Return an example with its image as the model gets it; see :func:`~grip_env.tasks.pictures.as_pixels`."""
+        """Return an example with its image as the model gets it.
+
+        See :func:`~grip_env.tasks.pictures.as_pixels`.
+        """
         try:
             pixels = as_pixels(example.image, self.max_side)
         except PictureError as error:
@@ -186,14 +198,14 @@ class EncodingVLM:
 
     @torch.no_grad()
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> Encoded:
-        """Run the vision encoder once per example, or per image that is not in the cache.
+        """Run the vision encoder once per example, or once per image that is not in the cache.
 
         Args:
             examples: Images, questions and answers.
-            with_answers: False leaves the answers out: what comes back can be answered, but not scored.
+            with_answers: If False, the answers are left out: the result can be answered, but not scored.
 
         Raises:
-            ValueError: If there are no examples, an image is no picture, an answer is empty, or a sequence does not fit
+            ValueError: If there are no examples, an image is invalid, an answer is empty, or a sequence does not fit
                 the model.
         """
         if not examples:
@@ -220,13 +232,13 @@ class EncodingVLM:
         answers: Sequence[int],
         questions: Sequence[torch.Tensor],
     ) -> Encoded:
-        """Put encoded pictures and tokenized prompts together to a padded batch.
+        """Combine encoded images and tokenized prompts into a padded batch.
 
         Args:
-            examples: What they came from.
-            pictures: One for each example.
-            ids: Prompt and answer of each, long (L,), with an image token for each visual token.
-            answers: How many of these are the answer.
+            examples: The examples.
+            pictures: The encoded image of each example.
+            ids: Prompt and answer of each example, long (L,), with an image token for each visual token.
+            answers: Number of ids of each answer.
             questions: Embeddings of each question, float (Q, D).
 
         Raises:
@@ -264,13 +276,13 @@ class EncodingVLM:
 
 
 def _longest(text: Any) -> int | None:
-    """Return how many positions a language model knows, by its config; ``None`` if that does not say."""
+    """Return the number of positions in a language model's config, or ``None`` if it has none."""
     limit = getattr(text, "max_position_embeddings", None)
     if not limit:
         return None
     rope = getattr(text, "rope_parameters", None) or {}
     factor = rope.get("factor")
-    # these stretch what the model was trained on; of the other types max_position_embeddings is the stretched length
+    # these types extend the trained length; for other types, max_position_embeddings is already the extended length
     if rope.get("rope_type") in ("linear", "dynamic", "yarn") and isinstance(factor, int | float):
         trained = rope.get("original_max_position_embeddings") if rope["rope_type"] == "yarn" else None
         return max(int(limit), int((trained or limit) * factor))

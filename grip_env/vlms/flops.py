@@ -1,9 +1,9 @@
-"""FLOPs and cache bytes of a LLaVA with a CLIP tower and a Llama language model, by counting.
+"""FLOPs and cache bytes of a LLaVA with a CLIP tower and a Llama language model.
 
-What is of the language model alone holds for any made of Llama's layers, grouped keys and values included.
+The functions for the language model alone hold for any with Llama's layers, including grouped keys and values.
 
-A matrix product (m, k) x (k, n) is 2 m k n FLOPs; attention counts every pair of tokens, masked or not, as
-``torch.utils.flop_counter`` does. What is not a matrix product (norms, activations, softmax) is not counted.
+A matrix product (m, k) x (k, n) counts as 2 m k n FLOPs; attention counts every pair of tokens, masked or not, as
+``torch.utils.flop_counter`` does. Operations other than matrix products (norms, activations, softmax) are not counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["cache_bytes", "encoder_flops", "flops_saved", "layer_flops", "prefil
 
 
 def encoder_flops(config: Any) -> int:
-    """FLOPs to turn one picture into visual tokens: CLIP tower (all of its layers run) and projector."""
+    """Return the FLOPs to encode one image with the CLIP tower (all its layers) and projector."""
     vision, width = config.vision_config, config.vision_config.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2
     embed = 2 * patches * 3 * vision.patch_size**2 * width
@@ -25,19 +25,25 @@ def encoder_flops(config: Any) -> int:
 
 
 def prefill_flops(config: Any, length: int) -> int:
-    """FLOPs of the language model over a prompt of ``length`` tokens, and of its head at the last one."""
+    """Return the FLOPs of the language model on a prompt of ``length`` tokens.
+
+    This includes its head at the last token.
+    """
     return staged_flops(config, [(config.text_config.num_hidden_layers, length)])
 
 
 def staged_flops(config: Any, schedule: Sequence[tuple[int, int]]) -> int:
-    """FLOPs of the language model over a prompt that gets shorter between layers, and of its head at the last token.
+    """Return the FLOPs of the language model on a prompt that gets shorter between layers.
+
+    This includes its head at the last token.
 
     Args:
-        config: Of the model.
-        schedule: How many layers run on how many tokens, words included, in turn: ``[(2, 200), (30, 80)]``.
+        config: Config of the model.
+        schedule: Pairs of a number of layers and the number of tokens they run on, text tokens included, in order:
+            ``[(2, 200), (30, 80)]``.
 
     Raises:
-        ValueError: If these are not all of the model's layers.
+        ValueError: If the layers do not add up to those of the model.
     """
     text = config.text_config
     if sum(layers for layers, _ in schedule) != text.num_hidden_layers:
@@ -53,10 +59,10 @@ def staged_flops(config: Any, schedule: Sequence[tuple[int, int]]) -> int:
 
 
 def flops_saved(config: Any, length: int, schedule: Sequence[tuple[int, int]]) -> float:
-    """Return which share of the FLOPs of the language model over ``length`` tokens a schedule saves, in [0, 1).
+    """Return the share of the language model's FLOPs that a schedule saves, in [0, 1).
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         length: Tokens of the prompt before anything is dropped.
         schedule: See :func:`staged_flops`.
     """
@@ -64,12 +70,15 @@ def flops_saved(config: Any, length: int, schedule: Sequence[tuple[int, int]]) -
 
 
 def layer_flops(length: int, width: int, mlp: int) -> int:
-    """FLOPs of one transformer layer: four projections, MLP weights of ``mlp`` x width, scores and weighted sum."""
+    """Return the FLOPs of one transformer layer.
+
+    These are four projections, MLP weights of ``mlp`` x width, attention scores and weighted sum.
+    """
     return 2 * length * width * (4 * width + mlp) + 4 * length**2 * width
 
 
 def cache_bytes(config: Any, length: int, size: int = 4) -> int:
-    """Bytes of keys and values of ``length`` tokens, ``size`` bytes a number."""
+    """Return the bytes of keys and values of ``length`` tokens, with ``size`` bytes per number."""
     text = config.text_config
     return int(2 * text.num_hidden_layers * text.num_key_value_heads * _head_width(text) * length * size)
 

@@ -1,10 +1,10 @@
-"""How likely a frozen model finds an answer when each visual token is let through by a gate between 0 and 1.
+"""Answer log-likelihood of a frozen model with a gate in [0, 1] for each visual token.
 
-A gate acts on attention: its logarithm is added to what the queries of every layer find at the token's key, as in the
-masked attention of DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034). A token with gate 0 is then as good as
-dropped and one with gate 1 as good as kept, so that gates of 0 and 1 give what ``vlm.score`` gives, and the gradient
-tells of dropped tokens, too, what a little of them would do. Features multiplied by gates do neither: a zero vector in
-the sequence is nothing that a model was trained on, and layers that normalise undo any other factor.
+A gate acts on attention: in every layer, its logarithm is added to the attention logits at the token's key, as in the
+masked attention of DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034). A token with gate 0 is then practically
+dropped and one with gate 1 kept. So gates of 0 and 1 give the same as ``vlm.score``, and the gradient shows for dropped
+tokens, too, what a small share of them would change. Multiplying features by gates has neither property: models were
+never trained with a zero vector in the sequence, and normalisation layers cancel any other factor.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from grip_env.vlms.likelihood import mean_log_likelihood
 __all__ = ["check_gates", "gated_log_likelihood"]
 
 SMALLEST = 1e-8
-"""Added to gates before the logarithm is taken: what is left of a token with gate 0, relative to one with gate 1."""
+"""Constant added to gates before the logarithm: the remaining weight of gate 0 relative to gate 1."""
 
 
 def gated_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, gates: torch.Tensor) -> torch.Tensor:
-    """Return the mean log-likelihood of the answer's tokens under each set of gates, differentiable once in the gates.
+    """Return the mean log-likelihood of the answer's tokens under each set of gates.
 
-    Every visual token stays in the sequence, at its place; a token attends to itself whatever its gate, so that the
-    gradient of one at 0 is that of bringing it in. Sequences run in micro-batches of at most ``vlm.token_budget``
-    tokens, forwards and, where ``gates`` needs a gradient, at once backwards: memory does not grow with B * G.
+    The result can be differentiated once with respect to the gates. Every visual token keeps its place in the sequence.
+    A token attends to itself whatever its gate, so the gradient at gate 0 is that of adding the token. Sequences run in
+    micro-batches of at most ``vlm.token_budget`` tokens. If ``gates`` requires a gradient, each micro-batch runs
+    backwards right after its forward pass, so memory does not grow with B * G.
 
     Args:
         vlm: The frozen model.
         encoded: B examples with answers.
-        gates: float (B, G, N) in [0, 1]; those of padding are not looked at.
+        gates: float (B, G, N) in [0, 1]; the gates of padding are ignored.
 
     Returns:
         float32 (B, G), in nats per answer token.
 
     Raises:
-        NotImplementedError: If the model is not one of those that
-        :func:`~grip_env.vlms.decoder.staged_forward.decoder_of` knows.
-        ValueError: If gates have another shape, examples have no answers, or the model renumbers what is kept, for
-            which there is no meaning with gates between 0 and 1.
+        NotImplementedError: If :func:`~grip_env.vlms.decoder.staged_forward.decoder_of` does not support the model.
+        ValueError: If gates have the wrong shape, examples have no answers, or the model renumbers the kept tokens,
+            which is undefined for gates between 0 and 1.
 
     >>> from grip_env import SceneTask, load_vlm
     >>> vlm = load_vlm("tiny")
@@ -76,19 +76,24 @@ def gated_log_likelihood(vlm: HuggingFaceVLM, encoded: Encoded, gates: torch.Ten
         if learning:
             slopes.extend(torch.autograd.grad(value.sum(), part))  # a row's value depends on its own gates only
     result = torch.cat(values)
-    if learning:  # the same value, with the gradient that is known already
+    if learning:  # the same value, with the gradient computed above
         moved = gates.flatten(0, 1)
         result = result + ((moved - moved.detach()) * torch.cat(slopes)).sum(-1)
     return result.reshape(gates.shape[:2])
 
 
 def check_gates(vlm: FrozenVLM) -> HuggingFaceVLM:
-    """Return the model if gates can act on its attention, or raise as :func:`gated_log_likelihood` does."""
+    """Return the model if gates can act on its attention.
+
+    Raises:
+        NotImplementedError: As in :func:`gated_log_likelihood`.
+        ValueError: If the model renumbers the kept tokens.
+    """
     try:
         decoder_of(vlm)
     except NotImplementedError as error:
         raise NotImplementedError(f"gates on attention need the layers of the language model: {error}") from None
-    assert isinstance(vlm, HuggingFaceVLM)  # decoder_of knows no other
+    assert isinstance(vlm, HuggingFaceVLM)  # decoder_of accepts no other
     if vlm.position_policy != "original":
         raise ValueError(
             f"gates between 0 and 1 leave every token at its place, and this model has position_policy "
@@ -106,10 +111,10 @@ def _likelihood(run: StagedForward, gates: torch.Tensor) -> torch.Tensor:
     let_in = torch.where(token >= 0, let_in, 0.0).to(hidden.dtype)
     itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
     later = torch.ones_like(itself).triu(1)
-    # padding ends a row, where no token of the row looks
+    # padding comes last in a row, so causal attention never reaches it
     bias = torch.where(itself, 0.0, let_in[:, None, None, :]).masked_fill(later, torch.finfo(hidden.dtype).min)
     rotary = decoder.rotary_emb(hidden, position_ids=position_ids)
-    narrow = trunk_of(run.vlm.model) is not None  # else somebody has to see all of the last layer
+    narrow = trunk_of(run.vlm.model) is not None  # else the last layer has to run on all columns
     for block in decoder.layers[:-1] if narrow else decoder.layers:
         hidden = block(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotary)
     if narrow:

@@ -1,4 +1,4 @@
-"""Models named "owner/name": from the cache of the model hub, or from the hub where it answers."""
+"""Models named "owner/name", from the model hub or its local cache."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 __all__ = ["fetch"]
 
 PATIENCE = 10.0
-"""Seconds the hub has to answer in; its own client tries six times in a row, half a minute for each file."""
+"""Timeout for the hub, in seconds; its own client tries six times in a row, half a minute for each file."""
 
 FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-"""What is fetched: neither code nor pickles."""
+"""Patterns of files to fetch: neither code nor pickles."""
 LEFT = ["*/*", "consolidated*"]
-"""What is not: other forms of the same weights."""
+"""Patterns of files to leave out: other forms of the same weights."""
 
 
 def _answers() -> bool:
-    """Tell whether the hub answers at all, whatever it says."""
+    """Return whether the hub answers at all, with any response."""
     if constants.HF_HUB_OFFLINE:
         return False
     found: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -34,7 +34,7 @@ def _answers() -> bool:
         else:
             found.put(True)
 
-    # in a thread, since looking up the host's name may hang for longer than the timeout of a request
+    # in a thread, since the lookup of the host name may hang for longer than the timeout of a request
     threading.Thread(target=ask, daemon=True).start()
     try:
         return found.get(timeout=PATIENCE)
@@ -43,10 +43,10 @@ def _answers() -> bool:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of a model of the hub: downloaded, or from the cache where the hub does not answer.
+    """Return the folder of a model of the hub, from the cache if the hub does not answer.
 
     Raises:
-        ValueError: If it cannot be had; says why.
+        ValueError: If the model is not available; the message says why.
     """
     hub, remedy = constants.ENDPOINT, "give a folder that save_pretrained wrote"
     try:
@@ -61,7 +61,7 @@ def fetch(name: str) -> Path:
         reason, remedy = f"the model hub {hub} asks who you are", f"log in with `hf auth login`, or {remedy}"
     except RepositoryNotFoundError:
         reason = f"there is no such folder, and no such model on {hub}"
-    except Exception as error:  # of the HTTP library, of the file system, of the name
+    except Exception as error:  # from the HTTP library, the file system or an invalid name
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason, remedy = f"{hub} does not give it, {lines[0].rstrip(' .:')}", f"try again, or {remedy}"
     raise ValueError(f"{name} cannot be read ({reason}): {remedy}")

@@ -1,7 +1,8 @@
-"""Any supported image-text model of transformers as a frozen vision-language model.
+"""Supported image-text models of transformers as frozen vision-language models.
 
-Pruning needs neither a fork nor a patch: the encoder's output is indexed, the placeholders of dropped tokens leave
-``input_ids``, and attention mask and positions are indexed alike. The language model then runs on the short sequence.
+Pruning needs neither a fork nor a patch: the encoder's output is indexed, the placeholders of dropped tokens are
+removed from ``input_ids``, and attention mask and positions are indexed in the same way. The language model then runs
+on the shorter sequence.
 """
 
 from __future__ import annotations
@@ -30,31 +31,33 @@ __all__ = ["HuggingFaceVLM"]
 
 QUESTION = "what is there?"
 GREY = np.full((64, 64, 3), 128, np.uint8)
-"""What a model that was just loaded is tried with."""
+"""Image for a trial run of a newly loaded model."""
 
 
 class HuggingFaceVLM(ScoringVLM):
     """A frozen image-text model of transformers.
 
     Args:
-        model: The model, its weights all on one device; it is put in eval mode and its parameters stop requiring
+        model: The model, with all weights on one device. It is put in eval mode, and its parameters stop requiring
             gradients.
-        processor: Its tokenizer, image processor and chat template, as attributes of these names.
+        processor: Object with the model's ``tokenizer``, ``image_processor`` and ``chat_template``.
         name: Name for logs.
-        position_policy: "original" keeps each token's position in the full sequence; "reindex" renumbers what is kept.
-        token_budget: Most tokens, padding included, in one call of the language model; ``None`` takes 16,384, but on
-            a CPU 4,096: more of them overflow its caches (the embedded model took 1.4 times as long with 16,384).
-        cache: Where encoded images are kept on disk; the weights are read once for it, at the first image.
-        max_side: Images with a longer side, in pixels, are shrunk before the image processor gets them; ``None`` leaves
-            them as they are.
+        position_policy: "original" keeps each token's position in the full sequence; "reindex" renumbers the kept
+            tokens.
+        token_budget: Maximum number of tokens, padding included, in one call of the language model. ``None`` means
+            16,384, or 4,096 on a CPU: more would overflow its caches (the embedded model took 1.4 times as long with
+            16,384).
+        cache: Disk cache of encoded images. It reads the weights once, at the first image.
+        max_side: Maximum length of an image's longer side, in pixels. Larger images are shrunk before the image
+            processor gets them; ``None`` leaves all as they are.
 
     Raises:
-        ValueError: If the model's family is not supported, cannot do this, or the processor has no chat template.
+        ValueError: If the model or its family is not supported, or the processor has no chat template.
 
-    Scores do not depend on what else is in the batch, up to float rounding (1e-4 in log-likelihood in float32). When
+    Scores do not depend on the rest of the batch, up to float rounding (1e-4 in log-likelihood in float32). When
     scoring, Llama-type language models run their last layer only where the answer is read
-    (:mod:`grip_env.vlms.decoder.last_layer`), unless somebody changed how they run. Rotary embeddings of types
-    "dynamic" and "longrope" look at the longest sequence of a batch, and so do scores where a model has them.
+    (:mod:`grip_env.vlms.decoder.last_layer`), unless their forward pass was modified. Rotary embeddings of types
+    "dynamic" and "longrope" depend on the longest sequence of a batch, and so do the scores of models that use them.
     """
 
     # -- loading ---------------------------------------------------------------------------------------------
@@ -71,7 +74,7 @@ class HuggingFaceVLM(ScoringVLM):
         cache: PictureCache | None = None,
         max_side: int | None = MAX_SIDE,
     ) -> HuggingFaceVLM:
-        """Load a model and its processor from a folder (or, where one is reachable, a model hub).
+        """Load a model and its processor from a folder or, if reachable, a model hub.
 
         Raises:
             FileNotFoundError: If ``path`` looks like a folder and has no config.json.
@@ -80,23 +83,23 @@ class HuggingFaceVLM(ScoringVLM):
         model, processor = read_pretrained(path, dtype, attn_implementation)
         try:
             model = model.to(device)
-        except Exception as error:  # of the device; quantised models refuse to move
+        except Exception as error:  # from the device; quantised models cannot be moved
             raise refusal(path, "put on a device", error, f"choose another device than {str(device)!r}") from error
         try:
             vlm = cls(model, processor, Path(path).name, position_policy, token_budget, cache, max_side)
-        except ValueError:  # of an option, or of the model as a whole
+        except ValueError:  # about an option, or about the model as a whole
             raise
         except Exception as error:
             raise refusal(path, "used", error, "save it again") from error
         try:
             vlm._try_processor()
             vlm._try_model()
-        except Exception as error:  # files that can be read, with settings that are impossible or fit nothing else
+        except Exception as error:  # readable files with settings that are impossible or inconsistent
             raise refusal(path, "used", error, "save it again") from error
         return vlm
 
     def _try_processor(self) -> None:
-        """Raise an error if the processor cannot make a prompt and an image of what it is given."""
+        """Raise an error if the processor fails on a question or an image."""
         family = self.family
         prompt = family.prompt(QUESTION)
         if prompt.count(family.marker) != 1 or QUESTION not in prompt:
@@ -117,12 +120,15 @@ class HuggingFaceVLM(ScoringVLM):
             raise ValueError(f"the image processor of {self.name} makes NaN or infinities")
 
     def _try_model(self) -> None:
-        """Raise an error if the model cannot see an image and answer, or gives NaN; few tokens make that quick."""
-        cache, self.cache = self.cache, None  # no picture of the user's
+        """Raise an error if the model fails on an image and an answer, or gives NaN.
+
+        Only a few visual tokens are kept, which makes this quick.
+        """
+        cache, self.cache = self.cache, None  # keep the trial image out of it
         try:
             try:
                 encoded = self.encode([Example(GREY, QUESTION, "nothing")])
-            except ValueError:  # too long for the model's window, say: that depends on the picture, and is told there
+            except ValueError:  # such as too long a sequence: this depends on the image, and is reported there
                 return
             selection = encoded.token_mask & (torch.arange(encoded.token_mask.shape[1], device=self.device) < 4)
             scores = self.score(encoded, selection[:, None])
@@ -134,15 +140,15 @@ class HuggingFaceVLM(ScoringVLM):
     # -- answering -------------------------------------------------------------------------------------------
 
     def _kept(self, encoded: Encoded, stays: torch.Tensor, selection: torch.Tensor, example: torch.Tensor) -> Prompts:
-        """Return what is kept of prompts, padded on the left; see ``_sequences``."""
+        """Return pruned prompts, padded on the left; see ``_sequences``."""
         ids, mask, position_ids = self._compact(encoded, stays, example, left=True)
         return Prompts(ids, mask, position_ids, self._images(encoded, encoded.tokens, selection, example))
 
     @torch.no_grad()
     def generate(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> list[list[str]]:
-        """Answer greedily under each selection, whatever ``generation_config`` says of anything but token ids.
+        """Answer greedily under each selection; see :class:`~grip_env.vlms.base.FrozenVLM`.
 
-        See :class:`~grip_env.vlms.base.FrozenVLM`.
+        Of the model's ``generation_config``, only the token ids have an effect.
 
         Raises:
             ValueError: If a prompt and its answer do not fit the model.
@@ -166,21 +172,21 @@ class HuggingFaceVLM(ScoringVLM):
 
     @torch.no_grad()
     def generate_ids(self, encoded: Encoded, selection: torch.Tensor, **options: Any) -> Any:
-        """Do what the model's own ``generate`` does, with what is kept of each prompt.
+        """Generate from the pruned prompts as the model's own ``generate`` does.
 
-        ``generate`` itself prepares all that the options ask for, from the whole prompts, and processors of logits,
-        stopping criteria and streamers look at these; only the language model sees the kept tokens alone. It always
-        has a cache: ``use_cache=False`` changes no answer, and none comes back. Nothing is compiled.
+        ``generate`` itself prepares everything that the options ask for from the complete prompts. Logits processors,
+        stopping criteria and streamers see these, too; only the language model sees just the kept tokens. A cache is
+        always used: ``use_cache=False`` changes no answer, but the cache is not returned. Nothing is compiled.
 
         Args:
             encoded: B examples.
             selection: bool (B, N).
-            options: Of ``generate``, all but those that are about the prompt; "input_ids" and "attention_mask", both
-                long (B, L), where the prompts as they were given have padding of their own.
+            options: Options of ``generate``, except those about the prompt; also "input_ids" and "attention_mask", both
+                long (B, L), if the prompts were given with padding.
 
         Returns:
-            What ``generate`` returns: the whole prompts and the new tokens after them, long (B, L + T), or an output
-            object whose ``sequences`` they are.
+            The same as ``generate``: the complete prompts followed by the new tokens, long (B, L + T), or an output
+            object with these as its ``sequences``.
 
         Raises:
             ValueError: If an option is not supported, or prompts and answers do not fit the model.
@@ -197,7 +203,7 @@ class HuggingFaceVLM(ScoringVLM):
         real = real.to(self.device).bool()
         self._check_room(prompts, new_tokens(saved, options, given.shape[1]))
 
-        # all padding on the left, and each row's own first token as padding
+        # all padding on the left, each row padded with its own first token
         order = real.to(torch.uint8).argsort(dim=1, stable=True)
         real = real.gather(1, order)
         filled = given.gather(1, order)
@@ -234,7 +240,7 @@ class HuggingFaceVLM(ScoringVLM):
             )
 
         if option("stop_strings", saved, options) is not None:
-            options["stop_strings"] = None  # a loop of one's own is not given the tokenizer they need
+            options["stop_strings"] = None  # a custom loop does not get the tokenizer they need
         options = {
             name: value
             for name, value in options.items()
@@ -246,7 +252,7 @@ class HuggingFaceVLM(ScoringVLM):
             return self.model.generate(
                 input_ids=filled,
                 attention_mask=real.long(),
-                position_ids=torch.zeros_like(filled),  # not used: or some models would work them out
+                position_ids=torch.zeros_like(filled),  # not used; without them some models would compute them
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(criteria),
                 custom_generate=loop,
@@ -265,16 +271,16 @@ class HuggingFaceVLM(ScoringVLM):
         max_new_tokens: int,
         watch: Callable[[torch.Tensor], None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the likeliest tokens after one prompt under one selection, (1, 1, N), and their log-probabilities.
+        """Return the greedy continuation of one prompt under one selection.
 
         Args:
             encoded: One example.
             selection: bool (1, 1, N).
-            max_new_tokens: Most tokens, the end included.
-            watch: Called with each token, long (1,), when it is there.
+            max_new_tokens: Maximum number of tokens, the end token included.
+            watch: Called with each token, long (1,), as soon as it is generated.
 
         Returns:
-            Long (1, T) and float (1, T).
+            The tokens, long (1, T), and their log-probabilities, float (1, T).
 
         Raises:
             ValueError: If the prompt and its answer do not fit the model.
@@ -288,12 +294,12 @@ class HuggingFaceVLM(ScoringVLM):
 
     @torch.no_grad()
     def answer(self, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int = 16) -> Reply:
-        """Answer one question greedily under one selection, and watch the clock.
+        """Answer one question greedily under one selection, and time it.
 
         Args:
             encoded: One example.
             selection: bool (1, 1, N).
-            max_new_tokens: Most tokens of the answer, its end included.
+            max_new_tokens: Maximum number of tokens, the end token included.
 
         Raises:
             ValueError: If there is more than one example or selection.
@@ -303,17 +309,19 @@ class HuggingFaceVLM(ScoringVLM):
 
     @torch.no_grad()
     def attention(self, encoded: Encoded, kind: str = "cls") -> torch.Tensor:
-        """Return the attention each visual token gets in the vision tower, averaged over heads, float32 (B, N).
+        """Return the attention on each visual token in the vision tower, float32 (B, N).
+
+        It is averaged over heads.
 
         Args:
-            encoded: The examples; the vision tower runs on them once more, unless they are those of the last call.
-            kind: "cls": from the tower's CLS token, at the layer the features come from. "received": from all its
-                patches on average, at that layer (the last of Gemma 3's, PaliGemma's and Qwen-VL's towers); where
-                several patches make a token, the mean over them.
+            encoded: The examples; the vision tower runs on them again, unless they are the examples of the last call.
+            kind: "cls" is attention from the tower's CLS token, at the layer the features come from. "received" is the
+                average attention from all its patches, at that layer (the last of Gemma 3's, PaliGemma's and Qwen-VL's
+                towers); if several patches form a token, it is the mean over them.
 
         Raises:
-            NotImplementedError: If the model has none of this kind for its visual tokens, or there is no such kind.
-            ValueError: If the images are not known.
+            NotImplementedError: If the model has no such attention for its visual tokens, or ``kind`` is unknown.
+            ValueError: If the images are not available.
         """
         if kind in self._attended and self._attended[kind][0]() is encoded:
             return self._attended[kind][1].clone()
@@ -327,27 +335,29 @@ class HuggingFaceVLM(ScoringVLM):
 
     @torch.no_grad()
     def tower_features(self, encoded: Encoded) -> torch.Tensor:
-        """Return what the vision tower made of each visual token, before the projector, float32 (B, N, W).
+        """Return the vision tower's features of each visual token, float32 (B, N, W).
+
+        These are the features before the projector.
 
         Args:
-            encoded: The examples; the vision tower runs on them once more, unless they are those of the last call.
+            encoded: The examples; the vision tower runs on them again, unless they are the examples of the last call.
 
         Raises:
             NotImplementedError: If the tower has no CLS token, or its patches are not the visual tokens.
-            ValueError: If the images are not known.
+            ValueError: If the images are not available.
         """
         if "features" not in self._attended or self._attended["features"][0]() is not encoded:
             self._view(encoded)
         return self._attended["features"][1].clone()
 
     def _view(self, encoded: Encoded) -> None:
-        """Remember CLS attention and features of a batch, which one look at the tower gives."""
+        """Store CLS attention and features of a batch, from one pass of the tower."""
         views = self.family.views(known_images(encoded.examples))
         self._remember("cls", encoded, [view.attention for view in views])
         self._remember("features", encoded, [view.features[1:] for view in views])  # without the CLS token
 
     def _remember(self, kind: str, encoded: Encoded, rows: Sequence[torch.Tensor]) -> None:
-        """Remember what is known of each token, (n, ...) in each row, as float32 (B, N, ...)."""
+        """Store values of each token, (n, ...) for each example, as float32 (B, N, ...)."""
         padded = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
         result = padded.new_zeros(*encoded.token_mask.shape, *padded.shape[2:])
         result[:, : padded.shape[1]] = padded

@@ -1,6 +1,6 @@
-"""From logits to how well an answer is found: what scoring in one go and scoring layer by layer share.
+"""Scores of answers from logits, shared by scoring as a whole and layer by layer.
 
-R sequences, T tokens of the longest answer, V words of the vocabulary. Ids of an answer shorter than T are -100.
+R sequences, T tokens of the longest answer, V tokens of the vocabulary. Ids after the end of an answer are -100.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ __all__ = ["answer_columns", "greedy_finds", "mean_log_likelihood", "negative_di
 
 
 def answer_columns(begin: torch.Tensor, lengths: torch.Tensor, elsewhere: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return in which columns of their sequences the answers' ids are.
+    """Return the columns of the answers' ids in their sequences.
 
     Args:
         begin: Column of each answer's first id, long (R,).
-        lengths: How many ids each answer has, long (R,).
-        elsewhere: Stands where an answer has ended: any column that exists and has one before it.
+        lengths: Number of ids of each answer, long (R,).
+        elsewhere: Column used after the end of an answer; any that exists and has one before it.
 
     Returns:
-        Columns, long (R, T), and which of them are real, bool (R, T).
+        Columns, long (R, T), and a mask of the real ones, bool (R, T).
     """
     offset = torch.arange(int(lengths.max()), device=lengths.device)  # (T,)
     real = offset < lengths[:, None]
@@ -27,10 +27,10 @@ def answer_columns(begin: torch.Tensor, lengths: torch.Tensor, elsewhere: int = 
 
 
 def mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean over an answer's ids of their log-probability, in nats: float (R,).
+    """Return the mean log-probability of each answer's ids, in nats: float (R,).
 
     Args:
-        logits: What predicts each id, float (R, T, V); gradients flow to them.
+        logits: Logits that predict each id, float (R, T, V); gradients flow to them.
         targets: The ids, long (R, T), at least one in each row.
 
     >>> mean_log_likelihood(torch.tensor([[[0.0, 0.0], [5.0, 0.0]]]), torch.tensor([[1, -100]]))
@@ -42,16 +42,19 @@ def mean_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 
 def greedy_finds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return whether greedy decoding would begin with the answer, bool (R,); arguments as above."""
+    """Return whether greedy decoding begins with the answer, bool (R,).
+
+    The arguments are those of :func:`mean_log_likelihood`.
+    """
     return ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)
 
 
 def negative_divergence(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """Return -KL(reference || other) of distributions given as log-probabilities, in nats; never above 0.
+    """Return -KL(reference || other) of two distributions, in nats; never above 0.
 
     Args:
-        reference: float (..., V), finite.
-        log_probs: The other, float (..., V), finite.
+        reference: Log-probabilities of the reference, float (..., V), finite.
+        log_probs: Log-probabilities of the other distribution, float (..., V), finite.
 
     Returns:
         float (...).
@@ -60,5 +63,5 @@ def negative_divergence(reference: torch.Tensor, log_probs: torch.Tensor) -> tor
     >>> negative_divergence(uniform, torch.tensor([0.25, 0.75]).log())  # (log 2 + log 2/3) / 2
     tensor(-0.1438)
     """
-    # rounding makes a divergence of nearly 0 negative
+    # rounding can make a divergence near 0 negative
     return (reference.exp() * (log_probs - reference)).sum(-1).clamp_max(0)

@@ -1,4 +1,4 @@
-"""Reading a saved model and its processor: whole, or not at all."""
+"""Loading of a saved model and its processor, with checks that both are complete."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from grip_env.vlms.model_folder import check_adapter, check_folder, check_size
 __all__ = ["DIGESTS", "Processor", "check_digests", "read_pretrained", "refusal", "write_digests"]
 
 DIGESTS = "SHA256SUMS"
-"""The file in the folder of a model that has digests of the others."""
+"""Name of the file in a model folder that holds the digests of the others."""
 LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
-"""A line of that file, in the form of the command sha256sum."""
+"""Pattern of a line of that file, in the format of the command sha256sum."""
 WEIGHTS = ".safetensors"
 SEALED = (".json", ".jinja", WEIGHTS)
-"""Ends of the names of the files that have digests."""
+"""Suffixes of the files that have digests."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 ONLY_DATA: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-"""Left unset, transformers asks on the terminal whether to run code that comes with a model."""
+"""Options to load data only. Without them, transformers asks on the terminal whether to run code of a model."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What of a saved processor images and questions need.
+    """The parts of a saved processor that images and questions need.
 
-    The processors of families that also read videos cannot be loaded as a whole without torchvision, their parts can.
+    Processors of families that also read videos cannot be loaded as a whole without torchvision, but their parts can.
     """
 
     tokenizer: Any
@@ -47,18 +47,18 @@ class Processor:
 
 
 def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: str = "sdpa") -> tuple[Any, Processor]:
-    """Return the model and the processor saved in a folder (or, where one is reachable, on a model hub).
+    """Return the model and processor saved in a folder or, if reachable, on a model hub.
 
     Code that comes with a model is never run, and pickles are never opened.
 
     Raises:
         FileNotFoundError: If ``path`` looks like a folder and has no config.json.
-        ValueError: If a part of it is missing, damaged or does not fit the rest, or it needs code of its own.
+        ValueError: If a part is missing, damaged or does not fit the rest, or the model needs custom code.
     """
     folder = Path(path)
-    # what cannot be a model's id on a hub ("owner/name") is not asked for there
+    # only what can be a model's id on a hub ("owner/name") is looked up there
     local = folder.exists() or str(path).startswith((".", "/")) or str(path).count("/") != 1
-    check_adapter(path, folder)  # most have no config.json
+    check_adapter(path, folder)  # most adapters have no config.json
     if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}: give a folder that save_pretrained wrote")
     if not local:
@@ -68,7 +68,7 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
     config = _config(path, folder)
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)  # what is wrong with the weights is in the error below
+    logging.set_verbosity(logging.CRITICAL)  # problems with the weights are in the error below
     try:
         check_folder(folder, config, FAMILIES)
         tokenizer = AutoTokenizer.from_pretrained(folder, **ONLY_DATA)
@@ -85,13 +85,13 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
             **ONLY_DATA,
         )
         model, found = loaded
-    except Exception as error:  # transformers raises all sorts of things on damaged files
+    except Exception as error:  # transformers raises errors of many types on damaged files
         raise refusal(path, "read", error, _remedy(folder, config, error)) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    # transformers fills in random numbers for these and goes on, which would make every reward meaningless
+    # transformers only fills these with random numbers, which would make every reward meaningless
     unfit = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if unfit:
         raise ValueError(
@@ -102,11 +102,11 @@ def read_pretrained(path: str | Path, dtype: torch.dtype, attn_implementation: s
 
 
 def check_digests(folder: Path) -> None:
-    """Check the files in a folder against its SHA256SUMS; without one there is nothing to check.
+    """Check the files in a folder against its SHA256SUMS, if there is one.
 
     Raises:
-        FileNotFoundError: If one of them is missing.
-        ValueError: If one is not what was written.
+        FileNotFoundError: If a listed file is missing.
+        ValueError: If SHA256SUMS or a listed file is damaged.
     """
     listed = folder / DIGESTS
     if not listed.is_file():
@@ -121,7 +121,7 @@ def check_digests(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be read ({DIGESTS} is damaged, it is no list of digests): {remedy}")
     for digest, name in found:
         if name != Path(name).name or Path(name).suffix not in SEALED:
-            continue  # a list of another tool's may name notes, and other forms of the weights
+            continue  # lists of other tools may include notes and other forms of the weights
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} cannot be read ({name} is missing): {remedy}")
         if _sha256(folder / name) != digest.lower():
@@ -131,7 +131,7 @@ def check_digests(folder: Path) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """Write SHA256SUMS of all files in a folder but notes for readers, in the form of the command sha256sum."""
+    """Write SHA256SUMS of a model's files in a folder, in the format of sha256sum."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SEALED)
     write_atomically(folder / DIGESTS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files).encode())
 
@@ -145,11 +145,11 @@ def _sha256(path: Path) -> str:
 
 
 def _config(path: str | Path, folder: Path) -> dict[str, Any]:
-    """Return config.json, or raise ValueError where that alone shows that the model cannot be read."""
+    """Return the contents of config.json, or raise ValueError if they are not a JSON object."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = f"{folder / 'config.json'}' is not a valid JSON file: {_reason(error)}"
+        reason = f"'{folder / 'config.json'}' is not a valid JSON file: {_reason(error)}"
         raise ValueError(f"{path} cannot be read ({reason}): save it again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read (config.json holds no object): save it again")
@@ -157,7 +157,7 @@ def _config(path: str | Path, folder: Path) -> dict[str, Any]:
 
 
 def refusal(path: str | Path, verb: str, error: Exception, remedy: str) -> ValueError:
-    """Return the error that says why a model cannot be read or used, and what to do about it."""
+    """Return an error that says why a model cannot be read or used, and what to do about it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "give it a device with more memory, or a dtype of fewer bits"
     return ValueError(f"{path} cannot be {verb} ({_reason(error)}): {remedy}")
@@ -172,7 +172,7 @@ def _reason(error: Exception) -> str:
 
 
 def _remedy(folder: Path, config: Mapping[str, Any], error: Exception) -> str:
-    """Return what to do about a model that cannot be read."""
+    """Return advice on a model that cannot be read."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is never run: give a model whose class is in transformers"
     if str(error).startswith("model type"):
@@ -189,7 +189,10 @@ def _remedy(folder: Path, config: Mapping[str, Any], error: Exception) -> str:
 
 
 def _template(tokenizer: Any, folder: Path) -> str | None:
-    """Return the chat template: the tokenizer's, else one of a processor saved before tokenizers read those too."""
+    """Return the chat template of the tokenizer, else of the processor.
+
+    Older processors have a file for it that tokenizers do not read.
+    """
     found: Any = tokenizer.chat_template
     file = folder / "chat_template.json"
     if not found and file.is_file():

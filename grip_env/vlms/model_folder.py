@@ -1,7 +1,7 @@
-"""What may be in the folder of a saved model: checked before a model is made of it.
+"""Checks of the folder of a saved model before the model is loaded.
 
-Nothing outside the folder is read, kernels named in it are not fetched, and a config.json that describes another model
-than the one whose weights are there is found before memory is taken for that other model.
+They ensure that nothing outside the folder is read, that kernels named in it are not fetched, and that a config.json
+that does not match the saved weights is detected before memory is allocated for the model it describes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 __all__ = ["check_adapter", "check_folder", "check_size"]
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
-"""How configs name the number of layers of a part of a model."""
+"""Names that configs use for the number of layers in a part of a model."""
 ROOM = 10_000_000
-"""Weights that a model may have beyond twice those saved: shared ones are saved once, and some are not saved at all."""
+"""Weights allowed beyond twice the number saved: shared weights are saved once, and some are not saved at all."""
 
 
 def check_adapter(path: str | Path, folder: Path) -> None:
-    """Raise ValueError if a folder holds an adapter: transformers would read a model from wherever that names."""
+    """Raise ValueError if a folder holds an adapter.
+
+    transformers would load the base model from any place that the adapter names.
+    """
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} cannot be read (it holds an adapter of PEFT, such as LoRA): load it with its model, call "
@@ -33,20 +36,20 @@ def check_adapter(path: str | Path, folder: Path) -> None:
 
 
 def check_folder(folder: Path, config: dict[str, Any], kinds: Collection[str]) -> None:
-    """Raise ValueError where config.json or the list of weight files alone show that a model cannot be read.
+    """Raise ValueError if config.json or the index of the weight files rules out a valid model.
 
     Args:
         folder: The folder.
-        config: What its config.json holds.
+        config: Contents of its config.json.
         kinds: The values of "model_type" that are supported.
     """
     kind = config.get("model_type")
-    if kind not in kinds and "auto_map" not in config:  # what needs code of its own is refused for that
+    if kind not in kinds and "auto_map" not in config:  # models that need custom code are refused for that reason later
         raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(sorted(kinds))}")
     shapes = list(_shapes(folder))
     for name, value in _settings(config):
         if name in LAYERS and isinstance(value, int | float) and shapes and value > len(shapes):
-            raise ValueError(f"config.json tells of {value} layers, and {len(shapes)} tensors are saved")
+            raise ValueError(f"config.json describes a model of {value} layers, and {len(shapes)} tensors are saved")
         if name.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
             raise ValueError(f"config.json names the kernel {value!r}, which is code: remove {name!r}")
     for index in folder.glob("*.safetensors.index.json"):
@@ -54,8 +57,8 @@ def check_folder(folder: Path, config: dict[str, Any], kinds: Collection[str]) -
 
 
 def check_size(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError if config.json describes a far larger model than the one whose weights are saved."""
-    if config.get("quantization_config") is not None:  # several weights to a number
+    """Raise ValueError if config.json describes a far larger model than the saved weights."""
+    if config.get("quantization_config") is not None:  # several weights are packed in one number
         return
     with torch.device("meta"):
         read = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -67,7 +70,7 @@ def check_size(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every name in nested settings, and what it holds."""
+    """Yield every name in nested settings with its value."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield str(name), inner
@@ -78,7 +81,7 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _shapes(folder: Path) -> Iterator[list[int]]:
-    """Yield the shape of every tensor that is saved in a folder; a damaged file has none here."""
+    """Yield the shape of every tensor saved in a folder; damaged files are skipped."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with file.open("rb") as opened:
@@ -86,7 +89,7 @@ def _shapes(folder: Path) -> Iterator[list[int]]:
                 header = json.loads(opened.read(length)) if length < file.stat().st_size else {}
             yield from (entry["shape"] for name, entry in header.items() if name != "__metadata__")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            continue  # whoever reads the weights says more
+            continue  # loading the weights gives a better error
 
 
 def _check_index(folder: Path, index: Path) -> None:

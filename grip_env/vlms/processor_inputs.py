@@ -1,6 +1,6 @@
-"""What a model's own processor makes of images and text, read as encoded examples.
+"""Conversion of a processor's outputs for images and text to encoded examples.
 
-For those who call ``model.generate(**inputs)`` today and want to go on so, with fewer tokens.
+This serves programs that call ``model.generate(**inputs)`` and want to do so with fewer visual tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ REFUSED = {
 
 
 def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return what is text, what is about images, and the rest, which are options of ``generate``.
+    """Split inputs into those about text, those about images, and options of ``generate``.
 
     Raises:
-        ValueError: If something is missing, or cannot be dealt with.
+        ValueError: If an input is missing or not supported.
     """
     for name, remedy in REFUSED.items():
         if inputs.get(name) is not None:
@@ -55,22 +55,23 @@ def encode_inputs(
     images: Mapping[str, Any],
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Encoded:
-    """Run the vision encoder on what a processor made.
+    """Run the vision encoder on the outputs of a processor.
 
     Args:
         vlm: The model.
         text: "input_ids", long (B, L), with one image in each row, and "attention_mask" (B, L) if rows are padded.
         images: The processor's other tensors.
-        sizes: Height and width of each image, where the tensors do not tell them: InternVL's tiles cannot be placed
-            without, and for models that see a square of each image, places are in that square.
+        sizes: Height and width of each image, if the tensors do not contain them. Without them, InternVL's tiles cannot
+            be placed, and for models that see a square of each image, positions are relative to that square.
 
     Returns:
-        B examples without answers. Their images are not known; the question is the chat's last turn of the user: what
-        stands behind the image there, or before it where there is nothing behind, without the end that the chat
-        template gives every prompt. Of long questions the scorers of this project read the first 64 tokens.
+        B examples without answers or images. The question is the user's last turn in the chat: the text after the
+        image, or before it if there is none after it, without the end that the chat template adds to every prompt. Of
+        long questions, the scorers of this project read the first 64 tokens.
 
     Raises:
-        ValueError: If rows do not have one image each, or do not fit the images, or tensors are not of the right kind.
+        ValueError: If a row does not have exactly one image, rows and images do not match, or a tensor has the wrong
+            form.
     """
     family, device = vlm.family, vlm.device
     _check_text(text, vlm.model.get_input_embeddings().weight.shape[0])
@@ -106,7 +107,7 @@ def encode_inputs(
 
 
 def _check_text(text: Mapping[str, Any], vocabulary: int) -> None:
-    """Raise ValueError if tensors are not what a processor makes of texts."""
+    """Raise ValueError if tensors do not have the form of a processor's outputs for texts."""
     ids, mask = text["input_ids"], text.get("attention_mask")
     if (
         not isinstance(ids, torch.Tensor)
@@ -132,9 +133,9 @@ def _form(value: Any) -> str:
 
 
 def _is_padded(family: Family, ids: torch.Tensor) -> bool:
-    """Tell whether prompts (B, L) are padded: padding stands at their ends.
+    """Return whether prompts (B, L) are padded at either end.
 
-    Where the token that pads also begins or ends texts, one of it at an end of every prompt is the prompts' own.
+    If the padding token also begins or ends texts, one of it at the same end of every prompt is not padding.
     """
     tokenizer = family.tokenizer
     if tokenizer.pad_token_id is None:
@@ -153,7 +154,7 @@ def _is_padded(family: Family, ids: torch.Tensor) -> bool:
 def _see(
     family: Family, images: dict[str, Any], rows: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]] | None
 ) -> list[Picture]:
-    """Run the vision encoder on a processor's tensors, which may be of any form: it says where they are of none."""
+    """Run the vision encoder on a processor's tensors, or raise ValueError if they do not fit."""
     if not isinstance(images["pixel_values"], torch.Tensor) or not images["pixel_values"].is_floating_point():
         raise ValueError(
             f"pixel_values must be as the processor returned them with return_tensors='pt'; got "
@@ -172,23 +173,23 @@ def _see(
 
 
 def _question(vlm: HuggingFaceVLM, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
-    """Return the ids of what is asked: what stands behind the image, without the end that every prompt has.
+    """Return the ids of the question: the text after the image, without the template's end.
 
-    A prompt with nothing behind the image has its question before it. Where more turns follow, the last one of the
-    user is what is asked, as the tokens it has on its own.
+    If there is no text after the image, the question is before it. In a chat of several turns, the question is the last
+    turn of the user, tokenized by itself.
     """
     family = vlm.family
     tokenizer, hidden = family.tokenizer, set(family.tokenizer.all_special_ids)
 
     def parts(prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Return what stands before and behind the image's own text."""
+        """Return the ids before and after the image tokens."""
         visual = [place for place, token in enumerate(prompt) if token == family.image_token_id]
         return prompt[: visual[0]], prompt[visual[-1] + 1 :]
 
     frame = family.prompt("").replace(family.marker, picture.text)
     empty = tokenizer(frame, add_special_tokens=family.adds_special_tokens(frame))["input_ids"]
     asked: list[int] = []
-    # behind the image first: before it there may be instructions that are the same whatever is asked
+    # after the image first: before it there may be instructions that are the same for all questions
     for words, known in reversed(list(zip(parts(ids.tolist()), parts(empty), strict=True))):
         turn = last_turn(family, words, known)
         if turn is not None:
@@ -198,7 +199,7 @@ def _question(vlm: HuggingFaceVLM, ids: torch.Tensor, picture: Picture) -> torch
         start = _shared(words, known)
         stop = len(words) - _shared(words[start:][::-1], known[start:][::-1])
         asked = [token for token in words[start:stop] if token not in hidden]
-        # line ends before a word and those before nothing are not the same tokens
+        # line ends before a word and at the end of a text are different tokens
         while asked and not tokenizer.decode(asked[:1]).strip():
             asked = asked[1:]
         if asked:
@@ -207,7 +208,7 @@ def _question(vlm: HuggingFaceVLM, ids: torch.Tensor, picture: Picture) -> torch
 
 
 def _shared(left: list[int], right: list[int]) -> int:
-    """Return how many tokens two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences."""
     count = 0
     while count < min(len(left), len(right)) and left[count] == right[count]:
         count += 1

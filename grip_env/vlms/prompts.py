@@ -1,4 +1,4 @@
-"""From questions and answers to the ids of a sequence, with a place in it for each visual token."""
+"""Tokenization of questions and answers, with a placeholder for each visual token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["prompt_ids", "prompt_texts"]
 
 
 def prompt_texts(family: Family, examples: Sequence[Example], pictures: Sequence[Picture]) -> list[str]:
-    """Return the text of each prompt, with what stands for the picture in it.
+    """Return the text of each prompt with its image placeholders.
 
     Raises:
-        ValueError: If a question holds an image placeholder.
+        ValueError: If a question contains an image placeholder.
     """
     texts = []
     for example, picture in zip(examples, pictures, strict=True):
@@ -32,18 +32,18 @@ def prompt_texts(family: Family, examples: Sequence[Example], pictures: Sequence
 def prompt_ids(
     family: Family, prompts: list[str], answers: list[str] | None, pictures: Sequence[Picture]
 ) -> tuple[list[list[int]], list[int]]:
-    """Return the ids of each prompt and its answer, and how many of them are the answer's.
+    """Return the ids of each prompt with its answer, and the number of ids of the answer.
 
-    Image tokens are repeated once for each visual token.
+    There is one image token for each visual token.
 
     Args:
-        family: Whose tokenizer and image token.
-        prompts: As :func:`prompt_texts` returns them.
-        answers: One for each; ``None`` leaves them out.
-        pictures: One for each.
+        family: The family with its tokenizer and image token.
+        prompts: Texts from :func:`prompt_texts`.
+        answers: One answer for each prompt; ``None`` leaves answers out.
+        pictures: One encoded image for each prompt.
 
     Raises:
-        ValueError: If an answer has no tokens or holds an image placeholder.
+        ValueError: If an answer has no tokens or contains an image placeholder.
     """
     tokenizer, image = family.tokenizer, family.image_token_id
     special = family.adds_special_tokens(prompts[0])

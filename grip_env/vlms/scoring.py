@@ -1,4 +1,4 @@
-"""Scoring: how likely a frozen model of transformers finds the answer under each of several selections."""
+"""Scoring of answers by a frozen model of transformers under several selections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ScoringVLM"]
 
 
 class ScoringVLM(EncodingVLM):
-    """What :class:`~grip_env.vlms.huggingface.HuggingFaceVLM` scores with."""
+    """Base class of :class:`~grip_env.vlms.huggingface.HuggingFaceVLM` with its scoring."""
 
     def score(
         self,
@@ -47,7 +47,7 @@ class ScoringVLM(EncodingVLM):
                 correct[rows] = greedy_finds(logits, targets)
                 if not first_token and reference is None:
                     continue
-                start = logits[:, 0].log_softmax(-1)  # what the end of the prompt predicts, (R, V)
+                start = logits[:, 0].log_softmax(-1)  # predicted at the end of the prompt, (R, V)
                 if first_token:
                     first = likelihood.new_empty(*likelihood.shape, start.shape[1]) if first is None else first
                     first[rows] = start
@@ -56,7 +56,7 @@ class ScoringVLM(EncodingVLM):
         return Scores(
             log_likelihood=likelihood.reshape(shape),
             correct=correct.reshape(shape),
-            kept_fraction=encoded.kept_fraction(selection),
+            kept=encoded.kept_fraction(selection),
             first_token=None if first is None else first.reshape(*shape, -1),
             agreement=None if agreement is None else agreement.reshape(shape),
         )
@@ -85,11 +85,14 @@ class ScoringVLM(EncodingVLM):
     def _sequences(
         self, encoded: Encoded, selection: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mark which ids of each (example, selection) pair stay: bool (B * G, L); also the pair's row and length."""
+        """Return a mask of the ids that each (example, selection) pair keeps, bool (B * G, L).
+
+        Also return the example of each pair and the number of ids it keeps, both long (B * G,).
+        """
         batch, group, _ = selection.shape
         inside = torch.arange(encoded.input_ids.shape[1], device=self.device) < lengths[:, None]  # (B, L)
         visual = (encoded.input_ids == self.family.image_token_id) & inside
-        index = (visual.cumsum(1) - 1).clamp_min(0)  # which visual token a placeholder stands for
+        index = (visual.cumsum(1) - 1).clamp_min(0)  # index of the visual token at a placeholder
         chosen = (selection & encoded.token_mask[:, None]).gather(2, index[:, None].expand(-1, group, -1))
         stays = torch.where(visual[:, None], chosen, inside[:, None]).flatten(0, 1)
         rows = torch.arange(batch, device=self.device).repeat_interleave(group)
@@ -98,7 +101,7 @@ class ScoringVLM(EncodingVLM):
     def _answers(
         self, encoded: Encoded, selection: torch.Tensor, features: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Run the language model on what is kept, in micro-batches of similar length.
+        """Run the language model on the pruned sequences, in micro-batches of similar length.
 
         Yields:
             Indices into the flattened pairs (R,), logits at the answer's positions (R, T, V) and the answer's ids
@@ -107,7 +110,7 @@ class ScoringVLM(EncodingVLM):
         self._check(encoded, selection)
         if not bool(encoded.answer_lengths.all()):
             raise ValueError("there are no answers to score: encode the examples with their answers")
-        # an id is predicted one column earlier, so that nothing is read where the last one is: it stays out
+        # an id is predicted one column earlier, so nothing is read at the last one: it is left out
         stays, example, lengths = self._sequences(encoded, selection, encoded.lengths - 1)
         begin = encoded.lengths - encoded.answer_lengths
         at, real = answer_columns(begin, encoded.answer_lengths, elsewhere=0)  # (B, T)
@@ -121,8 +124,8 @@ class ScoringVLM(EncodingVLM):
             column = torch.arange(ids.shape[1], device=self.device)
             inputs = {
                 "input_ids": ids,
-                # always given: without it, gapped positions are read as packed sequences. Where attention is causal
-                # nothing looks at the padding at the end, and a mask of ones lets fused attention do without any
+                # always given: without it, positions with gaps are read as packed sequences. Causal attention never
+                # reaches the padding at the end, and with a mask of ones fused attention needs no mask
                 "attention_mask": (mask if trunk is None else torch.ones_like(mask)).long(),
                 "position_ids": position_ids,
                 "use_cache": False,
@@ -141,14 +144,14 @@ class ScoringVLM(EncodingVLM):
     def _compact(
         self, encoded: Encoded, stays: torch.Tensor, example: torch.Tensor, left: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Move what stays together: ids and attention mask (R, L), position ids (R, L) or (axes, R, L).
+        """Return kept ids and attention mask (R, L), position ids (R, L) or (axes, R, L).
 
-        Padding comes last, or first if it is to be on the ``left``.
+        Padding comes last, or first if ``left`` is True.
         """
         parts = self._moved(encoded, stays, example, left)
         if len(example) > 1 or "flash" not in str(self.model.config.get_text_config()._attn_implementation):
             return parts
-        # flash attention drops a mask of ones, and then reads gaps in a single row's positions as packed sequences
+        # flash attention drops a mask of ones, and then reads gaps in the positions of a single row as packed sequences
         ids, mask, position_ids = (torch.nn.functional.pad(part, (1, 0) if left else (0, 1)) for part in parts)
         return ids, mask, position_ids
 
@@ -184,7 +187,7 @@ class ScoringVLM(EncodingVLM):
     def _images(
         self, encoded: Encoded, features: torch.Tensor, selection: torch.Tensor, example: torch.Tensor
     ) -> dict[str, Any]:
-        """Return what the model is told of the images: the tokens of ``features`` that each pair (R,) keeps."""
+        """Return the model's image arguments: the tokens of ``features`` that each pair (R,) keeps."""
         pair, token = (selection & encoded.token_mask[example]).nonzero(as_tuple=True)
         if not len(pair):
             return {}
@@ -194,7 +197,7 @@ class ScoringVLM(EncodingVLM):
 
 
 def _by_length(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
-    """Split rows, shortest first, so that rows times the longest stays within ``budget``."""
+    """Split rows, shortest first, so that rows times longest length is at most ``budget``."""
     order = lengths.argsort(stable=True)
     ordered = lengths[order].tolist()
     start = 0

@@ -157,7 +157,7 @@ def test_imitation_names_the_example_or_leaves_it_out() -> None:
         imitation.teacher = bad_teacher
         if on_nan == "stop":
             with pytest.raises(
-                NonFiniteError, match=rf"imitation step \d: what the teacher says of example 'train {BAD}'"
+                NonFiniteError, match=rf"imitation step \d: the teacher's score of example 'train {BAD}'"
             ):
                 list(imitation.train())
         else:

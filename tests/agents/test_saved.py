@@ -220,7 +220,7 @@ def test_several_runs_of_own_classes_are_named_together(
     assert {"his_agent:Left", "her_agent:Left"} <= set(evaluate.evaluate(both).cells)
     with pytest.raises(SystemExit) as stop:
         evaluate.evaluate(evaluate.Config(policies="random", examples=2, algo=NAME))
-    assert f"--algo {NAME} is of no run that is compared: there is no run" in capsys.readouterr().err
+    assert f"--algo {NAME} was not used by any of the runs: no run is given" in capsys.readouterr().err
 
 
 def test_folders_of_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,7 @@ def test_command_prints_table_and_bars_and_writes_json(tmp_path: Path) -> None:
         ("--layers 0", "--layers must be at least 1; got 0"),
         ("--threads -1", "--threads must be at least 0; got -1"),
         ("--width 300", "--width must be a multiple of 256"),
-        (f"--out {__file__}", "is no folder; choose another folder"),
+        (f"--out {__file__}", "is not a folder; choose another folder"),
     ],
 )
 def test_bad_options_end_with_one_line(

@@ -88,7 +88,7 @@ def test_the_command_measures_prints_and_draws(
         ("--num-envs 0", "--num-envs must be at least 1; got 0"),
         ("--rounds 1", "--rounds must be at least 2; got 1"),
         ("--budget 2", "--budget is a share of the visual tokens in (0, 1]; got 2"),
-        (f"--out {__file__}", "is no folder; choose another folder"),
+        (f"--out {__file__}", "is not a folder; choose another folder"),
     ],
 )
 def test_bad_options_end_with_one_line(

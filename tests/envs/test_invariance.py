@@ -127,7 +127,7 @@ def test_scores_do_not_depend_on_the_batch(
     for at, row in enumerate(rows):
         found = tiny.score(alone[row], selection[at : at + 1])
         torch.testing.assert_close(found.log_likelihood[0], together.log_likelihood[at], atol=1e-4, rtol=0)
-        torch.testing.assert_close(found.kept_fraction[0], together.kept_fraction[at])
+        torch.testing.assert_close(found.kept[0], together.kept[at])
 
 
 @few
@@ -161,7 +161,7 @@ def test_scores_do_not_depend_on_padding_nor_on_what_stands_in_it(
     reaching = torch.cat([selection, torch.ones(1, 2, visual, dtype=torch.bool)], 2)  # selects padding too
     expected, found = tiny.score(plain, selection), tiny.score(padded, reaching)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.kept_fraction, expected.kept_fraction)
+    torch.testing.assert_close(found.kept, expected.kept)
 
 
 # -- the order of the tokens -----------------------------------------------------------------------------

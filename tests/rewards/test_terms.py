@@ -58,7 +58,7 @@ def tiny() -> HuggingFaceVLM:
 
 
 def twice_the_kept(scores: Scores, full: Scores) -> torch.Tensor:
-    return 2 * scores.kept_fraction
+    return 2 * scores.kept
 
 
 def divergence(reference: Any, other: Any) -> float:
@@ -219,7 +219,7 @@ def test_every_score_is_the_same_whatever_else_is_in_the_batch(
         for other_scores in (*found, Scores.concatenate(alone)):
             torch.testing.assert_close(getattr(other_scores, name), value, atol=1e-4, rtol=0)
         torch.testing.assert_close(getattr(permuted, name), value[:, order], atol=1e-5, rtol=0)
-    torch.testing.assert_close(together.kept_fraction, torch.tensor(SIZES).expand(5, -1) / 144)
+    torch.testing.assert_close(together.kept, torch.tensor(SIZES).expand(5, -1) / 144)
     assert together.first_token is None
     assert full.agreement is None
 
@@ -281,7 +281,7 @@ def test_scores_are_cut_and_joined_with_all_their_fields() -> None:
     assert joined.agreement is None
     some = Scores.concatenate([whole, dataclasses.replace(whole, first_token=None)])
     assert some.first_token is None
-    assert len(some.kept_fraction) == 8
+    assert len(some.kept) == 8
     half = dataclasses.replace(whole, log_likelihood=whole.log_likelihood.bfloat16()).cpu()
     assert (half.log_likelihood.dtype, half.correct.dtype) == (torch.float32, torch.bool)
 
@@ -366,11 +366,11 @@ def test_rewards_can_be_copied_and_pickled(reward: Any, copied: Any, scores: Sco
 def test_plain_callables_join_in_from_either_side(scores: Scores, full: Scores) -> None:
     for reward in (twice_the_kept + LL, LL + twice_the_kept):
         assert reward == LL + twice_the_kept
-        torch.testing.assert_close(reward(scores, full), LL(scores, full) + 2 * scores.kept_fraction)
-    torch.testing.assert_close((twice_the_kept - LL)(scores, full), 2 * scores.kept_fraction - LL(scores, full))
+        torch.testing.assert_close(reward(scores, full), LL(scores, full) + 2 * scores.kept)
+    torch.testing.assert_close((twice_the_kept - LL)(scores, full), 2 * scores.kept - LL(scores, full))
     weighed = WeightedSum(((0.5, twice_the_kept),))
-    torch.testing.assert_close((LL - weighed)(scores, full), LL(scores, full) - scores.kept_fraction)
-    assert "<lambda>" in repr(LL + (lambda scores, full: scores.kept_fraction))
+    torch.testing.assert_close((LL - weighed)(scores, full), LL(scores, full) - scores.kept)
+    assert "<lambda>" in repr(LL + (lambda scores, full: scores.kept))
     assert torch.equal((ExactMatch() - (lambda scores, full: scores.correct))(scores, full), torch.zeros(2, 2))
 
 
@@ -391,10 +391,10 @@ def test_a_sum_needs_what_any_term_needs() -> None:
 def test_rewards_of_ones_own_get_the_arithmetic_by_inheritance(scores: Scores, full: Scores) -> None:
     class Squared(ComposableReward):
         def __call__(self, scores: Scores, full: Scores) -> torch.Tensor:
-            return scores.kept_fraction**2
+            return scores.kept**2
 
     reward = 3 * Squared() - LL
-    torch.testing.assert_close(reward(scores, full), 3 * scores.kept_fraction**2 - LL(scores, full))
+    torch.testing.assert_close(reward(scores, full), 3 * scores.kept**2 - LL(scores, full))
     assert not needs_agreement(reward)
 
 
@@ -545,8 +545,8 @@ def test_rewards_are_imported_by_place(module: str, scores: Scores, full: Scores
     for place in ("ready", "make", "Box.inner"):
         assert resolve_reward(f"{module}:{place}") == LL - 0.1 * K
     plain, half = resolve_reward(f"{module}:plain"), resolve_reward(f"{module}:Half")
-    assert plain(scores, full).equal(2 * scores.kept_fraction)
-    assert half(scores, full).equal(scores.kept_fraction / 2)
+    assert plain(scores, full).equal(2 * scores.kept)
+    assert half(scores, full).equal(scores.kept / 2)
     assert needs_agreement(half)
     with pytest.raises(ValueError, match=r"\(RuntimeError: no such luck\): give one of"):
         resolve_reward(f"{module}:fails")
@@ -666,8 +666,8 @@ def test_plain_callables_see_scores_of_one_selection() -> None:
     assert single_rewards(own, episodes=2) == [-1.0, -1.0]
     assert single_rewards(LL + own, episodes=3) == pytest.approx(np.array(single_rewards(LL, episodes=3)) - 1)
     for scores, full in seen:
-        assert scores.kept_fraction.shape == full.kept_fraction.shape == (1, 1)
-        assert full.kept_fraction.item() == 1.0
+        assert scores.kept.shape == full.kept.shape == (1, 1)
+        assert full.kept.item() == 1.0
         assert scores.first_token is None
         assert scores.agreement is None
 

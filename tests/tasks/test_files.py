@@ -186,7 +186,7 @@ def test_markers_that_do_not_fit_the_one_image_are_faults(folder: Path, question
         rows.append(row(question=questions[0]))
     faults = refused(write(folder / "a.jsonl", rows)).faults
     assert [fault.place for fault in faults] == [f"a.jsonl:{line}" for line in range(2, len(rows) + 1)]
-    assert all(f"the marker <image> is there {count} times, and the row has one image" in str(one) for one in faults)
+    assert all(f"the marker <image> appears {count} times, but the row has one image" in str(one) for one in faults)
 
 
 def test_byte_order_mark_line_ends_and_blank_lines_are_no_faults(folder: Path) -> None:
@@ -237,15 +237,15 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     (row(image=[]), ['"image" is a list of 0']),
     (row(image=[3]), ['"image" is a number: give the path']),
     ({"images": ["0.png", "1.png"], "question": "q", "answer": "a"}, ['"images" is a list of 2']),
-    (row(question="<image> and <image 2>?"), ["the marker <image 2> is there, and the row has one image"]),
-    (row(question="<video>\nwhat is it?"), ["the marker <video> is there"]),
+    (row(question="<image> and <image 2>?"), ["the marker <image 2> appears, but the row has one image"]),
+    (row(question="<video>\nwhat is it?"), ["the marker <video> appears"]),
     ({**NO_CHAT, "conversations": [*CHAT[2:], *CHAT[:2]]}, ["the marker <image> is in a later question"]),
     (["0.png", "q", "a"], ["expected an object such as", "got a list"]),
     ("null", ["expected an object such as", "got null"]),
-    ('{"image": "0.png", "question": "q", "answer": "a", "answer": "b"}', ["the key 'answer' is there twice"]),
+    ('{"image": "0.png", "question": "q", "answer": "a", "answer": "b"}', ["the key 'answer' appears twice"]),
     ('{"image": "0.png", "question": "q", "answer": "\\ud800"}', ["half of a surrogate pair, '\\ud800'"]),
-    ('{"image": "0.png", "question": "q", "answer": "a\x01b"}', ["is no JSON: invalid control character"]),
-    ('{"image": "0.png" "question": "q"}', ["is no JSON: expecting ',' delimiter"]),
+    ('{"image": "0.png", "question": "q", "answer": "a\x01b"}', ["is not JSON: invalid control character"]),
+    ('{"image": "0.png" "question": "q"}', ["is not JSON: expecting ',' delimiter"]),
     ("[" * 100_000 + "]" * 100_000, ["is nested too deeply"]),
     ('{"a":' * 100_000 + "1" + "}" * 100_000, ["is nested too deeply"]),
     ({**NO_CHAT, "conversations": []}, ['"conversations" is empty']),
@@ -354,14 +354,14 @@ def test_nothing_left_is_an_error_also_when_skipping(folder: Path) -> None:
         ),
         ("a.json", b'{\n "questions": [],\n "info": {}\n}', ["is one object with the keys 'questions', 'info'"]),
         ("a.json", b'"cats"', ["begins with '\"': a .json file is one list of rows"]),
-        ("a.json", b"[1", ["expected ',' or ']' after item 1, and the file ends", "mend the file"]),
+        ("a.json", b"[1", ["expected ',' or ']' after item 1, and the file ends", "fix the file"]),
         ("a.json", b"[1 2]", ["expected ',' or ']' after item 1, and got '2'"]),
         ("a.json", b"[1,]", ["expected one more item: is the file complete"]),
         ("a.json", b"[1,", ["expected one more item: is the file complete"]),
         ("a.json", b"[", ["expected one more item"]),
         ("a.json", b"[1]\n]", ["a.json:2: there is more after the end of the list"]),
-        ("a.json", b"[cat]", ["a.json:1 (item 1): is no JSON: expecting value"]),
-        ("a.json", b'[{"a": "b]', ["is no JSON: unterminated string", "the file ends"]),
+        ("a.json", b"[cat]", ["a.json:1 (item 1): is not JSON: expecting value"]),
+        ("a.json", b'[{"a": "b]', ["is not JSON: unterminated string", "the file ends"]),
     ],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -440,7 +440,7 @@ def test_the_limit_of_a_row_is_exact(folder: Path, suffix: str, end: str) -> Non
 
 def test_two_rows_on_a_line_are_a_fault(folder: Path) -> None:
     (fault,) = refused(write(folder / "a.jsonl", [json.dumps(row()) + " " + json.dumps(row())])).faults
-    assert fault.message == f"is no JSON: more after the end of the row in column {len(json.dumps(row())) + 1}"
+    assert fault.message == f"is not JSON: more after the end of the row in column {len(json.dumps(row())) + 1}"
 
 
 @pytest.mark.parametrize("shift", range(4))
@@ -586,6 +586,8 @@ def test_limits_that_just_hold(tmp_path: Path) -> None:
         ("loop.png", "cannot be read ("),
         ("https://example.org/cat.png", "is an address, not a file"),
         ("data:image/png;base64,AAAA", "is the image itself as text (base64): save it beside the data file"),
+        ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk", "is the image itself as text (base64)"),
+        ("/9j/4AAQSkZJRgABAQEASABIAAD/2wBDAP", "is the image itself as text (base64)"),
         ("iVBORw0KGgo" * 40, "is the image itself as text (base64): save it beside the data file"),
         ("sub", "is a folder: give the path of an image"),
         (".", "is a folder"),
@@ -593,8 +595,8 @@ def test_limits_that_just_hold(tmp_path: Path) -> None:
         ("none.png", "does not exist in {folder}"),
         ("sub\\0.png", "does not exist in {folder} (folders are separated by '/')"),
         ("0.png/1.png", "cannot be read (Not a directory)"),
-        ("a\0b.png", "is no path (embedded null byte)"),
-        ("\ud800.png", "is no path ("),
+        ("a\0b.png", "is not a path (embedded null byte)"),
+        ("\ud800.png", "is not a path ("),
         ("x" * 300 + ".png", "cannot be read (File name too long)"),
     ],
 )

@@ -1,1 +1,4 @@
-"""What all environments share, in the order of an episode: sampling, instances, features, rules, rendering, vectors."""
+"""Code shared by all environments.
+
+In the order of an episode: sampling, instances, features, rules, rendering, vectors.
+"""

@@ -1,4 +1,4 @@
-"""When a vector environment begins the next episode: Gymnasium's three modes, and a warning about one of them."""
+"""Gymnasium's three autoreset modes, and a warning about one of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 __all__ = ["resolve_autoreset_mode", "warn_of_idle_steps", "warn_where_steps_are_idle"]
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Vector environments that had their warning."""
+"""Vector environments for which the warning has been given."""
 
 
 def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    """Return the mode of a name such as "NextStep" or "NEXT_STEP", or the mode itself.
+    """Return an autoreset mode, given itself or its name, such as "NextStep" or "NEXT_STEP".
 
     >>> resolve_autoreset_mode("NextStep") is resolve_autoreset_mode("next_step") is AutoresetMode.NEXT_STEP
     True
@@ -34,18 +34,18 @@ def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
 
 
 def warn_of_idle_steps() -> None:
-    """Warn that half of what AutoresetMode.NEXT_STEP returns is no decision, where episodes have one step."""
+    """Warn that AutoresetMode.NEXT_STEP makes every second step of one-step episodes a reset."""
     gymnasium.logger.warn(
         "every episode here has one step, so that with AutoresetMode.NEXT_STEP every second step ignores its action, "
-        "begins the next episode and pays 0, which stands for nothing lost: a mean over steps is flattered. Average "
+        "begins the next episode and pays 0, the reward for losing nothing: a mean over steps looks too good. Average "
         "over episodes, or use AutoresetMode.SAME_STEP, as gymnasium.make_vec does without a vectorization_mode"
     )
 
 
 def warn_where_steps_are_idle(env: object) -> None:
-    """Warn once for each vector environment of Gymnasium that resets ``env`` in a step of its own.
+    """Warn once per Gymnasium vector environment that resets ``env`` in a separate step.
 
-    A single environment is not told who resets it, or why: only the call itself shows it.
+    A single environment is not told who resets it, or why, so the callers are looked up on the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -54,7 +54,7 @@ def warn_where_steps_are_idle(env: object) -> None:
         command: Any = frame.f_code.co_name
         if isinstance(owner, VectorEnv):
             mode = getattr(owner, "autoreset_mode", None)
-        else:  # the loop of a process of AsyncVectorEnv
+        else:  # the loop of a worker process of AsyncVectorEnv
             owner, mode, command = env, names.get("autoreset_mode"), names.get("command")
         if mode is AutoresetMode.NEXT_STEP and command == "step":
             if owner not in _told:

@@ -1,4 +1,4 @@
-"""What environments ask of arguments, actions, seeds and options: whatever else is given is a ValueError."""
+"""Checks of arguments, actions, seeds and reset options, which raise ValueError."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["MOST", "as_numbers", "as_options", "as_seed", "check_flag", "check_w
 
 
 MOST = 1_000_000
-"""Most tokens or environments that make sense: an error in place of memory that no machine has."""
+"""Largest accepted number of tokens or environments; above it, an error is raised before memory runs out."""
 
-_NO_NUMBERS = (bool, np.timedelta64)  # of which Python's and NumPy's classes say otherwise
+_NO_NUMBERS = (bool, np.timedelta64)  # registered as numbers by Python or NumPy, but not meant as such
 
 
 def is_whole(value: Any) -> bool:
-    """Tell whether a value is a whole number, of Python or NumPy; True and False are none."""
+    """Return whether a value is a Python or NumPy integer, other than True and False."""
     return isinstance(value, Integral) and not isinstance(value, _NO_NUMBERS)
 
 
 def is_real(value: Any) -> bool:
-    """Tell whether a value is a real number that a float can hold; True and False are none."""
+    """Return whether a value is a real number that fits in a float, other than True and False."""
     if not isinstance(value, Real) or isinstance(value, _NO_NUMBERS):
         return False
     try:
@@ -50,10 +50,10 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def as_seed(seed: Any) -> int | None:
-    """Return a seed of Python's own type, which is all that Gymnasium takes.
+    """Return a seed as a Python int, the only type that Gymnasium accepts, or ``None``.
 
     Raises:
-        ValueError: If it is no whole number, at least 0.
+        ValueError: If it is not a whole number, at least 0.
     """
     if seed is None:
         return None
@@ -63,10 +63,10 @@ def as_seed(seed: Any) -> int | None:
 
 
 def as_options(options: Any, known: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options of a reset.
+    """Return the options of a reset as a dict.
 
     Raises:
-        ValueError: If they are no mapping, or one of them is not known.
+        ValueError: If they are not a mapping, or one of them is unknown.
     """
     if options is None:
         return {}
@@ -82,18 +82,18 @@ def as_numbers(action: Any, kinds: str, expected: str) -> np.ndarray:
     """Return an action as an array.
 
     Args:
-        action: Whatever a policy gave.
-        kinds: Kinds of dtype it may have, as NumPy abbreviates them: "b" bool, "i" and "u" integers, "f" floats.
-        expected: What an action is, for the message.
+        action: The output of a policy.
+        kinds: Allowed kinds of dtype, by NumPy's letters: "b" bool, "i" and "u" integers, "f" floats.
+        expected: Description of a valid action, for the message.
 
     Raises:
-        ValueError: If it is no array of such numbers, or part of it is masked.
+        ValueError: If it is not an array of such numbers, or part of it is masked.
     """
     if np.ma.is_masked(action):
         raise ValueError(f"the action has masked entries, expected {expected}: fill them in")
     try:
         given = np.asarray(action)
-    except Exception as error:  # foreign code: tensors alone raise three kinds, and lists of tensors others
+    except Exception as error:  # tensors raise three kinds of exceptions, and lists of tensors yet others
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the action, a {type(action).__name__}, cannot be read as an array ({reason}); expected {expected}: of a "

@@ -1,4 +1,4 @@
-"""Encoded examples: loaded and scored in batches, the recent ones kept in memory."""
+"""Encoded examples, loaded and scored in batches, with the recent ones kept in memory."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ __all__ = ["Instance", "InstanceStore", "RoomError", "fit", "read_only", "to_arr
 
 
 class RoomError(ValueError):
-    """An example has more visual or question tokens than the observation space has room for."""
+    """Error for an example with more tokens than the observation space has room for."""
 
 
 @dataclass
 class Instance:
-    """One encoded example, what an agent sees of it, and how the model answers with all of its tokens."""
+    """One encoded example, its observation, and its scores with every token kept."""
 
     index: int
     encoded: Encoded
-    """One row."""
+    """Batch of one row."""
     real: np.ndarray
-    """Which tokens are no padding, bool (N,)."""
+    """Mask of the tokens that are not padding, bool (N,)."""
     positions: np.ndarray
     """Row and column of each token, float32 (N, 2), 0 for padding."""
     cells: np.ndarray | None
-    """Height and width of what each token shows, float32 (N, 2); ``None`` where all show as much."""
+    """Height and width of the area each token shows, float32 (N, 2); ``None`` where all areas are equal."""
     observed: dict[str, np.ndarray]
-    """The part of an observation that is the same at every step and budget: read-only arrays."""
+    """Part of an observation that is the same at every step and budget, in read-only arrays."""
     full: Scores | None = None
     """Scores with every token kept, fields of shape (1, 1); ``None`` until they are needed."""
 
@@ -48,22 +48,22 @@ class Instance:
 
     @cached_property
     def count(self) -> int:
-        """How many tokens are no padding."""
+        """Number of tokens that are not padding."""
         return int(self.real.sum())
 
     @cached_property
     def candidates(self) -> np.ndarray:
-        """Where they are, long (count,), ascending."""
+        """Indices of the tokens that are not padding, long (count,), ascending."""
         return np.flatnonzero(self.real)
 
     @cached_property
     def nothing(self) -> np.ndarray:
-        """No token at all, bool (N,), read-only: what every episode begins with."""
+        """Empty selection, bool (N,), read-only."""
         empty = np.zeros_like(self.real)
         empty.setflags(write=False)
         return empty
 
-    @cached_property  # every step tells it
+    @cached_property  # read at every step
     def full_log_likelihood(self) -> float:
         """Log-likelihood of the answer with every token kept, nats per answer token."""
         assert self.full is not None
@@ -71,7 +71,7 @@ class Instance:
 
     @cached_property
     def relevant(self) -> np.ndarray | None:
-        """Which tokens decide the answer, bool (N,), read-only; ``None`` where nobody knows."""
+        """Mask of the tokens that decide the answer, bool (N,), read-only; ``None`` if unknown."""
         grades = self.example.token_relevance(self.positions)
         if grades is None:
             return None
@@ -84,15 +84,14 @@ class InstanceStore:
     """The instances of one split.
 
     Args:
-        rewards: The frozen model and the reward of its scores. Where that is of agreement, each instance holds another
-            V float32 numbers, with V the size of the vocabulary.
+        rewards: The frozen model and the reward of its scores. If the reward needs agreement, each instance holds
+            another V float32 numbers, where V is the size of the vocabulary.
         task: Where examples come from.
-        split: Which split of the task.
-        max_tokens: N, most visual tokens an instance may have; ``None`` takes the number of the first
-            example.
-        max_question_tokens: Q, most question tokens an instance may have; ``None`` allows any number.
-        cache_size: How many instances to keep; the least recently used go first.
-        features: What the tokens and words look like in an observation; as they are by default.
+        split: Name of the split.
+        max_tokens: N, the most visual tokens an instance may have; ``None`` takes the number of the first example.
+        max_question_tokens: Q, the most question tokens an instance may have; ``None`` allows any number.
+        cache_size: Number of instances to keep in memory; the least recently used are dropped first.
+        features: Conversion of tokens and words for the observation; the model's own features by default.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class InstanceStore:
         self._batch: Encoded | None = None
 
     def load(self, indices: Iterable[int]) -> dict[int, Instance]:
-        """Return instances by index; those that are not in memory are encoded together.
+        """Return instances by index; encode those that are not in memory together.
 
         Raises:
             RoomError: If an instance has more visual or question tokens than there is room for.
@@ -140,11 +139,14 @@ class InstanceStore:
         return self._recent.values()
 
     def score(self, jobs: Sequence[tuple[Instance, np.ndarray]], full: Scores | None = None) -> Scores:
-        """Score a selection, bool (N,), of each of R instances in one call of the model; the fields have shape (R, 1).
+        """Score one selection of each of R instances in a single call of the model.
 
         Args:
-            jobs: Instances and selections.
+            jobs: R instances with a selection each, bool (N,).
             full: Their scores with every token kept, (R, 1), as :meth:`RewardScorer.score` takes them.
+
+        Returns:
+            Scores with fields of shape (R, 1).
         """
         batch = self.collate([instance for instance, _ in jobs])
         length = batch.token_mask.shape[1]
@@ -153,7 +155,10 @@ class InstanceStore:
             return self.rewards.score(batch, chosen.to(batch.token_mask.device), full).cpu()
 
     def collate(self, instances: Sequence[Instance]) -> Encoded:
-        """Return instances in one batch, which is remembered: all steps of an episode are about the same ones."""
+        """Return instances as one batch.
+
+        The last batch is remembered, as all steps of an episode use the same instances.
+        """
         parts = [instance.encoded for instance in instances]
         if len(parts) != len(self._parts) or any(map(operator.is_not, parts, self._parts)):
             self._batch = Encoded.concatenate(parts)
@@ -164,9 +169,9 @@ class InstanceStore:
 
     @staticmethod
     def _level(batch: Encoded, instances: Sequence[Instance]) -> None:
-        """Leave the texts of instances as long as they were padded to in ``batch``.
+        """Store the texts of instances as padded in ``batch``.
 
-        Joining texts of different lengths takes three times as long as joining equal ones; so it happens once.
+        Concatenating texts of different lengths takes three times as long as of equal ones; this way it happens once.
         """
         text = {name: getattr(batch, name) for name in ("input_ids", "position_ids", "question", "question_mask")}
         text = {name: tensor for name, tensor in text.items() if tensor is not None}
@@ -191,7 +196,7 @@ class InstanceStore:
         tokens = to_array(encoded.tokens[0])
         if len(tokens) != self.max_tokens:
             tokens = fit(tokens, self.max_tokens)
-        # where nothing changes, these are the model's own tokens: their memory is not taken twice
+        # where nothing changes, these are the model's own tokens, which take no memory of their own
         observed = {
             "tokens": self.features(tokens),
             "token_mask": real.astype(np.int8),
@@ -213,7 +218,7 @@ class InstanceStore:
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor's values as float32."""
+    """Return a tensor as a float32 array."""
     return tensor.detach().float().cpu().numpy()
 
 

@@ -1,4 +1,4 @@
-"""What was kept, drawn over the image; and grids of such pictures."""
+"""Pictures of the kept tokens over the image, and grids of such pictures."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _OUTLINE = np.array([255, 255, 255], dtype=np.float32)
 _RELEVANT = (255, 190, 60)
 _DIM = 0.40  # brightness left to dropped cells
 _FADE = 0.70  # how far their colours move to grey
-_ROWS = 3  # of text in a frame of a video
+_ROWS = 3  # of text in a video frame
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a gallery."""
+    """Picture of a gallery, with a caption."""
 
     image: np.ndarray
     """uint8 (H, W, 3)."""
     caption: str = ""
-    """One line below the picture."""
+    """Line of text below the picture."""
 
 
 def draw_selection(
@@ -48,7 +48,9 @@ def draw_selection(
     square: bool = False,
     likelihood: tuple[float | None, float] | None = None,
 ) -> np.ndarray:
-    """Draw which visual tokens are kept: their cells stay bright inside a light outline, the others fade.
+    """Draw an image with the cells of kept visual tokens bright and the others faded.
+
+    A light outline surrounds the bright cells.
 
     Args:
         image: uint8 (H, W, 3).
@@ -57,20 +59,20 @@ def draw_selection(
         selection: bool (N,), True for kept tokens; ``None`` shows the plain image.
         lines: Text under the image, wrapped; the first line is set larger.
         relevant: bool (N,); these cells get a small dot.
-        size: How many pixels the longer side of the image takes; up to a fifth less for a small image, which grows by
-            a whole factor.
-        cells: (N, 2) height and width of what each token shows, as shares of the image, for models that look at
-            the whole image and at its tiles: what any kept token shows stays bright.
-        status: Text below ``lines``, one row for each entry, as :func:`captioned` sets it. It makes the picture the
-            frame of a video: ``square``, and of one size for all images and all texts.
-        square: Centre the image on a square, so that pictures of all images have one size.
-        likelihood: See :func:`captioned`; also makes the picture a frame.
+        size: Length of the image's longer side, in pixels; up to a fifth less for a small image, which is enlarged by a
+            whole factor.
+        cells: (N, 2) height and width of the area each token shows, as shares of the image, for models that see both
+            the whole image and its tiles: the area of any kept token stays bright.
+        status: Text below ``lines``, one row for each entry, as in :func:`captioned`. It turns the picture into a video
+            frame: ``square``, and of the same size for all images and all texts.
+        square: Centre the image on a square, so that all pictures have the same size.
+        likelihood: See :func:`captioned`; it also turns the picture into a video frame.
 
     Returns:
-        uint8 (height, width, 3), with a strip for the text below the image if there is any.
+        uint8 (height, width, 3), with a strip below the image if there is text.
 
     Raises:
-        ValueError: If image, positions and masks do not fit together.
+        ValueError: If the shapes of image, positions and masks do not match.
     """
     picture = np.asarray(image)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
@@ -102,20 +104,20 @@ def captioned(
     size: int = 480,
     likelihood: tuple[float | None, float] | None = None,
 ) -> np.ndarray:
-    """Put a strip of paper with text under a picture.
+    """Add a strip with text below a picture.
 
-    With ``status`` or ``likelihood`` it becomes the frame of a video: its size then depends on those of the picture
-    and on the number of status rows, never on what they say, and is even both ways, which is what video codecs ask
-    for and what wrappers that record or tile several episodes rely on.
+    With ``status`` or ``likelihood`` the result is a video frame. Its size then depends only on the size of the picture
+    and the number of status rows, not on the text, so that wrappers can record or tile several episodes; width and
+    height are even, as video codecs require.
 
     Args:
         picture: uint8 (H, W, 3).
-        lines: Text, wrapped; the first line is set larger. In a frame it has three rows, and what is too long for
-            these ends in dots.
-        status: One row for each entry; what is too long ends in dots.
-        size: The type is set for pictures of this width, in pixels.
-        likelihood: Probabilities of an answer token, in [0, 1], with the tokens kept (``None`` if not known yet) and
-            with all: a bar as long as the first, with a mark at the second.
+        lines: Text, wrapped; the first line is set larger. A video frame has room for three rows; longer text is cut
+            off with dots.
+        status: One row for each entry; longer text is cut off with dots.
+        size: Width of the pictures that the font size is chosen for, in pixels.
+        likelihood: Probabilities of an answer token, in [0, 1], with the kept tokens (``None`` if not known yet) and
+            with all tokens, drawn as the length of a bar and a mark on it.
 
     Returns:
         uint8 (height, width, 3).
@@ -164,18 +166,18 @@ def gallery(
     """Compose pictures into a labelled grid.
 
     Args:
-        panels: Rows of pictures; ``None`` leaves a place empty.
+        panels: Rows of pictures; ``None`` leaves a cell empty.
         rows: A label for each row, such as the question families.
         columns: A label for each column, such as the budgets.
         title: A heading.
-        note: A remark at the foot, wrapped.
-        size: Longer side of a picture, in pixels; the shorter follows.
+        note: Text at the bottom, wrapped.
+        size: Longer side of a picture, in pixels; the aspect ratio is kept.
 
     Returns:
         uint8 (height, width, 3).
 
     Raises:
-        ValueError: If there are no pictures, or a label is missing or left over.
+        ValueError: If there are no pictures, or the number of labels is wrong.
     """
     grid = [[Panel(p) if isinstance(p, np.ndarray) else p for p in row] for row in panels]
     across = max((len(row) for row in grid), default=0)
@@ -228,7 +230,7 @@ def _resized(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     longest = max(height, width)
     factor = size // longest
-    if factor * longest >= 0.8 * size:  # whole pixels, where they nearly fill it
+    if factor * longest >= 0.8 * size:  # enlarge by a whole factor if that nearly fills the size
         return np.repeat(np.repeat(image, factor, 0), factor, 1)
     shape = max(1, round(width * size / longest)), max(1, round(height * size / longest))
     return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS)).copy()
@@ -253,7 +255,7 @@ def _boxes(positions: np.ndarray, height: int, width: int, cells: np.ndarray | N
 
 
 def _spacing(values: np.ndarray) -> float:
-    """Return the usual distance between neighbouring rows (or columns); 1 where there is only one."""
+    """Return the median distance between neighbouring rows (or columns); 1 for a single one."""
     gaps = np.diff(np.unique(np.round(values, 5)))
     return float(np.median(gaps)) if len(gaps) else 1.0
 
@@ -266,8 +268,8 @@ def _faded(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     dim = (image * (1 - _FADE) + grey[..., None] * _FADE) * _DIM
     drawn = np.where(inside[..., None], image, dim).astype(np.float32)
     if len(kept) and not inside.all():
-        # the rim lies just outside the kept cells, so that it hides nothing of them, and is thin beside a cell, so that
-        # it does not fill what is dropped between them
+        # the rim lies just outside the kept cells, so that it covers no part of them, and is thin compared with a cell,
+        # so that it does not fill the gaps between them
         sides = (kept[:, 2:] - kept[:, :2]).min(1)
         cell = sides[sides > 0].min(initial=max(image.shape[:2]))
         thickness = max(1, min(round(min(image.shape[:2]) / 240), int(cell) // 6))
@@ -284,7 +286,7 @@ def _dotted(image: np.ndarray, marked: np.ndarray) -> np.ndarray:
     for top, left, bottom, right in marked.tolist():
         row, column = (top + bottom) / 2, (left + right) / 2
         side = min(bottom - top, right - left)
-        radius = max(1.0, min(2.5, side / 2), side / 12)  # to be seen in small cells, and to leave large ones alone
+        radius = max(1.0, min(2.5, side / 2), side / 12)  # visible in small cells, unobtrusive in large ones
         box = (column - radius, row - radius, column + radius, row + radius)
         pen.ellipse(box, fill=_RELEVANT, outline=_INK)
     return np.asarray(sheet).copy()
@@ -307,12 +309,12 @@ def _font(size: float) -> _Font:
 
 
 def _row(size: int) -> int:
-    """Return the height of a row of small type, in pixels."""
+    """Return the height of a row of small text, in pixels."""
     return round(max(8, size / 30) * 1.45)
 
 
 def _draw_bar(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], likelihood: tuple[float | None, float]) -> None:
-    """Draw a bar as long as a probability, with a mark at another."""
+    """Draw a bar whose length is a probability, with a mark at a second probability."""
     left, top, right, bottom = box
     reached, full = likelihood
     pen.rectangle(box, fill=_HAIRLINE)
@@ -323,9 +325,10 @@ def _draw_bar(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], likeliho
 
 
 def _wrapped(text: str, font: _Font, width: float, most: int | None = None) -> list[str]:
-    """Break text into lines of at most ``width`` pixels; what does not fit in ``most`` lines ends in dots.
+    """Break text into lines of at most ``width`` pixels.
 
-    Words too long for a line, as in languages that set none apart, are broken as well.
+    Text beyond ``most`` lines is cut off with dots. Words too long for a line, as in languages without spaces, are
+    broken as well.
     """
     lines, words = [""], text.split()
     for number, word in enumerate(words):
@@ -345,15 +348,15 @@ def _wrapped(text: str, font: _Font, width: float, most: int | None = None) -> l
 
 
 def _fitting(text: str, font: _Font, width: float) -> int:
-    """Return how many characters of ``text`` fit into ``width`` pixels, at least one where there are any."""
+    """Return how many characters of ``text`` fit into ``width`` pixels, at least 1."""
     reach = 16
-    while reach < len(text) and font.getlength(text[:reach]) <= width:  # never measures much more than fits
+    while reach < len(text) and font.getlength(text[:reach]) <= width:  # avoids measuring much more than fits
         reach *= 2
     return max(1, bisect_right(range(min(reach, len(text)) + 1), width, key=lambda n: font.getlength(text[:n])) - 1)
 
 
 def _shortened(text: str, font: _Font, width: float) -> str:
-    """Set ``text`` on one line of ``width`` pixels, with dots where something is missing."""
+    """Return ``text`` on one line, cut off with dots if longer than ``width`` pixels."""
     text = " ".join(text.split())
     if _fitting(text, font, width) >= len(text):
         return text

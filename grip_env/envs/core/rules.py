@@ -1,4 +1,4 @@
-"""The rules of an episode, shared by the single and the vector environments: observe, select, score."""
+"""Rules of an episode, shared by the single and the vector environments."""
 
 from __future__ import annotations
 
@@ -53,55 +53,55 @@ _OPTIONS = ("budget", "index")
 
 
 class Outcome(NamedTuple):
-    """What the model made of a selection."""
+    """Result of scoring a selection with the model."""
 
     log_likelihood: float
     correct: bool
     reward: float
-    """Of the selection, penalties apart."""
+    """Reward of the selection, without penalties."""
 
 
 @dataclass
 class Episode:
-    """One instance under one budget, and what was decided so far."""
+    """State of an episode: one instance, one budget, and the decisions so far."""
 
     instance: Instance
     k: int
     selection: np.ndarray = field(init=False)
-    """bool (N,), the tokens that are kept; none at first."""
+    """Kept tokens, bool (N,); none at first."""
     outcome: Outcome | None = None
-    """How the model answers under ``selection``; ``None`` where it was not asked."""
+    """Result of scoring ``selection``; ``None`` if the last step was not scored."""
     value: float = 0.0
-    """Reward of the last selection that the model was asked about; 0 before the first."""
+    """Reward of the last selection that was scored; 0 before the first."""
     reward: float = 0.0
-    """What the last step paid."""
+    """Reward of the last step."""
     violations: int = 0
-    """How often actions broke the rules: tokens over budget, or actions that had to be ignored."""
+    """Number of rule violations: tokens over budget, or ignored actions."""
     steps: int = 0
     over: bool = False
     chance: np.random.Generator | None = None
-    """What its decisions draw from, if it has something of its own: see :meth:`EpisodeRules.chance`."""
+    """Random generator of the episode, if it has its own; see :meth:`EpisodeRules.chance`."""
 
     def __post_init__(self) -> None:
         self.selection = self.instance.nothing
 
 
 class Decision(NamedTuple):
-    """What an action comes to; the episode itself changes when it is carried out."""
+    """Consequences of an action; the episode changes only when the decision is carried out."""
 
     episode: Episode
     selection: np.ndarray
-    """bool (N,), the tokens that are kept after it."""
+    """Kept tokens after the decision, bool (N,)."""
     violations: int = 0
     scored: bool = True
-    """Whether the model is asked what it makes of the selection."""
+    """Whether the selection is scored."""
     ends: bool = True
-    """Whether the episode is over with it."""
+    """Whether the decision ends the episode."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What the options of a reset fix of an episode; ``None`` is left to the stream."""
+    """Values that the options of a reset fix; the stream provides those that are ``None``."""
 
     index: int | None = None
     budget: float | None = None
@@ -111,15 +111,15 @@ NOTHING_FIXED = Fixed()
 
 
 class EpisodeRules(ABC):
-    """A decision process without its clock: everything but whose turn it is.
+    """Base class of decision processes, used by single and vector environments.
 
-    A subclass says what an action is. ``penalty`` is charged for each violation of the rules; the other arguments
+    A subclass defines the actions. ``penalty`` is charged for each violation of the rules; the other arguments
     are those of :class:`~grip_env.envs.selection.TokenSelectionEnv`.
     """
 
     action_space: spaces.Space[Any]
     one_step = False
-    """Whether every episode has a single step."""
+    """Whether every episode has exactly one step."""
 
     def __init__(
         self,
@@ -175,17 +175,17 @@ class EpisodeRules(ABC):
     # -- episodes ----------------------------------------------------------------------------------------
 
     def stream(self, generator: np.random.Generator, part: int = 0, parts: int = 1) -> EpisodeStream | FixedEpisodes:
-        """Return the stream of episodes that ``generator`` stands for, or one of the parts of a fixed list.
+        """Return the stream of episodes seeded by ``generator``, or one part of a fixed list.
 
         Parts are as long as the numbers of episodes that Stable-Baselines3's ``evaluate_policy`` takes from each of
-        ``parts`` environments: the last ones have one more where the list cannot be shared out evenly.
+        ``parts`` environments: the last ones have one more if the list cannot be divided evenly.
         """
         if self.examples is None:
             return EpisodeStream(generator, self.task.size(self.split), self.budget)
         return FixedEpisodes(self.examples[parts - 1 - part :: parts], self.budget)
 
     def chance(self, episode: Episode, generator: np.random.Generator) -> np.random.Generator:
-        """Return what an episode's decisions draw from: ``generator``, or with fixed episodes a source of its own."""
+        """Return the generator for an episode's random choices: its own one if episodes are fixed."""
         if self.examples is None:
             return generator
         if episode.chance is None:
@@ -193,10 +193,12 @@ class EpisodeRules(ABC):
         return episode.chance
 
     def check_options(self, options: dict[str, Any] | None) -> Fixed:
-        """Return what the options of a reset fix. Nothing is drawn, so that an error leaves everything as it was.
+        """Return the values that the options of a reset fix.
+
+        Nothing is drawn, so an error leaves the state unchanged.
 
         Raises:
-            ValueError: If an option is unknown, or of another kind or range.
+            ValueError: If an option is unknown, or its type or value is invalid.
             IndexError: If the split has no such index.
         """
         options = as_options(options, _OPTIONS)
@@ -215,16 +217,17 @@ class EpisodeRules(ABC):
 
     @staticmethod
     def request(stream: EpisodeStream | FixedEpisodes, fixed: Fixed = NOTHING_FIXED) -> tuple[int, float]:
-        """Draw the next (index, budget); what is fixed is not drawn."""
+        """Draw the next (index, budget); fixed values are not drawn."""
         return stream.next(fixed.index, fixed.budget)
 
     def advance(self, decisions: Sequence[Decision] = (), requests: Sequence[tuple[int, float]] = ()) -> list[Episode]:
-        """Carry out decisions and begin episodes: at most one call of the encoder, one of the language model.
+        """Carry out decisions and begin episodes, with few calls of the model.
 
-        A reward that needs agreement takes two of the latter: what is compared has to be known before.
+        There is at most one call of the encoder and one of the language model; two of the latter if the reward needs
+        agreement, as the scores to compare with must be known first.
 
         Args:
-            decisions: What is carried out, at most one for each episode.
+            decisions: Decisions to carry out, at most one for each episode.
             requests: (index, budget) of each episode that begins.
 
         Returns:
@@ -244,11 +247,11 @@ class EpisodeRules(ABC):
         elif jobs + whole:
             both = self.store.score(jobs + whole)
             scores, wholes = both[: len(jobs)], both[len(jobs) :]
-        # rewards first: one that raises leaves every episode as it was
+        # rewards first: if one raises, every episode is unchanged
         outcomes = iter([] if scores is None or full is None else self._judge(scores, full))
         for row, instance in enumerate(unscored):
             assert wholes is not None
-            # a copy: an instance that stays in memory must not keep the scores of all the others there
+            # a copy: an instance kept in memory must not keep the scores of all the others alive
             instance.full = wholes[torch.tensor([row])]
         for decision in decisions:
             self._carry_out(decision, next(outcomes) if decision.scored else None)
@@ -257,7 +260,7 @@ class EpisodeRules(ABC):
         ]
 
     def _judge(self, scores: Scores, full: Scores) -> list[Outcome]:
-        """Return what each row of the scores (R, 1) is worth."""
+        """Return the outcome of each row of the scores (R, 1)."""
         columns = (scores.log_likelihood, scores.correct, self.rewards.judge(scores, full))
         return [Outcome(*row) for row in zip(*(column[:, 0].tolist() for column in columns), strict=True)]
 
@@ -271,10 +274,10 @@ class EpisodeRules(ABC):
         episode.steps += 1
         episode.over = decision.ends
 
-    # -- what the agent sees and does --------------------------------------------------------------------
+    # -- observations and actions ------------------------------------------------------------------------
 
     def shared_view(self, episode: Episode) -> Observation:
-        """Return an observation of an episode that shares memory with others: to be copied before it is handed out."""
+        """Return an observation that shares memory with others; copy it before handing it out."""
         return episode.instance.observed | {"budget": np.array([episode.k / episode.instance.count], dtype=np.float32)}
 
     def observe(self, episode: Episode) -> Observation:
@@ -282,15 +285,15 @@ class EpisodeRules(ABC):
         return {key: value.copy() for key, value in self.shared_view(episode).items()}
 
     def read_only_view(self, episode: Episode) -> Observation:
-        """Return an observation of an episode that shares memory with others and cannot be written to."""
+        """Return a read-only observation that shares memory with others."""
         return {key: read_only(value) for key, value in self.shared_view(episode).items()}
 
     def info(self, episode: Episode) -> dict[str, Any]:
         """Return the info of a reset or a step.
 
         Its keys, and the shapes and types of their values, are the same at every step of every episode, so that
-        trainers can stack and store them; none is a text, which few of them can. What is not known (yet) has a
-        definite value beside a flag that says so.
+        trainers can stack and store them; there are no strings, which few trainers can store. Values that are not
+        known (yet) are 0, False or empty masks, with a flag that says so.
         """
         instance, outcome = episode.instance, episode.outcome
         relevant = instance.relevant
@@ -310,10 +313,10 @@ class EpisodeRules(ABC):
 
     @abstractmethod
     def check_action(self, action: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Return ``action`` as an array of ``shape``: that of the action space, single or batched.
+        """Return ``action`` as an array of ``shape``, that of the single or batched action space.
 
         Raises:
-            ValueError: If it is not one that the action space describes.
+            ValueError: If it is not a valid action.
         """
 
     @abstractmethod
@@ -324,8 +327,8 @@ class EpisodeRules(ABC):
 def best_scores(scores: np.ndarray, k: int, generator: np.random.Generator) -> np.ndarray:
     """Return the indices of the k highest of ``scores`` (N,), long (min(k, N),) in any order.
 
-    Which of equal scores are among them is drawn from ``generator``, and nothing is drawn where that is no question:
-    by their index, tokens from the top of the picture would win.
+    Ties at the k-th place are broken by ``generator``, since breaking them by index would favour tokens at the top of
+    the image; without such ties, nothing is drawn.
 
     >>> best_scores(np.array([0.5, 2.0, 1.0]), 2, np.random.default_rng(0)).tolist()
     [1, 2]
@@ -341,13 +344,13 @@ def best_scores(scores: np.ndarray, k: int, generator: np.random.Generator) -> n
 
 
 def check_penalty(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is finite and not negative."""
+    """Raise ValueError unless ``value`` is a finite, non-negative number."""
     if not is_real(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number, at least 0; got {value!r}")
 
 
 def stack_full_scores(episodes: Iterable[Episode]) -> Scores | None:
-    """Return the scores with every token kept, fields of shape (R, 1); ``None`` where there are no episodes."""
+    """Return the full-image scores of R episodes, fields (R, 1); ``None`` if there are none."""
     rows = [episode.instance.full for episode in episodes]
     known = [scores for scores in rows if scores is not None]
     assert len(known) == len(rows)
@@ -355,7 +358,7 @@ def stack_full_scores(episodes: Iterable[Episode]) -> Scores | None:
 
 
 def resolve_vlm(vlm: FrozenVLM | str) -> FrozenVLM:
-    """Return the model of that name or in that folder, or the object itself; ValueError if it is none of these."""
+    """Return a model, given itself, its name or its folder; raise ValueError otherwise."""
     if isinstance(vlm, str | PathLike):
         from grip_env.vlms import load_vlm
 

@@ -1,4 +1,4 @@
-"""Which episodes come, and with what budget: a reproducible stream of (index, budget) pairs."""
+"""Reproducible streams of episodes, as (index, budget) pairs."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ __all__ = [
 ]
 
 Budget: TypeAlias = "float | tuple[float, float] | list[float] | dict[str, float]"
-"""A share of the tokens, a (low, high) range to draw from log-uniformly, or a list to draw from uniformly.
+"""Share of the tokens, (low, high) range to draw from log-uniformly, or list to draw from uniformly.
 
-``{"low": low, "high": high}`` is another spelling of the range: JSON, as of an environment's spec, makes tuples lists.
+``{"low": low, "high": high}`` is another spelling of the range, for JSON (as in an environment's spec), which turns
+tuples into lists.
 """
 
 Shares: TypeAlias = "float | tuple[float, float] | list[float]"
-"""A checked budget."""
+"""Checked budget, as :func:`check_budget` returns it."""
 
 _ROUNDS = 6
 _BLOCK = 64
-"""Indices that a stream draws at a time: one by one they would cost a hundred times as much each."""
+"""Number of indices that a stream draws at a time; drawn singly, each would cost a hundred times as much."""
 
 
 def check_budget(budget: Budget) -> Shares:
-    """Return ``budget`` with plain floats in it, a range as a tuple.
+    """Return a checked ``budget`` of plain floats, with a range as a tuple.
 
     Raises:
-        ValueError: If a share is outside (0, 1], a list is empty, it is a text, or a range is not from low to high.
+        ValueError: If a share is outside (0, 1], a list is empty, the budget is a string, or a range is not from low to
+            high.
 
     >>> check_budget({"low": 0.03, "high": 0.5})
     (0.03, 0.5)
@@ -71,10 +73,10 @@ def check_budget(budget: Budget) -> Shares:
 
 
 def check_examples(examples: Any, size: int) -> tuple[int, ...] | range:
-    """Return the indices that ``examples`` stands for: of the first so many, or those in a list.
+    """Return the indices that ``examples`` specifies, as a count of first examples or a list.
 
     Raises:
-        ValueError: If there are none, or not all of them are among the ``size`` of the split.
+        ValueError: If there are none, or not all of them are in the split, which has ``size`` examples.
 
     >>> list(check_examples(3, size=10)), check_examples([4, 2], size=10)
     ([0, 1, 2], (4, 2))
@@ -94,7 +96,7 @@ def check_examples(examples: Any, size: int) -> tuple[int, ...] | range:
 
 
 def tokens_in_budget(budget: float, count: int) -> int:
-    """Return how many of ``count`` tokens a budget allows: max(1, round(budget * count)).
+    """Return the number of tokens that a budget allows: max(1, round(budget * count)).
 
     >>> tokens_in_budget(0.1, 144), tokens_in_budget(0.001, 144)
     (14, 1)
@@ -103,17 +105,20 @@ def tokens_in_budget(budget: float, count: int) -> int:
 
 
 def shuffled_indices(key: int, start: int, count: int, size: int) -> np.ndarray:
-    """Return elements ``start`` to ``start + count`` of an endless shuffle of ``range(size)``, int64 (count,).
+    """Return ``count`` elements of an endless shuffle of ``range(size)``, from ``start`` on.
 
     Every pass through the range is a new permutation. A keyed Feistel network permutes the smallest even-bit domain
     that holds the range, and values that fall outside are permuted again (cycle walking, fewer than four tries on
-    average). So an element costs the same at any size, and a split of a million is never laid out.
+    average). So an element costs the same at any size, and the permutation of a large split is never stored.
 
     Args:
-        key: Which shuffle, at least 0.
-        start: The first element.
-        count: How many.
-        size: At most 2**62.
+        key: Number of the shuffle, at least 0.
+        start: Position of the first element.
+        count: Number of elements.
+        size: Size of the range, at most 2**62.
+
+    Returns:
+        int64 (count,).
 
     >>> sorted(shuffled_indices(7, 0, 5, size=5).tolist())
     [0, 1, 2, 3, 4]
@@ -134,7 +139,7 @@ def shuffled_indices(key: int, start: int, count: int, size: int) -> np.ndarray:
 
 
 def _mixed(bits: np.ndarray) -> np.ndarray:
-    """Return each number hashed: a step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), uint64 like ``bits``."""
+    """Hash each number, uint64, by a step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     bits = bits + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -142,13 +147,14 @@ def _mixed(bits: np.ndarray) -> np.ndarray:
 
 
 class EpisodeStream:
-    """Endless (index, budget) pairs, fixed by the state of ``generator`` at creation and by nothing after it.
+    """Endless stream of (index, budget) pairs.
 
-    The stream draws from a source of its own, so that what an agent does cannot change which episodes come.
+    It depends only on the state of ``generator`` at creation. The stream then draws from its own generators, so the
+    agent's actions cannot change which episodes come.
 
     Args:
         generator: One number is drawn from it to seed the stream.
-        size: How many examples there are; each pass visits every one once, in a new order.
+        size: Number of examples; each pass visits every example once, in a new order.
         budget: As :func:`check_budget` returns it.
     """
 
@@ -161,12 +167,12 @@ class EpisodeStream:
         self._block: list[int] = []
 
     def next(self, index: int | None = None, budget: float | None = None) -> tuple[int, float]:
-        """Return the next (index, budget); what is given is not drawn."""
+        """Return the next (index, budget); given values are not drawn."""
         budget = self.next_budget() if budget is None else budget
         return self.next_index() if index is None else index, budget
 
     def next_index(self) -> int:
-        """Return the next example's index."""
+        """Return the index of the next example."""
         place = self._step % _BLOCK
         if place == 0:
             self._block = shuffled_indices(self._key, self._step, _BLOCK, self._size).tolist()
@@ -179,12 +185,12 @@ class EpisodeStream:
 
 
 class FixedEpisodes:
-    """The same (index, budget) pairs in the same order, again and again: what an evaluation goes through.
+    """Repeating sequence of the same (index, budget) pairs, for evaluation.
 
-    The budget of an example depends on its index alone, so that it is the same however the examples are shared out.
+    The budget of an example depends on its index alone, so it is the same however the examples are distributed.
 
     Args:
-        indices: Which examples, at least one.
+        indices: Indices of the examples, at least one.
         budget: As :func:`check_budget` returns it.
     """
 
@@ -194,7 +200,7 @@ class FixedEpisodes:
         self._step = 0
 
     def next(self, index: int | None = None, budget: float | None = None) -> tuple[int, float]:
-        """Return the next (index, budget); what is given is not taken from the list."""
+        """Return the next (index, budget); given values replace those of the sequence."""
         if index is None:
             index = self._indices[self._step % len(self._indices)]
             self._step += 1
@@ -202,7 +208,7 @@ class FixedEpisodes:
 
 
 def draw_budget(budget: Shares, generator: np.random.Generator) -> float:
-    """Return a share of the tokens, drawn from ``generator`` where there is a choice."""
+    """Return a share of the tokens, drawn from ``generator`` if the budget leaves a choice."""
     if isinstance(budget, tuple):
         low, high = budget
         return float(min(max(np.exp(generator.uniform(np.log(low), np.log(high))), low), high))

@@ -1,4 +1,4 @@
-"""One instance at a time: the clock and the pictures of every single environment."""
+"""Base class of the single environments: episode steps and rendering."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ RenderMode = Literal["rgb_array", "human"]
 
 
 def own_arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a constructor, given its ``locals()`` before anything else is assigned.
+    """Return the arguments of a constructor, given its ``locals()``.
+
+    Call it before the constructor assigns any other variable.
 
     >>> class Environment:
     ...     def __init__(self, budget=0.1, split="train"):
@@ -35,14 +37,16 @@ def own_arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class EpisodeEnv(gymnasium.Env[Observation, ActType]):
-    """Everything of a single environment but its decision process, the ``rules_class`` of a subclass.
+    """Base class of the single environments.
+
+    A subclass sets ``rules_class``, which defines the decision process.
 
     Args:
         render_mode: ``None``, "rgb_array" or "human".
-        arguments: Those of the rules.
+        arguments: Arguments of the rules.
 
     Raises:
-        ValueError: If the render mode is another.
+        ValueError: If the render mode is unknown.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
@@ -66,7 +70,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
 
     @property
     def example(self) -> Example:
-        """The example that the episode is about: picture, question, answer and kind of question.
+        """Example of the current episode: image, question, answer and kind of question.
 
         Raises:
             gymnasium.error.ResetNeeded: Before the first reset.
@@ -81,17 +85,18 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
         """Begin the next episode.
 
         Args:
-            seed: Starts the sequence of episodes over; the same seed gives the same sequence. (With ``examples``, so
-                does a reset of an episode in which nothing was done.)
+            seed: Starts the sequence of episodes over; the same seed gives the same sequence. (With ``examples``, a
+                reset of an episode without any step also starts it over.)
             options: "index" and "budget" fix this episode's instance and share of the tokens.
 
         Raises:
-            ValueError: If the seed is no whole number, at least 0, or an option is none; nothing is lost then.
+            ValueError: If the seed is not a whole number, at least 0, or an option is invalid; the state of the
+                environment is then unchanged.
             IndexError: If there is no such index.
         """
         fixed, seed = self.rules.check_options(options), as_seed(seed)
         super().reset(seed=seed)
-        # a trainer's evaluation does not seed: it resets an episode that was begun behind its last one, and left
+        # a trainer's evaluation does not seed: it resets the unused episode that began after its last one
         anew = self.rules.examples is not None and self._episode is not None and not self._episode.steps
         if seed is not None or self._stream is None or anew:
             self._stream = self.rules.stream(self.np_random)
@@ -105,7 +110,9 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
         return self.rules.observe(self._episode), self.rules.info(self._episode)
 
     def step(self, action: ActType) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Keep what the action chooses, let the model answer where the reward needs it, and tell whether that was all.
+        """Keep the tokens that the action chooses and return the outcome, as in Gymnasium.
+
+        The model answers only in steps whose reward needs it.
 
         Args:
             action: See Action Space.
@@ -121,7 +128,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
         return self.rules.observe(episode), episode.reward, episode.over, False, self.rules.info(episode)
 
     def render(self) -> np.ndarray | None:
-        """Draw the image and the question; after a step also what is kept and what came of it."""
+        """Draw the image and the question; after a step, also the kept tokens and the outcome."""
         if self._episode is None:
             raise gymnasium.error.ResetNeeded("there is no episode to draw; call reset() before render()")
         if self.render_mode is None:
@@ -135,7 +142,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
 
     @staticmethod
     def draw(rules: EpisodeRules, episode: Episode) -> np.ndarray:
-        """Return the picture of an episode, uint8 (height, width, 3): see :func:`draw_episode`."""
+        """Return the picture of an episode, uint8 (height, width, 3); see :func:`draw_episode`."""
         return draw_episode(episode)
 
     def close(self) -> None:
@@ -144,9 +151,10 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
 
 
 def draw_episode(episode: Episode) -> np.ndarray:
-    """Draw the image and the question; from the first step on also what is kept, and what came of it once it is known.
+    """Draw the image and the question of an episode; after a step, also the kept tokens.
 
-    A dot marks cells known to matter. All frames have the same size.
+    The model's answer is shown once it is known. After a step, a dot marks the cells that decide the answer. All frames
+    have the same size.
 
     Returns:
         uint8 (height, width, 3).

@@ -1,4 +1,4 @@
-"""Many instances at once, with one call of the language model per step."""
+"""Base class of the vector environments, which batch the calls of the language model."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ __all__ = ["EpisodeVectorEnv", "stack_infos", "stack_observations"]
 
 
 class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
-    """Everything of a vector environment but its decision process, which is that of a single environment.
+    """Base class of the vector environments, with the decision process of a single environment.
 
     ``class Mine(EpisodeVectorEnv, single=MyEnv)`` takes the arguments of ``MyEnv``, with their defaults, between
     ``num_envs`` and ``max_episode_steps``; ``help()`` and :func:`inspect.signature` show them all.
 
-    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. What
-    follows the end of an episode is said by ``autoreset_mode``, which is an attribute and in ``metadata`` as well:
+    Environment i, seeded with s, goes through the same episodes as a single environment seeded with s + i. When an
+    episode ends, ``autoreset_mode`` (also an attribute and a key of ``metadata``) determines how the next one begins:
 
-    - ``AutoresetMode.SAME_STEP``, the default: the same step begins the next one. The observation returned belongs to
-      that, ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to the one that ended, with
-      the ``_key`` masks of Gymnasium.
-    - ``AutoresetMode.NEXT_STEP``: the next step begins it; its action is ignored and it pays 0. Where episodes have one
-      step that is every second step, and since a reward of 0 stands for nothing lost, a mean over steps is flattered:
-      a warning says so. Average over episodes.
-    - ``AutoresetMode.DISABLED``: ``reset(options={"reset_mask": terminated | truncated})`` begins it.
+    - ``AutoresetMode.SAME_STEP``, the default: in the same step. The observation returned belongs to the new episode,
+      ``infos["final_obs"]`` (object (num_envs,) of dicts) and ``infos["final_info"]`` to the one that ended, with the
+      ``_key`` masks of Gymnasium.
+    - ``AutoresetMode.NEXT_STEP``: in the next step, whose action is ignored and whose reward is 0. With one-step
+      episodes that is every second step, and as a reward of 0 means that nothing was lost, a mean over steps looks too
+      good; a warning says so. Average over episodes.
+    - ``AutoresetMode.DISABLED``: by ``reset(options={"reset_mask": terminated | truncated})``.
 
-    Gymnasium's vector wrappers of observations take the latter two only. All is as ``gymnasium.vector.SyncVectorEnv``
-    gives it, but that the arrays in ``final_obs`` are read-only, as they share memory: copy them to change them.
+    Gymnasium's vector wrappers of observations accept the latter two only. Results are as those of
+    ``gymnasium.vector.SyncVectorEnv``, but the arrays in ``final_obs`` share memory and are read-only: copy them.
 
     Args:
-        num_envs: How many instances.
+        num_envs: Number of instances.
         render_mode: ``None`` or "rgb_array".
         max_episode_steps: An episode is truncated at this step, as by ``gymnasium.wrappers.TimeLimit``; ``None``
             sets no limit.
@@ -56,8 +56,8 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         options: The other arguments of the single environment.
 
     Raises:
-        TypeError: If there is no such argument.
-        ValueError: If a mode is another, or ``num_envs`` or ``max_episode_steps`` is below 1.
+        TypeError: If an argument is unknown.
+        ValueError: If a mode is unknown, or ``num_envs`` or ``max_episode_steps`` is below 1.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by Gymnasium)
@@ -67,14 +67,14 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     }
 
     single: ClassVar[type[EpisodeEnv[Any]]]
-    """The single environment whose episodes these are."""
+    """Class of the single environment that is vectorised."""
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, single: type[EpisodeEnv[Any]] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if single is not None:
             cls.single, cls.__signature__ = single, _with_clock(inspect.signature(single))
-        if "__init__" in vars(cls):  # of its own
+        if "__init__" in vars(cls):  # the subclass defines its own
             cls.__signature__ = _without_first(inspect.signature(cls.__init__))
 
     def __init__(self, *positional: Any, **options: Any) -> None:
@@ -127,17 +127,17 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """The generator of each instance."""
+        """Random generator of each instance."""
         return tuple(self._generators)
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The seed of each instance."""
+        """Seed of each instance."""
         return tuple(self._seeds)
 
     @property
     def example(self) -> tuple[Example, ...]:
-        """The example that each instance's episode is about: picture, question, answer and kind of question.
+        """Example of each instance's episode: image, question, answer and kind of question.
 
         Raises:
             gymnasium.error.ResetNeeded: Before the first reset.
@@ -149,18 +149,18 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode everywhere, or where a mask says so.
+        """Begin an episode in every instance, or in those that a mask selects.
 
         Args:
-            seed: An integer s seeds instance i with s + i; a list has one seed (or ``None``: go on) for each. With
-                ``examples``, all begin anew, whatever the seeds.
+            seed: An integer s seeds instance i with s + i; a list has one seed for each (``None``: not seeded). With
+                ``examples``, all start over, whatever the seeds.
             options: "index" and "budget" as in the single environment: one value for all, or a list with one
-                for each. "reset_mask", bool (num_envs,), says which instances begin an episode and, with ``seed``, are
-                seeded; the others go on where they are. Their infos are left out, as the ``_key`` masks tell.
+                for each. "reset_mask", bool (num_envs,), selects the instances that begin an episode and, with
+                ``seed``, are seeded; the others continue, and the ``_key`` masks mark their infos as missing.
 
         Raises:
-            ValueError: If there are more or fewer seeds or options than environments, or one of them or the mask is
-                none; nothing is lost then.
+            ValueError: If the number of seeds or options is not ``num_envs``, or a seed, an option or the mask is
+                invalid; the state is then unchanged.
             IndexError: If there is no such index.
             gymnasium.error.ResetNeeded: If a mask leaves out instances that never began.
         """
@@ -170,7 +170,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             others = {key: value for key, value in options.items() if key != "reset_mask"}
         seeds, fixed, mask = self._each_seed(seed), self._fixed(others), self._reset_mask(chosen)
         rows = np.flatnonzero(mask).tolist()
-        # a trainer's evaluation begins with a reset of all of them, and one with a mask is none
+        # a trainer's evaluation begins with a reset of all instances, never with a mask
         anew = self.rules.examples is not None and chosen is None
         for i in rows:
             own = seeds[i]
@@ -191,13 +191,13 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self._observe(), stack_infos(infos)
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Act in every episode, and begin the next one where ``autoreset_mode`` says so.
+        """Take a step in every episode, and begin new episodes as ``autoreset_mode`` says.
 
         Args:
             actions: (num_envs, *shape of one action).
 
         Raises:
-            ValueError: If an action is none; those of instances that begin an episode instead are not looked at.
+            ValueError: If an action is invalid; actions of instances that begin an episode instead are ignored.
             gymnasium.error.ResetNeeded: Before the first reset, and after the end of an episode where autoreset is
                 disabled.
         """
@@ -236,7 +236,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self._observe(), rewards, terminated, truncated, stack_infos(infos)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """Draw what the last step decided in each instance (after a reset: the new episodes)."""
+        """Draw the outcome of the last step in each instance; after a reset, the new episodes."""
         if self.render_mode is None:
             gymnasium.logger.warn("render() draws nothing without a render_mode: pass render_mode='rgb_array'")
             return None
@@ -256,12 +256,12 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return [as_seed(own) for own in seed]
 
     def _reset_mask(self, given: Any) -> np.ndarray:
-        """Return which instances a reset is for, bool (num_envs,)."""
+        """Return the mask of the instances to reset, bool (num_envs,)."""
         if given is None:
             return np.ones(self.num_envs, dtype=bool)
         try:
             mask = np.array(given)
-        except Exception:  # foreign code: of ragged lists, tensors on other devices and the like
+        except Exception:  # e.g. ragged lists, or tensors on other devices
             mask = np.zeros(0)
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
@@ -270,7 +270,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             )
         if not self._episodes and not mask.all():
             raise gymnasium.error.ResetNeeded(
-                "there are no episodes yet; call reset() without 'reset_mask' before a reset of some"
+                "there are no episodes yet; call reset() without 'reset_mask' for the first time"
             )
         return mask
 
@@ -300,7 +300,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
 
 def _with_clock(single: inspect.Signature) -> inspect.Signature:
-    """Return the signature of a vector environment, given that of its single one."""
+    """Return the signature of a vector environment, given that of its single environment."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return single.replace(
         parameters=[
@@ -315,24 +315,24 @@ def _with_clock(single: inspect.Signature) -> inspect.Signature:
 
 
 def _without_first(method: inspect.Signature) -> inspect.Signature:
-    """Return the signature of a method as its callers see it, without ``self``."""
+    """Return the signature of a method without its first parameter, ``self``."""
     return method.replace(parameters=list(method.parameters.values())[1:])
 
 
 def _is_list(value: Any) -> bool:
-    """Tell whether a value has one part for each environment."""
+    """Return whether a value is a list or array with one entry for each environment."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _without(actions: Any, idle: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """Return actions with a zero for each idle instance: nobody looks at what they say."""
+    """Return actions with a zero for each idle instance, whose action is ignored."""
     if not idle.any():
         return actions
     try:
         given = np.array(actions)
-    except Exception:  # foreign code: the check of the actions says what is wrong
+    except Exception:  # check_action() reports what is wrong
         return actions
     if given.shape != shape or given.dtype.kind not in "biuf" or np.ma.is_masked(actions):
         return actions
@@ -341,7 +341,7 @@ def _without(actions: Any, idle: np.ndarray, shape: tuple[int, ...]) -> Any:
 
 
 def stack_observations(rows: Sequence[Observation]) -> Observation:
-    """Return one array (B, ...) for each key, a fresh copy.
+    """Return a copy of the observations, stacked into one array (B, ...) for each key.
 
     >>> stack_observations([{"budget": np.array([0.5])}, {"budget": np.array([0.25])}])["budget"].tolist()
     [[0.5], [0.25]]
@@ -356,13 +356,13 @@ def stack_observations(rows: Sequence[Observation]) -> Observation:
 
 
 def stack_infos(infos: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Return the infos of a vector environment: an array (B, ...) for each key, and with it a mask ``_key``, bool (B,).
+    """Stack infos into an array (B, ...) and a mask ``_key``, bool (B,), for each key.
 
-    Numbers and arrays become arrays of their type, 0 where an instance lacks the key; dicts are stacked in turn; all
-    else, and the dicts in ``final_obs``, become arrays of objects: as Gymnasium's ``VectorEnv._add_info`` has it.
+    Numbers and arrays become arrays of their type, 0 where an instance lacks the key; dicts are stacked recursively;
+    the rest, and the dicts in ``final_obs``, become arrays of objects, as in Gymnasium's ``VectorEnv._add_info``.
 
     Args:
-        infos: One for each instance; ``None`` is an empty one. Under each key all values are of one kind.
+        infos: One for each instance; ``None`` stands for an empty one. All values of a key have the same type.
 
     >>> stacked = stack_infos([{"k": 3}, {"kept": [1, 2]}])
     >>> stacked["k"].tolist(), stacked["_k"].tolist(), stacked["kept"].tolist()
@@ -370,7 +370,7 @@ def stack_infos(infos: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     """
     stacked: dict[str, Any] = {}
     given = [{} if info is None else info for info in infos]
-    alike = all(info.keys() == given[0].keys() for info in given)  # as a rule
+    alike = all(info.keys() == given[0].keys() for info in given)  # the usual case
     for key in given[0] if alike else dict.fromkeys(key for info in given for key in info):
         known = np.ones(len(given), dtype=bool) if alike else np.array([key in info for info in given])
         values = [info[key] for info in given if alike or key in info]

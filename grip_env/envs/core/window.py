@@ -1,4 +1,4 @@
-"""A window that shows the pictures of an environment, one after the other."""
+"""Window that shows the pictures of an environment, one after the other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ __all__ = ["Window"]
 
 
 class Window:
-    """Opens with the first picture; with a backend that draws to memory, nothing is seen.
+    """Matplotlib window that opens with the first picture.
+
+    With a backend that draws to memory, nothing is shown.
 
     Args:
-        title: Its name.
+        title: Title of the window.
     """
 
     def __init__(self, title: str) -> None:
@@ -33,12 +35,12 @@ class Window:
         axes.imshow(picture)
         canvas = self._figure.canvas
         canvas.draw()
-        if canvas.required_interactive_framework is not None:  # a backend that draws to memory has no window to raise
+        if canvas.required_interactive_framework is not None:  # a backend that draws to memory has no window to show
             self._figure.show()
             canvas.flush_events()
 
     def close(self) -> None:
-        """Close it, if it is open."""
+        """Close the window, if it is open."""
         if self._figure is not None:
             from matplotlib import pyplot
 

@@ -1,1 +1,1 @@
-"""Caches on disk: encoded images (``images``, ``image_entries``), and scores of all selections (``tables``)."""
+"""Disk caches of encoded images and of the scores of all selections."""

@@ -1,7 +1,7 @@
-"""Entries of the cache of encoded images: what their names depend on, and what is in their files.
+"""Entries of the cache of encoded images: their names and the contents of their files.
 
-A name is a digest of everything the content depends on, so there is nothing to invalidate: another model, processor,
-precision or image is another entry. A file holds a digest of its content, so that damage is seen.
+A name is a digest of everything that the content depends on, so entries never become invalid: another model,
+processor, precision or image has another entry. A file holds a digest of its content, so damage is detected.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from grip_env.vlms.families.base import Family, Picture
 __all__ = ["encoder_digest", "pack", "picture_key", "picture_scope", "unpack"]
 
 FORMAT = 2
-"""Part of every name: to be raised when entries are written otherwise, or families make other pictures of an image."""
+"""Part of every name. Increase it when the file format changes, or when families encode images differently."""
 LANGUAGE = ("model.language_model.", "model.text_model.", "lm_head.")
-"""How the weights begin that pictures do not depend on."""
+"""Prefixes of the weights that encoded images do not depend on."""
 ELSEWHERE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version")
-"""What a config says of where it came from; the precision is taken from the model itself."""
+"""Config entries that only describe its origin, and the precision, which is read from the model itself."""
 
 
 # -- what an entry depends on ----------------------------------------------------------------------------------
 
 
 def encoder_digest(model: Any) -> str:
-    """Return a digest of every weight and buffer that is not the language model's."""
+    """Return a digest of all weights and buffers outside the language model."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith(LANGUAGE):
@@ -41,11 +41,11 @@ def encoder_digest(model: Any) -> str:
 
 
 def picture_scope(family: Family, weights: str) -> str:
-    """Return a digest of all that pictures depend on besides the image.
+    """Return a digest of everything but the image that encoded images depend on.
 
-    That is the weights, the model's config, its precision and attention kernels, the image processor with all its
-    settings, the family with its names for an image, and the versions of the libraries that compute. The device is
-    not part of it.
+    It covers the weights, the model's config, its precision and attention kernels, the image processor with all its
+    settings, the family with its image placeholders, and the versions of the libraries involved. The device is not
+    part of it.
 
     Args:
         family: The family, with its model and processor.
@@ -59,9 +59,9 @@ def picture_scope(family: Family, weights: str) -> str:
         "config": _without_names(json.loads(model.config.to_json_string(use_diff=False))),
         "dtype": str(model.dtype),
         "attention": [getattr(config, "_attn_implementation", None) for config in (model.config, *parts)],
-        # the class too: one of Pillow and one of torchvision have the same settings
+        # the class too: the Pillow and the torchvision version have the same settings
         "processor": [_kind(processor), json.loads(processor.to_json_string())],
-        "square": getattr(processor, "default_to_square", None),  # the one setting that is not among the saved ones
+        "square": getattr(processor, "default_to_square", None),  # the only setting that is not saved
         "family": [vars(type(family)).get("key", _kind(family)), family.image_token, family.marker, family.text()],
         "versions": [version.split("+")[0] for version in (transformers.__version__, torch.__version__)],
         "pillow": PIL.__version__,
@@ -74,26 +74,26 @@ def _kind(thing: Any) -> str:
 
 
 def _without_names(config: Any) -> Any:
-    """Return a config without what says where it came from instead of what it does."""
+    """Return a config without the entries that only describe its origin."""
     if isinstance(config, dict):
         return {key: _without_names(value) for key, value in config.items() if key not in ELSEWHERE}
     return [_without_names(value) for value in config] if isinstance(config, list) else config
 
 
-# -- what an entry is ------------------------------------------------------------------------------------------
+# -- content of an entry ---------------------------------------------------------------------------------------
 
 
 def pack(key: str, picture: Picture) -> bytes:
-    """Return the content of an entry."""
+    """Return the file content for an encoded image."""
     tensors = {name: value for name, value in vars(picture).items() if isinstance(value, torch.Tensor)}
     return seal(key, tensors, {"text": picture.text, "runs": json.dumps(picture.runs)})
 
 
 def unpack(key: str, data: bytes) -> Picture:
-    """Return the picture in the content of an entry.
+    """Return the encoded image in the file content of an entry.
 
     Raises:
-        ValueError: If it is not what was written under this key.
+        ValueError: If the content is not what was written under this key.
     """
     tensors, texts = unseal(key, data)
     try:

@@ -1,6 +1,7 @@
-"""Encoded images on disk, so that each image goes through a vision encoder once and not once per run.
+"""Disk cache of encoded images.
 
-An entry is one safetensors file; see :mod:`grip_env.vlms.cache.image_entries` for its name and its content.
+With it, each image goes through a vision encoder once instead of once per run. An entry is one safetensors file; see
+:mod:`grip_env.vlms.cache.image_entries` for its name and content.
 """
 
 from __future__ import annotations
@@ -26,49 +27,52 @@ from grip_env.vlms.families.base import Picture
 __all__ = ["CacheStatistics", "PictureCache"]
 
 STALE = 3600.0
-"""Seconds after which a temporary file has lost its writer."""
+"""Age in seconds after which a temporary file counts as abandoned."""
 ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 TEMPORARY = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{32}\.tmp")
 
 
 @dataclass
 class CacheStatistics:
-    """What a cache object has done since it was made; other processes, and copies of it, count for themselves."""
+    """Statistics of a cache object since it was created.
+
+    Other processes and copies of the object keep their own.
+    """
 
     hits: int = 0
-    """Images read from disk; an image that is several times in a batch is looked up once."""
+    """Images read from disk; an image that occurs several times in a batch is looked up once."""
     misses: int = 0
     """Images that had to be encoded."""
     corrupt: int = 0
-    """Misses because an entry was not what had been written; it was deleted."""
+    """Misses because an entry was damaged; such entries are deleted."""
     evicted: int = 0
     """Entries deleted to make room."""
     failed: int = 0
-    """Entries that could not be read or written: the disk is full, the folder read-only, the entry too large."""
+    """Entries that could not be read or written, as with a full disk, a read-only folder or too large an entry."""
     bytes: int = 0
-    """Size of all entries, as far as this process knows."""
+    """Total size of all entries, as far as this process knows."""
 
 
 class PictureCache:
-    """Encoded images in a folder, which several processes may use at once.
+    """Encoded images in a folder, which several processes may use at the same time.
 
     Args:
-        folder: Where; it is made when first written to. Files of other names in it are left alone.
-        max_bytes: Size of all entries together above which the least recently used are deleted, down to 90 % of it.
+        folder: Folder of the cache, created at the first write. Files with other names in it are left alone.
+        max_bytes: Maximum total size of the entries. Above it, the least recently used are deleted, down to 90 % of it.
 
     Raises:
         ValueError: If ``folder`` is a file or ``max_bytes`` is not positive.
 
-    An entry comes back with every bit as it was written, and the images of a batch that are missing are encoded
-    together, each once. A batch of different images that are all missing thus gives the same bits as without a cache,
-    now and whenever it is read. Where only some are missing they are encoded in a smaller batch, in which the kernels
-    of some models sum in another order: equal up to float rounding, as with any other batch size (less than 1e-5 in
-    the float32 tokens of the families supported, less than 1e-4 in log-likelihood).
+    Entries are read back bit for bit. The missing images of a batch are encoded together, each once. A batch of
+    different images that are all missing therefore gives the same bits as without a cache, now and whenever it is
+    read. If only some are missing, they are encoded in a smaller batch, in which the kernels of some models sum in
+    another order. The results are then equal up to float rounding, as with any other batch size (less than 1e-5 in
+    the float32 tokens of the supported families, less than 1e-4 in log-likelihood).
 
-    Nothing that happens to the folder stops the caller: what cannot be read is encoded, what cannot be written is
-    not kept, and the first such failure is a RuntimeWarning. Where several processes write, each may exceed the size
-    by a twentieth of it and an entry, until it next looks what the others wrote. A copy or an unpickled cache has the
-    same folder and new statistics.
+    Problems with the folder never stop the caller: an entry that cannot be read is encoded, one that cannot be written
+    is not kept, and the first such failure gives a RuntimeWarning. If several processes write, each may exceed the
+    maximum size by a twentieth of it plus one entry, until it next lists the folder. A copied or unpickled cache has
+    the same folder and new statistics.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = 4 * 2**30) -> None:
@@ -81,7 +85,7 @@ class PictureCache:
         self._statistics = CacheStatistics()
         self._lock = threading.RLock()
         self._total: int | None = None  # size of all entries: as listed, then with what this process wrote
-        self._unlisted = 0  # written by this process since
+        self._unlisted = 0  # bytes written by this process since the last listing
         self._warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,7 +93,7 @@ class PictureCache:
 
     @property
     def statistics(self) -> CacheStatistics:
-        """What happened so far, as a copy."""
+        """Copy of the statistics so far."""
         with self._lock:
             if self._total is None:
                 with contextlib.suppress(OSError):
@@ -113,13 +117,13 @@ class PictureCache:
         encode: Callable[[list[np.ndarray]], list[Picture]],
         device: torch.device,
     ) -> list[Picture]:
-        """Return images encoded; equal images share one picture.
+        """Return encoded images; equal images share one object.
 
         Args:
-            scope: What :func:`~grip_env.vlms.cache.image_entries.picture_scope` returns.
+            scope: The return value of :func:`~grip_env.vlms.cache.image_entries.picture_scope`.
             images: The images.
-            encode: Encodes those that are missing; called once or not at all.
-            device: Where the tensors are to be.
+            encode: Function that encodes the missing images; called once or not at all.
+            device: Device of the returned tensors.
         """
         keys = [picture_key(scope, image) for image in images]
         found: dict[str, Picture] = {}
@@ -141,11 +145,11 @@ class PictureCache:
         return [found[key] for key in keys]
 
     def path(self, key: str) -> Path:
-        """Return the file of an entry, whether it is there or not."""
+        """Return the path of an entry, whether it exists or not."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> Picture | None:
-        """Return an entry with its tensors on the CPU, or ``None`` where there is none that can be trusted."""
+        """Return an entry with its tensors on the CPU, or ``None`` if missing or unreadable."""
         path = self.path(key)
         try:
             picture = unpack(key, path.read_bytes())
@@ -167,7 +171,10 @@ class PictureCache:
         return None
 
     def put(self, key: str, picture: Picture) -> None:
-        """Write an entry, deleting others if there is no room; without effect where that is impossible."""
+        """Write an entry, and delete others if there is no room.
+
+        If the entry cannot be written, the failure is counted, and nothing is raised.
+        """
         data = pack(key, picture)
         path = self.path(key)
         reserved = 0
@@ -186,12 +193,12 @@ class PictureCache:
         """Make room for ``size`` bytes and count them as used.
 
         Raises:
-            OSError: If that cannot be done.
+            OSError: If that is impossible.
         """
         if size > self.max_bytes:
             raise OSError(f"an entry of {size} bytes is larger than the whole cache, of {self.max_bytes}: enlarge it")
         with self._lock:
-            # other processes write too, hence the listing before this one has written much
+            # other processes write too, so list again before this one has written much
             if self._total is None or self._total + size > self.max_bytes or self._unlisted > self.max_bytes // 20:
                 entries = self._list()
                 if self._total is not None and self._total + size > self.max_bytes:
@@ -200,7 +207,7 @@ class PictureCache:
             self._unlisted += size
 
     def _list(self) -> list[tuple[int, int, Path]]:
-        """Find time of last use, size and path of all entries; remove what writers that died have left."""
+        """Return time of last use, size and path of all entries; delete abandoned files."""
         entries = []
         for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
             for path in folder.iterdir():
@@ -235,7 +242,7 @@ class PictureCache:
             self._statistics.hits += hits
             self._statistics.misses += misses
             self._statistics.corrupt += corrupt
-            if corrupt:  # nobody knows what its size was when it was counted
+            if corrupt:  # the size with which it was counted is unknown
                 self._total = None
 
     def _fail(self, what: str, error: OSError) -> None:

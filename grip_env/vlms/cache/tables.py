@@ -1,4 +1,7 @@
-"""Scores of all selections of an instance on disk, so that each instance is enumerated once and not once per run."""
+"""Disk cache of the scores of all selections of an instance.
+
+With it, each instance is enumerated once instead of once per run.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,25 @@ from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 __all__ = ["TableCache", "resolve_table_cache"]
 
 FORMAT = 1
-"""Part of every name: to be raised when entries are written otherwise, or subsets come in another order."""
+"""Part of every name. Increase it when the file format or the order of the subsets changes."""
 
 
 class TableCache:
-    """Scores of every selection of k tokens, in a folder that several processes may use at once.
+    """Scores of every selection of k tokens, in a folder.
+
+    Several processes may use the folder at the same time.
 
     Args:
-        folder: Where; it is made when first written to. Files of other names in it are left alone.
+        folder: Folder of the cache, created at the first write. Files with other names in it are left alone.
 
     Raises:
         ValueError: If ``folder`` is a file.
 
-    The name of an entry is a digest of all that its scores depend on: the model with its blocks, settings and library
-    versions, image, question, answer, their ids, and k. Scores come back with every bit as they were written; an entry
-    that is not what was written is scored anew and replaced. Nothing that happens to the folder stops the caller: the
-    first failure to read or write is a RuntimeWarning. A selection takes 5 bytes (1,820 of them 9 kB), and a second of
-    one CPU core yields some hundreds, so nothing is ever deleted.
+    The name of an entry is a digest of everything its scores depend on: the model with its blocks, settings and library
+    versions, the image, question, answer, their ids, and k. Scores are read back bit for bit; a damaged entry is scored
+    again and replaced. Problems with the folder never stop the caller: the first failure to read or write gives a
+    RuntimeWarning. A selection takes 5 bytes (1,820 of them 9 kB), and one CPU core scores some hundreds per second, so
+    nothing is ever deleted.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -65,15 +70,15 @@ class TableCache:
         return picture_key(hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest(), example.image)
 
     def path(self, key: str) -> Path:
-        """Return the file of an entry, whether it is there or not."""
+        """Return the path of an entry, whether it exists or not."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str, count: int) -> Scores | None:
-        """Return an entry, or ``None`` where there is none that can be trusted.
+        """Return an entry, or ``None`` if it is missing or damaged.
 
         Args:
-            key: Its name.
-            count: How many selections it must have.
+            key: Name of the entry.
+            count: Number of selections it must have.
         """
         try:
             tensors, _ = unseal(key, self.path(key).read_bytes())
@@ -88,7 +93,7 @@ class TableCache:
         return scores if scores.log_likelihood.shape == (1, count) else None
 
     def put(self, key: str, scores: Scores) -> None:
-        """Write an entry; without effect where that is impossible."""
+        """Write an entry; if that is impossible, nothing is raised."""
         known = {name: value for name, value in vars(scores).items() if value is not None}
         try:
             write_atomically(self.path(key), seal(key, known))
@@ -106,10 +111,10 @@ class TableCache:
 
 
 def fingerprint(vlm: FrozenVLM) -> str:
-    """Return what tells a model's scores from those of others.
+    """Return a digest that distinguishes the scores of a model from those of other models.
 
     Raises:
-        NotImplementedError: If it has no ``fingerprint()``.
+        NotImplementedError: If the model has no ``fingerprint()``.
     """
     own = getattr(vlm, "fingerprint", None)
     if own is None:
@@ -121,11 +126,11 @@ def resolve_table_cache(where: str | Path | None, vlm: FrozenVLM) -> TableCache 
     """Return the cache that ``where`` stands for.
 
     Args:
-        where: A folder; "auto" for ``grip_env/tables`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; ``None`` for none.
-        vlm: Whose scores are to be kept. A model without a fingerprint has no automatic cache.
+        where: A folder; "auto" for ``grip_env/tables`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; ``None`` for no cache.
+        vlm: The model whose scores are kept. A model without a fingerprint has no automatic cache.
 
     Raises:
-        ValueError: If a folder is given for such a model, or is a file.
+        ValueError: If a folder is given for a model without a fingerprint, or is a file.
     """
     if where is None:
         return None
@@ -138,5 +143,5 @@ def resolve_table_cache(where: str | Path | None, vlm: FrozenVLM) -> TableCache 
     if where != "auto":
         return TableCache(where)
     given = os.environ.get("XDG_CACHE_HOME", "")
-    # the standard has relative paths ignored
+    # the XDG standard says to ignore relative paths
     return TableCache((Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "grip_env" / "tables")

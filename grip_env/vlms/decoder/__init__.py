@@ -1,1 +1,1 @@
-"""The language model by its layers: which models can be run so, the last layer alone, and layer after layer."""
+"""Language models run by their layers: the last layer alone, or layer by layer."""

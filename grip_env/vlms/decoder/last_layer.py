@@ -1,8 +1,8 @@
-"""The last layer of a language model, where the answer is read and nowhere else.
+"""The last layer of a language model, run only on the columns that predict the answer.
 
-Scoring reads the few columns that predict the answer. To them the last layer brings keys and values of every column,
-and what else it makes of the others goes nowhere. So it runs by its parts here, on the columns that are read, after
-the family's own forward pass has run all layers before it.
+Scoring reads just these few columns. They need the keys and values of every column in the last layer, but no other
+result of the other columns. So the parts of the last layer run here on the columns that are read, after the family's
+own forward pass has run all layers before it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from grip_env.vlms.decoder.supported import decoder_in, decoder_name
 __all__ = ["logits_at", "trunk_of"]
 
 CAPTURING = "transformers.utils.output_capturing"
-"""Where the hooks come from that transformers leaves on modules once attention or hidden states were asked for."""
+"""Module of the hooks that transformers leaves on models once attention or hidden states were asked for."""
 
 
 def trunk_of(model: Any) -> Any:
-    """Return a model's inside without the last layer and the norm after it, or ``None`` where that cannot be had.
+    """Return a model's base model without the last layer and final norm, or ``None``.
 
-    It shares every weight with the model, which stays as it is, and its ``last_hidden_state`` is what goes into the
-    last layer. There is one where :func:`logits_at` does what the model would: for a decoder that
-    :func:`decoder_in` finds, in eval mode, of transformers' own classes, and where nobody changed how its modules run
-    with hooks, by compiling them or by putting another ``forward`` in place.
+    The result shares every weight with the model, which is not changed; its ``last_hidden_state`` is the input of the
+    last layer. It exists only if :func:`logits_at` computes the same as the model: :func:`decoder_in` finds a decoder,
+    the last layer is in eval mode, the classes are transformers' own, and the modules were not modified by hooks,
+    compilation or another ``forward``.
     """
     decoder = decoder_in(model)
     if decoder is None or not _is_usual(decoder.config) or not _is_usual(model.config):
@@ -53,15 +53,15 @@ def logits_at(
     columns: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the last layer, the norm after it and the head where they are read: float32 (R, T, vocabulary).
+    """Run the last layer, final norm and head on chosen columns: float32 (R, T, vocabulary).
 
     Args:
-        model: The model, one that :func:`trunk_of` has a trunk of.
-        hidden: What goes into the last layer, (R, L, D).
+        model: A model for which :func:`trunk_of` returns a trunk.
+        hidden: Input of the last layer, (R, L, D).
         position_ids: Position ids, long (R, L).
-        columns: Which columns are read, long (R, T).
-        bias: Added to the attention of each column to each, (R or 1, 1, L, L); by default a column sees itself and
-            those before it.
+        columns: Columns to read, long (R, T).
+        bias: Term added to the attention logits between columns, (R or 1, 1, L, L); by default a column sees itself
+            and those before it.
     """
     decoder = decoder_in(model)
     block = decoder.layers[-1]
@@ -81,7 +81,7 @@ def logits_at(
         seen = torch.arange(hidden.shape[1], device=hidden.device) <= columns[..., None]  # (R, T, L)
     else:
         seen = at(bias[:, 0].expand(len(hidden), -1, -1))
-    # fused also where the other layers are not, which is the same up to rounding
+    # fused even if the other layers are not, which is the same up to rounding
     found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         attention, query, key, value, seen[:, None], dropout=0.0, scaling=attention.scaling
     )
@@ -92,32 +92,35 @@ def logits_at(
 
 
 def _rotated(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys (R, heads, L, head_dim) by their positions' angles (R, L, head_dim)."""
+    """Rotate queries or keys (R, heads, L, head_dim) by the angles of their positions.
+
+    Cosines and sines of the angles are (R, L, head_dim).
+    """
     first, second = values.chunk(2, -1)
     return values * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
 
 def _twin(module: torch.nn.Module, **parts: torch.nn.Module) -> torch.nn.Module:
-    """Return a module of its own that shares everything with ``module`` but the parts given."""
+    """Return a shallow copy of ``module`` with the given parts replaced."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **parts}
     return twin
 
 
 def _is_usual(config: Any) -> bool:
-    """Return whether a config leaves attention causal, and asks for nothing that is captured on the way."""
+    """Return whether a config keeps attention causal and asks for no intermediate outputs."""
     captures = any(getattr(config, f"output_{kind}", False) for kind in ("attentions", "hidden_states"))
     return getattr(config, "is_causal", True) is not False and not captures
 
 
 def _is_transformers_own(module: torch.nn.Module) -> bool:
-    """Return whether the ``forward`` of a module's class, and the class itself, are of a model of transformers."""
+    """Return whether a module's class and its ``forward`` belong to a model of transformers."""
     own = "transformers.models."
     return type(module).__module__.startswith(own) and type(module).forward.__module__.startswith(own)
 
 
 def _is_altered(module: torch.nn.Module) -> bool:
-    """Return whether a module does anything but run its class's ``forward``."""
+    """Return whether a module does anything other than run the ``forward`` of its class."""
     hooks = (
         *module._forward_pre_hooks.values(),
         *module._forward_hooks.values(),

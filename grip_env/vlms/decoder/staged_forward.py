@@ -1,6 +1,6 @@
-"""The language model layer by layer, with visual tokens dropped between the layers.
+"""Layer-by-layer forward pass of the language model that can drop visual tokens.
 
-Nothing of transformers is copied or patched: the model's own embedding, decoder layers, rotary embedding, final norm
+No code of transformers is copied or patched: the model's own embedding, decoder layers, rotary embedding, final norm
 and head are called in order, on a sequence that gets shorter. FastV (Chen et al., ECCV 2024, arXiv 2403.06764) and
 PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247) drop visual tokens at such points.
 """
@@ -23,11 +23,13 @@ __all__ = ["Part", "StagedForward", "decoder_of"]
 
 
 def decoder_of(vlm: Any) -> Any:
-    """Return the decoder of a model, for layer after layer: ``embed_tokens``, ``layers``, ``rotary_emb`` and ``norm``.
+    """Return the decoder of a model that can be run layer by layer.
+
+    It has ``embed_tokens``, ``layers``, ``rotary_emb`` and ``norm``.
 
     Raises:
-        NotImplementedError: If its layers cannot be run one by one here: it is no :class:`HuggingFaceVLM`, or its
-            family, its language model or its attention is another.
+        NotImplementedError: If the layers cannot be run one by one: the model is not a :class:`HuggingFaceVLM`, or its
+            family, language model or attention implementation is not supported.
     """
     if not isinstance(vlm, HuggingFaceVLM):
         given = f"{getattr(vlm, 'name', vlm)!r} is a {type(vlm).__name__}, whose layers are out of reach"
@@ -50,33 +52,35 @@ def decoder_of(vlm: Any) -> Any:
 
 
 Part: TypeAlias = Literal["tokens", "words"]
-"""A part of the sequence: the visual tokens (B, N), or the words of the prompt that come after them (B, W)."""
+"""Part of the sequence: the visual tokens (B, N), or the prompt's text tokens after them, the words (B, W)."""
 
 
 class StagedForward:
-    """One pass through the language model, which stops between layers so that visual tokens can be dropped.
+    """One pass through the language model that can drop visual tokens between layers.
 
     Args:
         vlm: The frozen model.
         encoded: B examples; the sequence of each is its prompt and its answer.
-        selection: Which visual tokens enter at all, bool (B, N); every one by default.
-        with_answers: False leaves the answers out of the sequences: nothing can be scored then, and what is looked at
-            does not depend on them, to the last bit.
+        selection: Visual tokens that enter the first layer, bool (B, N); all by default.
+        with_answers: If False, the answers are left out of the sequences. Then nothing can be scored, and all values
+            are independent of the answers, to the last bit.
+        position_policy: "original" keeps the positions of the remaining tokens, "reindex" renumbers them at each drop;
+            by default the model's own.
 
     Raises:
-        NotImplementedError: If the model is of a kind that :func:`decoder_of` refuses.
+        NotImplementedError: If :func:`decoder_of` does not support the model.
         ValueError: If ``selection`` is not bool (B, N).
 
-    Dropped tokens leave the sequence, so later layers have less to do. What is left keeps its positions, or is
-    renumbered at each drop where ``position_policy``, the model's own if not given, is "reindex". Dropping at layer 0
-    alone is what ``vlm.score`` does; dropping at layer l equals hiding the tokens from attention in layer l and all
-    after it. Attention is causal: what visual tokens hold depends on nothing that comes after them, so not on the
-    answer, nor on the question where that follows the image.
+    Dropped tokens leave the sequence, so later layers have less to compute. Dropping only at layer 0 is what
+    ``vlm.score`` does; dropping at layer l is the same as hiding the tokens from attention in layer l and all after
+    it. Attention is causal: the states of visual tokens depend only on what comes before them, so not on the answer,
+    nor on a question that follows the image.
 
-    What can be looked at belongs to the boundary where the pass stands: hidden states that come out of the layers that
-    ran, keys and attention of the layer that is next. To prune by the attention of a layer once it has run, as FastV
-    does, ask before it runs and drop after it, as below. B examples, N visual tokens, D width; W words: the tokens of
-    the prompt after its last visual token, which is the question and what a chat template puts behind it.
+    All values refer to the boundary that the pass has reached: hidden states are the output of the layers that ran,
+    keys and attention are those of the next layer. To prune by the attention of a layer after it has run, as FastV
+    does, read the attention before the layer runs and drop after it, as below. B examples, N visual tokens, D width; W
+    words: the tokens of the prompt after its last visual token, which are the question and the text that a chat
+    template adds after it.
 
     >>> from grip_env import SceneTask, load_vlm
     >>> vlm = load_vlm("tiny")
@@ -100,11 +104,12 @@ class StagedForward:
     ) -> None:
         self.vlm = vlm
         self.layer = 0
-        """How many layers have run: the boundary at which the pass stands."""
+        """Number of layers that have run, which is the boundary that the pass has reached."""
         decoder = decoder_of(vlm)
         self.position_policy = vlm.position_policy if position_policy is None else position_policy
+        vlm.family.check_position_policy(self.position_policy)
         self.layers = len(decoder.layers)
-        """How many layers there are."""
+        """Number of layers."""
         assert encoded.position_ids is not None
         self._answers = encoded.answer_lengths if with_answers else torch.zeros_like(encoded.answer_lengths)  # (B,)
         lengths = encoded.lengths - encoded.answer_lengths + self._answers
@@ -116,10 +121,10 @@ class StagedForward:
         visual = (self._ids == vlm.family.image_token_id) & self._present
         self._words = lengths - self._answers - torch.where(visual, column + 1, 0).amax(1)  # (B,)
         self._most_words = int(self._words.max())  # W
-        self._token = torch.where(visual, visual.cumsum(1) - 1, -1)  # (B, L), which visual token; -1: none
+        self._token = torch.where(visual, visual.cumsum(1) - 1, -1)  # (B, L), index of the visual token, or -1
         self._tokens = encoded.token_mask.shape[1]
         self._count = encoded.token_mask.sum(1)  # (B,)
-        self._passed = torch.zeros_like(self._count)  # (B,), visual tokens let through, of all layers
+        self._passed = torch.zeros_like(self._count)  # (B,), visual tokens summed over the layers that ran
         with torch.no_grad():
             words = decoder.embed_tokens(self._ids.masked_fill(~self._present | visual, 0))
             width = encoded.tokens.shape[-1]
@@ -132,55 +137,56 @@ class StagedForward:
         return len(self._ids)
 
     def __getitem__(self, rows: slice | Sequence[int] | torch.Tensor) -> StagedForward:
-        """Return a pass of its own over the chosen rows, at the same layer.
+        """Return an independent pass over the chosen rows, at the same layer.
 
-        A row may come several times: the layers that ran serve every continuation, such as a group of selections.
+        A row may be chosen several times: the layers that ran serve every continuation, such as a group of selections.
         """
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         index = index.to(self.vlm.device)
-        other = copy.copy(self)  # no tensor is ever written to: those of both may be shared
-        for name in ("_ids", "_places", "_answers", "_words", "_present", "_token", "_count", "_passed", "_hidden"):
+        other = copy.copy(self)  # tensors are never written to, so they may be shared
+        names = "_ids _position_ids _answers _words _present _token _count _passed _hidden"
+        for name in names.split():
             setattr(other, name, getattr(self, name)[index])
         return other
 
     @property
     def alive(self) -> torch.Tensor:
-        """Which visual tokens are in the sequence, bool (B, N)."""
+        """Mask of the visual tokens in the sequence, bool (B, N)."""
         return self._of("tokens", torch.ones_like(self._present))
 
     @property
     def words(self) -> torch.Tensor:
-        """Which words are real, bool (B, W). They are never dropped."""
+        """Mask of the real words, which are never dropped, bool (B, W)."""
         return torch.arange(self._most_words, device=self._words.device) < self._words[:, None]
 
     def hidden(self, part: Part = "tokens", normed: bool = False) -> torch.Tensor:
-        """Return what comes out of the layers that ran, in the model's precision, (B, N, D) or (B, W, D).
+        """Return the output of the layers that ran, (B, N, D) or (B, W, D).
 
-        At layer 0 these are the visual tokens themselves, or the embeddings of the words. Dropped tokens and padding
-        are zero.
+        It has the model's precision. At layer 0 it consists of the visual tokens themselves, or the embeddings of the
+        words. Dropped tokens and padding are zero.
 
         Args:
-            part: Of the visual tokens, or of the words.
-            normed: Whether they go through the norm that follows the last layer.
+            part: The part of the sequence to return: visual tokens or words.
+            normed: Whether to apply the norm that follows the last layer.
         """
         states = self._of(part, self._hidden)
         if not normed:
             return states
         with torch.no_grad():
             real = (self.alive if part == "tokens" else self.words)[..., None]
-            # a norm may shift as well as scale, and what is not there stays zero
+            # a norm may shift as well as scale, but missing tokens must stay zero
             return decoder_of(self.vlm).norm(states).masked_fill(~real, 0)
 
     def lengths(self) -> torch.Tensor:
-        """Return how many tokens are in each sequence, words and answer included, long (B,)."""
+        """Return the number of tokens in each sequence, words and answer included, long (B,)."""
         return self._present.sum(1)
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:
-        """Run the layers from where the pass stands up to, but not including, ``layer``.
+        """Run the layers from the current one up to, but not including, ``layer``.
 
         Raises:
-            ValueError: If that is behind, or there are fewer layers.
+            ValueError: If ``layer`` has already run, or there are fewer layers.
         """
         if not self.layer <= layer <= self.layers:
             raise ValueError(
@@ -190,8 +196,8 @@ class StagedForward:
         if layer == self.layer:
             return
         decoder = decoder_of(self.vlm)
-        # what pads a row is at its end, where no token of the row looks, so that being causal is all a mask has to say;
-        # fused attention is causal by itself where it gets none
+        # padding is at the end of a row, where no token of the row attends to it, so a causal mask is enough;
+        # without a mask, fused attention is causal by itself
         fused = decoder.config._attn_implementation == "sdpa"
         parts = []
         for rows in self._chunks():
@@ -206,13 +212,13 @@ class StagedForward:
         self.layer = layer
 
     def drop(self, keep: torch.Tensor) -> None:
-        """Drop visual tokens for good: later layers do not see them.
+        """Drop visual tokens permanently: later layers do not see them.
 
         Args:
-            keep: bool (B, N), True for those that stay; what was dropped before stays so.
+            keep: bool (B, N), True for tokens to keep; tokens that were dropped before stay dropped.
 
         Raises:
-            ValueError: If ``keep`` has another shape or dtype.
+            ValueError: If ``keep`` has the wrong shape or dtype.
         """
         expected = (len(self), self._tokens)
         if keep.dtype != torch.bool or keep.shape != expected:
@@ -224,7 +230,7 @@ class StagedForward:
         stays = self._present & ((self._token < 0) | keep.gather(1, self._token.clamp_min(0)))
         count = stays.sum(1)
         longest = int(count.max())
-        order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]  # what stays moves to the left
+        order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]  # kept columns move to the left
         self._present = torch.arange(longest, device=order.device) < count[:, None]
         self._ids = self._ids.gather(1, order)
         self._token = self._token.gather(1, order).masked_fill(~self._present, -1)
@@ -237,10 +243,10 @@ class StagedForward:
 
     @torch.no_grad()
     def keys(self, part: Part = "tokens") -> torch.Tensor:
-        """Return the keys of the next layer, all heads side by side, (B, N, K) or (B, W, K), in the model's precision.
+        """Return the keys of the next layer, with all heads concatenated, (B, N, K) or (B, W, K).
 
-        Positions are rotated into them. With grouped heads, each key is there once. Dropped tokens and padding are
-        zero. The layer is not run.
+        They have the model's precision and include the rotary embedding. With grouped heads, each key occurs once.
+        Dropped tokens and padding are zero. The layer is not run.
 
         Raises:
             ValueError: If no layer is left.
@@ -250,19 +256,20 @@ class StagedForward:
 
     @torch.no_grad()
     def attention(self, raters: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what the next layer lets the prompt see of each visual token, float32 (B, N).
+        """Return the prompt's attention to each visual token in the next layer, float32 (B, N).
 
-        That is the softmax of a query with the keys of all tokens up to itself, averaged over heads; dropped tokens
-        have 0. The layer is not run.
+        This is the softmax of a query with the keys of all tokens up to itself, averaged over heads; it is 0 for
+        dropped tokens. The layer is not run.
 
         Args:
-            raters: Words that ask, bool (B, W); what they see is averaged. By default the last token of the prompt.
+            raters: Words whose queries are used, bool (B, W); their attention is averaged. By default the query is that
+                of the prompt's last token.
 
         Raises:
-            ValueError: If no layer is left; if ``raters`` has another shape or dtype, or has no real word in a row.
+            ValueError: If no layer is left, or ``raters`` has the wrong shape or dtype or a row without real words.
         """
         if raters is None:
-            ask = self._present.sum(1)[:, None] - self._answers[:, None] - 1  # (B, R), the columns that ask
+            ask = self._present.sum(1)[:, None] - self._answers[:, None] - 1  # (B, R), columns of the queries
             weight = torch.ones_like(ask, dtype=torch.float32)  # (B, R)
         else:
             ask, weight = self._word_columns(), self._check_raters(raters).float()
@@ -294,7 +301,10 @@ class StagedForward:
         return raters
 
     def _queries_and_keys(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the next layer makes of its input, rotated: (b, heads, L, head_dim), keys with fewer heads."""
+        """Return the rotated queries and keys of the next layer, (b, heads, L, head_dim).
+
+        With grouped heads, the keys have fewer heads.
+        """
         if self.layer == self.layers:
             raise ValueError(f"all {self.layers} layers have run, none is left that could attend: ask before the last")
         decoder = decoder_of(self.vlm)
@@ -309,9 +319,9 @@ class StagedForward:
 
     @torch.no_grad()
     def finish(self, reference: torch.Tensor | None = None) -> Scores:
-        """Run the layers that are left and score the answer; the fields have shape (B, 1).
+        """Run the remaining layers and score the answer; the fields have shape (B, 1).
 
-        ``kept_fraction`` is the mean over the layers of the share of the visual tokens that went through.
+        ``kept`` is the share of visual tokens that went through a layer, averaged over the layers.
 
         Args:
             reference: See :meth:`~grip_env.vlms.base.FrozenVLM.score`.
@@ -329,12 +339,12 @@ class StagedForward:
         return Scores(
             log_likelihood=mean_log_likelihood(logits, targets)[:, None],
             correct=greedy_finds(logits, targets)[:, None],
-            kept_fraction=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
+            kept=(self._passed / (self.layers * self._count.clamp_min(1)))[:, None],
             agreement=agreement,
         )
 
     def _answer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the last layer predicts for the answers (B, T, V), and their ids (B, T), -100 where one ends."""
+        """Return logits (B, T, V) and ids (B, T) of the answers; ids are -100 after the end."""
         read, targets = self._read()
         final = decoder_of(self.vlm).norm(
             self._hidden.gather(1, read[..., None].expand(-1, -1, self._hidden.shape[-1]))
@@ -343,24 +353,27 @@ class StagedForward:
         return logits, targets
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return in which columns the answers are predicted (B, T), and their ids (B, T), -100 where one ends."""
+        """Return the columns that predict the answers (B, T), and the answers' ids (B, T).
+
+        After the end of an answer, ids are -100.
+        """
         at, real = answer_columns(self._present.sum(1) - self._answers, self._answers)
         return at - 1, self._ids.gather(1, at).masked_fill(~real, -100)  # an id is predicted one column earlier
 
     def _chunks(self) -> Iterator[slice]:
-        """Split the rows so that no call of a layer gets more tokens than the model's ``token_budget``."""
+        """Split the rows so that each call of a layer stays within the ``token_budget``."""
         most = max(1, self.vlm.token_budget // self._ids.shape[1])
         for start in range(0, len(self), most):
             yield slice(start, start + most)
 
     def _word_columns(self) -> torch.Tensor:
-        """Return in which columns the words are, long (B, W); any that exists where a row has fewer."""
+        """Return the columns of the words, long (B, W), with any valid column as padding."""
         begin = self._present.sum(1) - self._answers - self._words
         columns = begin[:, None] + torch.arange(self._most_words, device=begin.device)
         return columns.clamp_max(self._ids.shape[1] - 1)
 
     def _of(self, part: Part, values: torch.Tensor) -> torch.Tensor:
-        """Spread values of the columns (B, L, ...) over a part of the sequence, zero where something is not there."""
+        """Return values of columns (B, L, ...) by visual token or word, zero where missing."""
         if part == "words":
             inner = (1,) * (values.dim() - 2)
             index = self._word_columns().view(*self.words.shape, *inner).expand(-1, -1, *values.shape[2:])
@@ -374,7 +387,7 @@ class StagedForward:
 
 
 def _causal(hidden: torch.Tensor) -> torch.Tensor:
-    """Return what eager attention adds to its logits (1, 1, L, L): each token sees itself and what comes before it."""
+    """Return the causal mask that eager attention adds to its logits, (1, 1, L, L)."""
     length = hidden.shape[1]
     blank = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
     return blank.triu(1)[None, None]

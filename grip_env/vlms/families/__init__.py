@@ -1,4 +1,4 @@
-"""Model families: what stands for an image in the prompt, and where its tokens are in it.
+"""Model families with their image placeholders and the positions of visual tokens.
 
-``base`` says what a family is, ``known`` has those that are supported, ``tower`` looks into their vision towers.
+``base`` defines a family, ``known`` has the supported families, ``tower`` reads values from their vision towers.
 """

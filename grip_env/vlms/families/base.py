@@ -1,7 +1,7 @@
-"""What a model family has to say of itself: what stands for an image in the prompt, and where its tokens are in it.
+"""Base class of model families, with image placeholders and the positions of visual tokens.
 
-The tokens themselves always come from the model's own ``get_image_features``, so that feature layers, tiling and
-merging are never rebuilt here.
+The tokens themselves always come from the model's own ``get_image_features``, so feature layers, tiling and merging are
+never reimplemented here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from grip_env.vlms.chat_templates import render_chat
 from grip_env.vlms.families.tower import TowerView
 
 __all__ = [
@@ -29,15 +30,15 @@ __all__ = [
 
 
 def grid_within(count: int, rows: int, columns: int) -> tuple[int, int]:
-    """Return rows and columns of the finest grid of at most ``count`` cells that shows a picture of rows x columns.
+    """Return rows and columns of the finest grid of at most ``count`` cells for an image.
 
-    The axis that loses more is to lose as little as can be; then as many cells as fit are used. Neither axis gets finer
-    than it is. Of two grids alike, the one with more columns.
+    The grid minimises the loss of the axis that loses more, then uses as many cells as fit. Neither axis becomes finer
+    than in the full image. Ties go to the grid with more columns.
 
     Args:
-        count: At least 1.
-        rows: Rows of the whole picture.
-        columns: Its columns.
+        count: Maximum number of cells, at least 1.
+        rows: Rows of the full image's grid.
+        columns: Columns of the full image's grid.
 
     Raises:
         ValueError: If ``count`` is below 1.
@@ -52,9 +53,10 @@ def grid_within(count: int, rows: int, columns: int) -> tuple[int, int]:
 
 
 def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize images, float (B, C, H, W), with antialiasing; no value leaves the range of its image.
+    """Resize images, float (B, C, H, W), with antialiasing.
 
-    It is linear, and so is what image processors do to colours: the order of the two makes no difference.
+    No value leaves the range of its image. Both resizing and the colour normalisation of image processors are linear,
+    so their order makes no difference.
     """
     if pixels.shape[-2:] == (height, width):
         return pixels
@@ -63,7 +65,7 @@ def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 CHANNELS_LAST: dict[str, Any] = {"input_data_format": "channels_last", "return_tensors": "pt"}
-"""What image processors are told: they guess where the colours are, and take a side of 1, 3 or 4 pixels for them."""
+"""Options of image processors. Without them, a side of 1, 3 or 4 pixels would be taken for the colour channels."""
 
 
 @dataclass
@@ -75,36 +77,38 @@ class Picture:
     positions: torch.Tensor
     """Row and column of each token's centre in the image, in [0, 1], (N, 2)."""
     text: str
-    """What stands for the image in the prompt, with one image token for each run of visual tokens."""
+    """Text that represents the image in the prompt, with one image token for each run of visual tokens."""
     runs: list[int]
-    """How many visual tokens each of these image tokens stands for; they sum to N."""
+    """Number of visual tokens for each of these image tokens; the sum is N."""
     deepstack: torch.Tensor | None = None
-    """What is added to the tokens after each of the first E layers of the language model, (N, E, D)."""
+    """Features added to the tokens after each of the first E layers of the language model, (N, E, D)."""
     grid: torch.Tensor | None = None
-    """Frames, rows and columns of patches, (3,), where positions in the text have three axes."""
+    """Frames, rows and columns of patches, (3,), if position ids have three axes."""
     cells: torch.Tensor | None = None
-    """Height and width of what each token shows, as shares of the image, (N, 2), where tokens differ in it."""
+    """Height and width of the region each token shows, as shares of the image, (N, 2), if tokens differ in it."""
 
 
 class Family:
-    """LLaVA 1.5 and alike: a square of each image, one grid of tokens in raster order.
+    """Family of models like LLaVA 1.5, with a square of each image as one grid of tokens.
+
+    The tokens are in raster order.
 
     Args:
         model: A model of transformers.
-        processor: Its tokenizer, image processor and chat template, as attributes of these names.
+        processor: Object with the model's ``tokenizer``, ``image_processor`` and ``chat_template``.
     """
 
     stacked = False
-    """Whether the model wants visual tokens as one tensor (1, K, D) instead of a list of (K, D)."""
+    """True if the model takes visual tokens as one tensor (1, K, D) instead of a list of (K, D)."""
     axes = 1
-    """How many numbers say where a token is in the text."""
+    """Number of axes of position ids."""
     first_position = 0
-    """The place of the first token in the text."""
+    """Position id of the first token."""
     key: ClassVar[str]
-    """What names the family in keys of caches, and stays as it is whatever becomes of the class's module; each class
-    has one of its own, and one that has none is named by its module and name."""
+    """Name of the family in keys of caches, which must not change when the class is moved. Each class has its own; a
+    class without one is named by its module and name."""
     largest = 2**14
-    """Largest number that a size in the settings of an image processor may be: a side, in pixels."""
+    """Largest size allowed in the settings of an image processor: a side, in pixels."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -120,7 +124,7 @@ class Family:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError if this model cannot be served."""
+        """Raise ValueError if this model is not supported."""
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError("the processor has no chat template: set processor.chat_template to the model's own")
 
@@ -128,42 +132,49 @@ class Family:
 
     @property
     def marker(self) -> str:
-        """What the chat template writes for an image."""
+        """Text that the chat template writes for an image."""
         return self.image_token
 
     def prompt(self, question: str) -> str:
-        """Return the text that asks ``question`` about an image, up to where the answer starts."""
+        """Return the prompt that asks ``question`` about an image, up to the start of the answer."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return str(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=self.processor.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        )
+        messages = [{"role": "user", "content": content}]
+        return render_chat(self.tokenizer, self.processor.chat_template, messages)
 
     def position_ids(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
-        """Return where each of the ids of one whole sequence (L,) is in the text, long (L,) or (L, axes)."""
+        """Return the position ids of one full sequence of ids (L,), long (L,) or (L, axes)."""
         return torch.arange(len(ids), device=ids.device) + self.first_position
 
+    def check_position_policy(self, policy: str) -> None:
+        """Raise ValueError if positions of kept tokens cannot be treated as ``policy`` says."""
+        if policy not in ("original", "reindex"):
+            raise ValueError(f"position_policy must be 'original' or 'reindex', not {policy!r}")
+        if policy == "reindex" and self.axes > 1:
+            raise ValueError(
+                f"position_policy 'reindex' has no meaning for {self.model.config.model_type}, whose visual tokens "
+                "have rows and columns as positions: use 'original'"
+            )
+
     def adds_special_tokens(self, prompt: str) -> bool:
-        """Tell whether the tokenizer must add its special tokens: a prompt may already begin with them."""
+        """Return whether the tokenizer must add its special tokens.
+
+        It is False if the prompt already begins with them.
+        """
         return self.tokenizer.bos_token is None or not prompt.startswith(self.tokenizer.bos_token)
 
     def token_types(self, ids: torch.Tensor, answer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what else the model must be told of each id.
+        """Return further arguments of the model with a value for each id.
 
         Args:
-            ids: long (R, L).
-            answer: Which of them belong to the answer or come after it, bool (R, L).
+            ids: Token ids, long (R, L).
+            answer: Mask of the ids that belong to the answer or come after it, bool (R, L).
         """
         return {}
 
     # -- images ------------------------------------------------------------------------------------------
 
     def check_sizes(self) -> None:
-        """Raise ValueError if the image processor would enlarge images beyond all memory."""
+        """Raise ValueError if the image processor's sizes would exhaust memory."""
         for name in ("size", "crop_size"):
             size = getattr(self.processor.image_processor, name, None) or {}
             sides = dict(size).values() if not isinstance(size, int) else [size]
@@ -171,12 +182,12 @@ class Family:
                 raise ValueError(f"the image processor's {name} is {size}, where {self.largest} is the most")
 
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
-        """Wrap visual tokens (K, D) of all rows of a batch, in order, as the model's encoder does."""
+        """Wrap the visual tokens (K, D) of a batch, row after row, as the model's encoder does."""
         pooled: Any = tokens[None] if self.stacked else [tokens]
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
     def check_text(self, text: str) -> None:
-        """Raise ValueError if a question or an answer holds what stands for an image in the prompt."""
+        """Raise ValueError if a question or an answer contains an image placeholder."""
         for marker in (self.marker, self.image_token):
             if marker in text:
                 raise ValueError(f"holds {marker!r}, which stands for an image in this model's prompts: remove it")
@@ -186,11 +197,11 @@ class Family:
         return self.see(self.pixels(images), [image.shape[:2] for image in images])
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
-        """Run the vision encoder on what the image processor made of images.
+        """Run the vision encoder on the outputs of the image processor.
 
         Args:
-            pixels: See :meth:`pixels`; "interpolate_pos_encoding" where they are of another size than the tower's.
-            sizes: Height and width of each image; ``None`` if they are not known: places are then those in the part
+            pixels: See :meth:`pixels`; with "interpolate_pos_encoding" if their size differs from the tower's.
+            sizes: Height and width of each image; ``None`` if they are unknown. Positions are then relative to the part
                 of the image that the encoder sees.
         """
         more = {key: pixels[key] for key in ("interpolate_pos_encoding",) if key in pixels}
@@ -207,20 +218,20 @@ class Family:
         return found
 
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return what the image processor makes of images."""
+        """Return the outputs of the image processor for images."""
         return dict(self.processor.image_processor(images=list(images), **CHANNELS_LAST).to(self.model.device))
 
     def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Add to what the family's own processor made of images what only :meth:`pixels` tells.
+        """Add entries of :meth:`pixels` that the outputs of the family's own processor lack.
 
         Args:
-            pixels: Tensors of the processor that are about images.
-            ids: The prompts it made, long (L,) each, one for each image.
+            pixels: The processor's tensors for images.
+            ids: The prompts from the processor, long (L,) each, one for each image.
         """
         return pixels
 
     def count_images(self, ids: torch.Tensor) -> int:
-        """Return how many images a prompt shows, long (L,): runs of image tokens."""
+        """Return the number of images in a prompt, long (L,): runs of image tokens."""
         visual = (ids == self.image_token_id).int()
         return int((visual.diff(prepend=visual.new_zeros(1)) > 0).sum())
 
@@ -229,11 +240,11 @@ class Family:
         return values.to(self.model.dtype)
 
     def text(self) -> str:
-        """Return what stands for a picture that is one run of tokens."""
+        """Return the text that represents an image of a single run of tokens."""
         return self.image_token
 
     def grid(self, size: Sequence[int], count: int) -> tuple[int, int]:
-        """Return rows and columns of the tokens of a picture of ``size`` pixels."""
+        """Return rows and columns of the token grid of an image of ``size`` pixels."""
         patch = self.model.config.vision_config.patch_size
         rows, columns = (side // patch for side in size)
         if rows * columns != count:
@@ -244,7 +255,10 @@ class Family:
         return rows, columns
 
     def window(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return which part of an image the encoder sees: top, left, height and width, as shares of the image."""
+        """Return the part of an image that the encoder sees.
+
+        It is given as top, left, height and width, as shares of the image.
+        """
         processor = self.processor.image_processor
         tall, wide = float(height), float(width)
         if getattr(processor, "do_pad", False):  # to a square
@@ -255,10 +269,10 @@ class Family:
             tall, wide = (crop["height"] / scale, crop["width"] / scale) if scale else (tall, wide)
         return (1 - tall / height) / 2, (1 - wide / width) / 2, tall / height, wide / width
 
-    # -- what pruners ask of the encoder -----------------------------------------------------------------
+    # -- values for pruners ------------------------------------------------------------------------------
 
     def views(self, images: Sequence[np.ndarray]) -> list[TowerView]:
-        """Return what the selected layer of the vision tower made of each image, CLS token and all.
+        """Return attention and features of the vision tower's selected layer for each image.
 
         Raises:
             NotImplementedError: If the tower has no CLS token, or its patches are not the visual tokens.
@@ -266,25 +280,25 @@ class Family:
         raise NotImplementedError(f"{self.model.config.model_type} has no CLS attention that fits its visual tokens")
 
     def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Return, for each image, the attention its tokens get from all patches on average, (N,).
+        """Return, for each image, the average attention from all patches on its tokens, (N,).
 
         Raises:
-            NotImplementedError: If the tower's attention is not known for each visual token.
+            NotImplementedError: If the tower's attention is not available for each visual token.
         """
         raise NotImplementedError(
             f"{self.model.config.model_type} has no received attention that fits its visual tokens"
         )
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Return what the projector makes of the tower's features (N, W): float (N, D)."""
+        """Return the projector's output for the tower's features (N, W): float (N, D)."""
         projected: torch.Tensor = self.model.model.multi_modal_projector(features[None])
         return projected[0]
 
     def shrunk(self, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
-        """Run the vision encoder on smaller images, that give no more than ``counts[i] >= 1`` tokens each.
+        """Run the vision encoder on images shrunk to at most ``counts[i] >= 1`` tokens each.
 
         Raises:
-            NotImplementedError: If there is no telling how small an image must be for that.
+            NotImplementedError: If the size of an image does not determine its number of tokens.
         """
         raise NotImplementedError(
             f"{self.model.config.model_type} has no down-sampled images: tiles or pooling, not the size of the image "
@@ -292,7 +306,11 @@ class Family:
         )
 
     def _shrunk_square(self, tower: Any, images: Sequence[np.ndarray], counts: Sequence[int]) -> list[Picture]:
-        """Do as :meth:`shrunk` says with towers for images of one size, whose position embeddings are interpolated."""
+        """Implement :meth:`shrunk` for a tower of one image size, with interpolated positions.
+
+        Raises:
+            NotImplementedError: If the tower is neither CLIP nor SigLIP.
+        """
         if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
             raise NotImplementedError(
                 f"{self.model.config.model_type} has no down-sampled images with a {tower.config.model_type}: only the "
@@ -315,22 +333,23 @@ class Family:
 
 
 def centres_of(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Return row and column of the cells of a grid in raster order, in [0, 1], (rows * columns, 2)."""
+    """Return the centres of a grid's cells in raster order, in [0, 1], (rows * columns, 2)."""
     row = (torch.arange(rows, device=device) + 0.5) / rows
     column = (torch.arange(columns, device=device) + 0.5) / columns
     return torch.stack(torch.meshgrid(row, column, indexing="ij"), -1).flatten(0, 1)
 
 
 def lay_out_tiles(inside: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay out a grid of tiles in raster order, and after it the whole image as one more.
+    """Lay out a grid of tiles in raster order, followed by the whole image as one more tile.
 
     Args:
-        inside: Centres of the n tokens in one tile, a square of them, (n, 2).
+        inside: Centres of the n tokens in one tile, which form a square, (n, 2).
         rows: Rows of tiles, 0 if there is only the whole image.
         columns: Columns of tiles.
 
     Returns:
-        Centres in the image, and height and width of what each token shows, both ((rows * columns + 1) * n, 2).
+        Centres of the tokens in the image, and height and width of the region each token shows, both
+        ((rows * columns + 1) * n, 2).
     """
     shape = inside.new_tensor([max(rows, 1), max(columns, 1)])
     centres = [(inside + inside.new_tensor([row, column])) / shape for row in range(rows) for column in range(columns)]
@@ -342,7 +361,7 @@ def side_of_square(count: float) -> int:
     """Return the side of a square of ``count`` tokens.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If ``count`` is not a square number.
     """
     side = round(count**0.5)
     if side * side != count:

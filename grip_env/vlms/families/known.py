@@ -1,6 +1,6 @@
-"""The model families that are known, each a few methods beside those that all share.
+"""Supported model families, each with the methods that differ from the base class.
 
-They are in one file, as each is understood by what it does otherwise than the one above it.
+They are in one file, since each is easiest to understand by its differences from the others.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = ["FAMILIES", "family_of"]
 
 
 class LlavaFamily(Family):
-    """LLaVA 1.5."""
+    """Family of LLaVA 1.5."""
 
     key = "grip_env.vlms.families.LlavaFamily"
 
     def views(self, images: Sequence[np.ndarray]) -> list[TowerView]:
-        """Look at the layer whose output is selected."""
+        """Return attention and features of the selected layer for each image."""
         tower = self.model.model.vision_tower
         if tower.config.model_type != "clip_vision_model":
             return super().views(images)
         return clip_views(tower, self._pixel_values(self.pixels(images)), self.model.config.vision_feature_layer)
 
     def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Return the attention at the layer whose output is selected; the CLS token, if any, is among the queries."""
+        """Return the attention at the selected layer; the CLS token, if any, is among the queries."""
         tower = self.model.model.vision_tower
         if tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
             return super().received_attention(images)
@@ -57,12 +57,15 @@ class LlavaFamily(Family):
 
 
 class TiledLlavaFamily(Family):
-    """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles as one grid, a newline token after each row."""
+    """Family of LLaVA-NeXT and LLaVA-OneVision, with the whole image and a grid of tiles.
+
+    The tokens of the whole image come first, then those of all tiles as one grid, with a newline token after each row.
+    """
 
     key = "grip_env.vlms.families.TiledLlavaFamily"
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
-        """Run the vision encoder on what the image processor made of images."""
+        """Run the vision encoder on the outputs of the image processor."""
         known = pixels["image_sizes"]
         output = self.model.model.get_image_features(
             pixel_values=self._pixel_values(pixels), image_sizes=known, return_dict=True
@@ -74,7 +77,7 @@ class TiledLlavaFamily(Family):
         return found
 
     def _layout(self, tokens: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return row and column of each token, and height and width of what it shows, (N, 2) each."""
+        """Return the centre of each token, and height and width of its region, (N, 2) each."""
         config = self.model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         whole = centres_of(side, side, tokens.device)
@@ -86,15 +89,15 @@ class TiledLlavaFamily(Family):
             )
         cells = torch.full_like(whole, 1 / side)
         rows = int(newline.sum())
-        if not rows:  # of banners, cutting off the padding leaves no row of any tile
+        if not rows:  # very wide images: cutting off the padding leaves no row of tiles
             return whole, cells
         columns = len(newline) // rows - 1
         if len(newline) == 1:  # a single tile is the whole image, and one newline ends it
             return torch.cat([whole, whole.new_ones(1, 2)]), torch.cat([cells, whole.new_zeros(1, 2)])
         ends = torch.stack([(torch.arange(rows, device=whole.device) + 0.5) / rows, whole.new_ones(rows)], -1)
-        if not columns:  # of tall ones, no column, and the newlines stay
+        if not columns:  # very tall images: no column is left, but the newlines stay
             return torch.cat([whole, ends]), torch.cat([cells, torch.zeros_like(ends)])
-        shown = whole.new_tensor(self._shown(size, side))  # of the image's height and width, in all rows and columns
+        shown = whole.new_tensor(self._shown(size, side))  # shares of height and width
         tiles = centres_of(rows, columns, whole.device).reshape(rows, columns, 2)
         centres = torch.cat([tiles, ends[:, None]], 1).reshape(-1, 2)
         centres = ((centres - 0.5) * shown + 0.5).clamp(0, 1)
@@ -104,9 +107,10 @@ class TiledLlavaFamily(Family):
         return torch.cat([whole, centres]), torch.cat([cells, spans])
 
     def _shown(self, size: torch.Tensor, side: int) -> tuple[float, float]:
-        """Return the shares of the image's height and width that lie in the patches left when padding is cut off.
+        """Return the shares of the image's height and width left after the padding is cut off.
 
-        Patches are cut off whole and evenly, so that the rims of the image may go with them, or some padding stay.
+        Whole patches are cut off, equally many on both sides, so the edges of the image may be lost or some padding may
+        stay.
         """
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
@@ -124,7 +128,10 @@ class TiledLlavaFamily(Family):
         return share(tall, height * scale), share(wide, width * scale)
 
     def _newlines(self, size: torch.Tensor, side: int) -> torch.Tensor:
-        """Tell which tokens are newlines, bool (N,): the model packs zeros with ones for newlines as it does images."""
+        """Return a mask of the newline tokens, bool (N,).
+
+        The model packs features of zeros with newlines of ones here.
+        """
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         config = self.model.config
@@ -141,15 +148,18 @@ class TiledLlavaFamily(Family):
 
 
 class QwenFamily(Family):
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a grid as large as the image asks for, positions of three axes."""
+    """Family of Qwen2-VL and Qwen2.5-VL, with a grid that depends on the image's size.
+
+    Positions have three axes. It is also the base class for Qwen3-VL.
+    """
 
     key = "grip_env.vlms.families.QwenFamily"
     axes = 3
     largest = 2**28
-    """Sizes are of areas here."""
+    """Largest size in the settings of the image processor; sizes are areas here."""
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
-        """Run the vision encoder on what the image processor made of images."""
+        """Run the vision encoder on the outputs of the image processor."""
         grids = pixels["image_grid_thw"]
         output = self.model.model.get_image_features(
             pixel_values=self._pixel_values(pixels), image_grid_thw=grids, return_dict=True
@@ -165,7 +175,7 @@ class QwenFamily(Family):
         return found
 
     def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Return the attention at the last layer, pooled to tokens as its merger pools."""
+        """Return the attention at the last layer, pooled to tokens as in the tower's merger."""
         pixels = self.pixels(images)
         return qwen_received_attention(self.model.model, self._pixel_values(pixels), pixels["image_grid_thw"])
 
@@ -180,12 +190,12 @@ class QwenFamily(Family):
             small.append(
                 np.asarray(Image.fromarray(image).resize((columns * side, rows * side), Image.Resampling.BICUBIC))
             )
-        # they are of the right size already, and the processor would enlarge the smallest
+        # they have the right size already, and the processor would enlarge the smallest
         pixels = self.processor.image_processor(images=small, do_resize=False, **CHANNELS_LAST)
         return self.see(dict(pixels.to(self.model.device)), [image.shape[:2] for image in images])
 
     def position_ids(self, ids: torch.Tensor, picture: Picture) -> torch.Tensor:
-        """Return frame, row and column of visual tokens among the places in the text, long (L, 3)."""
+        """Return the position ids, with frame, row and column for visual tokens, long (L, 3)."""
         assert picture.grid is not None
         visual = (ids == self.image_token_id).int()
         position_ids, _ = self.model.model.get_rope_index(
@@ -195,12 +205,12 @@ class QwenFamily(Family):
 
 
 class Qwen3Family(QwenFamily):
-    """Qwen3-VL: the first layers of the language model get features of their own."""
+    """Family of Qwen3-VL, with additional visual features for the first layers."""
 
     key = "grip_env.vlms.families.Qwen3Family"
 
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
-        """Wrap visual tokens (K, D) and what is added to them (K, E, D)."""
+        """Wrap visual tokens (K, D) and the features added to them (K, E, D)."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
         assert deepstack is not None
@@ -210,17 +220,20 @@ class Qwen3Family(QwenFamily):
 
 
 class SplitFamily(Family):
-    """Idefics3 and SmolVLM: tiles, each after the name of its place, then the whole image."""
+    """Family of Idefics3 and SmolVLM, with named tiles followed by the whole image."""
 
     key = "grip_env.vlms.families.SplitFamily"
     fake = "<fake_token_around_image>"
 
     def outputs(self, tokens: torch.Tensor, deepstack: torch.Tensor | None) -> Any:
-        """Wrap visual tokens (K, D) as images of one token each, which all versions of transformers take."""
+        """Wrap visual tokens (K, D) as images of one token each.
+
+        All versions of transformers accept this form.
+        """
         return BaseModelOutputWithPooling(pooler_output=tokens[:, None])
 
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return what the image processor makes of images; each is a sample of its own."""
+        """Return the outputs of the image processor, with each image as a separate sample."""
         nested = [[image] for image in images]
         return dict(
             self.processor.image_processor(images=nested, return_row_col_info=True, **CHANNELS_LAST).to(
@@ -229,7 +242,7 @@ class SplitFamily(Family):
         )
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
-        """Run the vision encoder on what the image processor made of images."""
+        """Run the vision encoder on the outputs of the image processor."""
         output = self.model.model.get_image_features(
             pixel_values=self._pixel_values(pixels),
             pixel_attention_mask=pixels.get("pixel_attention_mask"),
@@ -240,7 +253,7 @@ class SplitFamily(Family):
             for row in range(len(pixels["pixel_values"]))
         ]
         pooled = output.pooler_output
-        if isinstance(pooled, torch.Tensor):  # all tiles (T, n, D), as transformers gave them up to 5.20
+        if isinstance(pooled, torch.Tensor):  # all tiles (T, n, D), as in transformers up to 5.20
             pooled = [part.flatten(0, 1) for part in pooled.split([rows * columns + 1 for rows, columns in grids])]
         found = []
         for tokens, (rows, columns) in zip(pooled, grids, strict=True):
@@ -257,30 +270,33 @@ class SplitFamily(Family):
         return found
 
     def count_images(self, ids: torch.Tensor) -> int:
-        """Return how many images a prompt shows: each has one view of the whole."""
+        """Return the number of images in a prompt; each has one global view."""
         return int((ids == self.tokenizer.convert_tokens_to_ids("<global-img>")).sum())
 
     def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Add rows and columns of tiles, as the names of their places tell them."""
+        """Add rows and columns of tiles, read from the names of the tiles in the prompts."""
         names = [" ".join(self.tokenizer.convert_ids_to_tokens(row.tolist())) for row in ids]
         cells = [[(0, 0), *((int(r), int(c)) for r, c in re.findall(r"<row_(\d+)_col_(\d+)>", text))] for text in names]
-        grids = [max(found) for found in cells]  # the last tile is the one of the last row and column
+        grids = [max(found) for found in cells]  # the last tile is in the last row and column
         return pixels | {"rows": [[rows] for rows, _ in grids], "cols": [[columns] for _, columns in grids]}
 
 
 class InternVLFamily(Family):
-    """InternVL: tiles in raster order, then the whole image if there are several."""
+    """Family of InternVL, with tiles in raster order.
+
+    If there are several, the whole image follows them.
+    """
 
     key = "grip_env.vlms.families.InternVLFamily"
     stacked = True
 
     def pixels(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return the tiles of all images; the image processor makes them only when it is told to."""
+        """Return the tiles of all images, which the image processor creates only on request."""
         processor = self.processor.image_processor
         return dict(processor(images=list(images), crop_to_patches=True, **CHANNELS_LAST).to(self.model.device))
 
     def see(self, pixels: dict[str, Any], sizes: Sequence[tuple[int, ...]] | None = None) -> list[Picture]:
-        """Run the vision encoder on what the image processor made of images."""
+        """Run the vision encoder on the outputs of the image processor."""
         output = self.model.model.get_image_features(pixel_values=self._pixel_values(pixels), return_dict=True)
         counts = [int(count) for count in pixels["num_patches"]]
         found = []
@@ -293,7 +309,7 @@ class InternVLFamily(Family):
         return found
 
     def complete(self, pixels: dict[str, Any], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Add the number of tiles of each image, as the length of its run tells it."""
+        """Add the number of tiles of each image, from the length of its run of image tokens."""
         runs = [int((row == self.image_token_id).sum()) for row in ids]
         return pixels | {"num_patches": [run // self.model.config.image_seq_length for run in runs]}
 
@@ -301,7 +317,7 @@ class InternVLFamily(Family):
         """Return rows and columns of the tiles besides the whole image, 0 and 0 if there are none.
 
         Raises:
-            ValueError: If there are others than ``tiles`` in all.
+            ValueError: If the size is unknown, or does not lead to ``tiles`` tiles in all.
         """
         if tiles == 1:
             return 0, 0
@@ -322,30 +338,33 @@ class InternVLFamily(Family):
         return rows, columns
 
     def text(self) -> str:
-        """Return the image token between its marks."""
+        """Return the image token between its start and end tokens."""
         return f"<img>{self.image_token}</img>"
 
 
 class PaliGemmaFamily(Family):
-    """PaliGemma: no chat template; image and question see each other whole, the answer only what came before."""
+    """Family of PaliGemma, which has no chat template.
+
+    Attention is full among image and question, and causal for the answer.
+    """
 
     key = "grip_env.vlms.families.PaliGemmaFamily"
     stacked = True
     first_position = 1
 
     def check(self) -> None:
-        """Accept any model: there is no chat template to miss."""
+        """Accept any model, as no chat template is needed."""
 
     def prompt(self, question: str) -> str:
-        """Return image, question and the line end after which the answer starts."""
+        """Return the image token, the question and the line end before the answer."""
         return f"{self.image_token}{self.tokenizer.bos_token}{question}\n"
 
     def adds_special_tokens(self, prompt: str) -> bool:
-        """Tell that the prompt is complete."""
+        """Return False, as the prompt is complete."""
         return False
 
     def token_types(self, ids: torch.Tensor, answer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return 0 for what is seen whole and 1 for the rest."""
+        """Return 0 for ids with full attention and 1 for the rest."""
         return {"token_type_ids": answer.long()}
 
     def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -359,27 +378,27 @@ class PaliGemmaFamily(Family):
 
 
 class Gemma3Family(Family):
-    """Gemma 3: one square image; visual tokens see each other whole."""
+    """Family of Gemma 3, with one square image and full attention among visual tokens."""
 
     key = "grip_env.vlms.families.Gemma3Family"
     stacked = True
 
     @property
     def marker(self) -> str:
-        """What the chat template writes for an image."""
+        """Text that the chat template writes for an image."""
         return str(self.tokenizer.boi_token)
 
     def text(self) -> str:
-        """Return the image token between its marks."""
+        """Return the image token between its start and end tokens."""
         return f"\n\n{self.tokenizer.boi_token}{self.image_token}{self.tokenizer.eoi_token}\n\n"
 
     def grid(self, size: Sequence[int], count: int) -> tuple[int, int]:
-        """Return rows and columns: patches are averaged down to a fixed number of tokens."""
+        """Return rows and columns of the square of tokens to which patches are averaged."""
         side = side_of_square(count)
         return side, side
 
     def received_attention(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Return the attention at the last layer, averaged over the patches that the projector averages to a token."""
+        """Return the attention at the last layer, averaged over the patches of each token."""
         weights = attention_of_layer(self.model.model.vision_tower, self._pixel_values(self.pixels(images)), -1)
         received = weights.mean((1, 2))  # (B, patches)
         side = side_of_square(received.shape[1])
@@ -404,21 +423,21 @@ FAMILIES: dict[str, type[Family]] = {
     "paligemma": PaliGemmaFamily,
     "gemma3": Gemma3Family,
 }
-"""The families by ``config.model_type``."""
+"""Families by ``config.model_type``."""
 
 
 def family_of(model: Any, processor: Any) -> Family:
-    """Return the family a model belongs to.
+    """Return the family of a model.
 
     Raises:
-        ValueError: If there is none, or it cannot serve this model.
+        ValueError: If there is none, or it does not support this model.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model, torch.nn.Module) or kind is None:
         inside = "give the model itself, its .module" if hasattr(model, "module") else "give the model itself"
         raise ValueError(f"expected an image-text model of transformers, got {type(model).__name__}: {inside}")
     adapted = hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False)
-    classes = {base for part in model.modules() for base in type(part).__mro__}  # also where PEFT's wrapper is gone
+    classes = {base for part in model.modules() for base in type(part).__mro__}  # also finds PEFT without its wrapper
     if adapted or any(one.__module__.split(".")[0] == "peft" for one in classes):
         raise ValueError(
             "the model has adapters of PEFT, such as LoRA, that are not merged into its weights: call "

@@ -1,4 +1,4 @@
-"""What the vision tower computes on the way to its features: attention and keys, for methods that prune by them."""
+"""Attention, features and keys of vision towers, for pruning methods that use them."""
 
 from __future__ import annotations
 
@@ -27,23 +27,26 @@ __all__ = [
 
 @dataclass
 class TowerView:
-    """What the selected layer of a CLIP vision tower made of one image; the CLS token comes first."""
+    """Values of the selected layer of a CLIP vision tower for one image.
+
+    The CLS token is first.
+    """
 
     attention: torch.Tensor
-    """What each of the N patches gets from the CLS token, averaged over heads, float (N,)."""
+    """Attention from the CLS token on each of the N patches, averaged over heads, float (N,)."""
     features: torch.Tensor
-    """The layer's output, which goes into the projector, float (1 + N, W)."""
+    """Output of the layer, which is the input of the projector, float (1 + N, W)."""
     keys: torch.Tensor
-    """The layer's keys, averaged over heads, float (1 + N, W / heads)."""
+    """Keys of the layer, averaged over heads, float (1 + N, W / heads)."""
 
 
 def layer_index(feature_layer: Any) -> int:
-    """Return which of the tower's layers, counted from its end, gives the features of ``vision_feature_layer``.
+    """Return the index of the tower's layer that outputs ``vision_feature_layer``.
 
-    Hidden state i + 1 comes out of layer i; counted from the end, both have the same number.
+    Hidden state i + 1 is the output of layer i; counted from the end, both have the same number.
 
     Raises:
-        NotImplementedError: If several layers are mixed, or the features come before the first.
+        NotImplementedError: If several layers are mixed, or the features are the input of the first layer.
     """
     if not isinstance(feature_layer, int) or feature_layer == 0:
         raise NotImplementedError(
@@ -54,7 +57,7 @@ def layer_index(feature_layer: Any) -> int:
 
 @contextmanager
 def _eager(tower: Any) -> Iterator[None]:
-    """In this context the tower's attention can be read: the fused kernels return none."""
+    """Switch the tower to eager attention, since fused kernels return no attention weights."""
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
     try:
@@ -64,12 +67,15 @@ def _eager(tower: Any) -> Iterator[None]:
 
 
 def attention_of_layer(tower: Any, pixels: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return the attention weights of one layer of a CLIP or SigLIP tower, float (B, heads, queries, keys).
+    """Return the attention weights of one layer of a CLIP or SigLIP tower.
 
     Args:
-        tower: The vision tower; its attention implementation is the same afterwards.
-        pixels: (B, 3, height, width).
-        layer: Which layer, an index of a list.
+        tower: The vision tower; its attention implementation is restored afterwards.
+        pixels: Images, (B, 3, height, width).
+        layer: Index of the layer in the list of layers.
+
+    Returns:
+        Attention weights, float (B, heads, queries, keys).
     """
     with _eager(tower):
         output = tower(pixels, output_attentions=True, return_dict=True)
@@ -78,32 +84,32 @@ def attention_of_layer(tower: Any, pixels: torch.Tensor, layer: int) -> torch.Te
 
 
 def clip_views(tower: Any, pixels: torch.Tensor, feature_layer: int) -> list[TowerView]:
-    """Run a CLIP tower on images (B, 3, height, width) and look at the layer its features come from.
+    """Run a CLIP tower on images (B, 3, height, width) and read the layer of its features.
 
     Raises:
-        NotImplementedError: If they come from several.
+        NotImplementedError: If the features come from several layers.
     """
     layer = layer_index(feature_layer)
     with _eager(tower):
         output = tower(pixels, output_attentions=True, output_hidden_states=True, return_dict=True)
     block = tower.encoder.layers[layer]
     heads = tower.config.num_attention_heads
-    read = output.hidden_states[layer - 1 if layer < 0 else layer]  # what the layer reads
+    read = output.hidden_states[layer - 1 if layer < 0 else layer]  # the input of the layer
     keys = block.self_attn.k_proj(block.layer_norm1(read)).unflatten(-1, (heads, -1)).mean(2)  # (B, 1 + N, W / heads)
     attention = output.attentions[layer].mean(1)[:, 0, 1:]
     return [TowerView(*parts) for parts in zip(attention, output.hidden_states[feature_layer], keys, strict=True)]
 
 
 def qwen_received_attention(model: Any, pixels: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
-    """Return what the patches of each token get in the last layer of a Qwen-VL tower, pooled as its merger pools them.
+    """Return the attention that tokens receive in the last layer of a Qwen-VL tower.
 
-    That is the mean over heads, over all patches of the image as queries, and over the merge x merge patches of the
-    token. Qwen-VL's layers return no attention, whatever the kernel: queries and keys are computed once more from what
-    the layer reads. Where the last layer attends within windows, attention across windows counts as 0.
+    This is the mean over heads, over all patches of the image as queries, and over the merge x merge patches that the
+    tower's merger pools to a token. Qwen-VL's layers return no attention, whatever the kernel, so queries and keys are
+    recomputed from the input of the layer. If the last layer attends within windows, attention across windows is 0.
 
     Args:
         model: The part of the model that has ``get_image_features`` and ``visual``.
-        pixels: Patches of all images, as the image processor gives them.
+        pixels: Patches of all images from the image processor.
         grids: Frames, rows and columns of patches of each image, long (B, 3).
 
     Returns:
@@ -126,8 +132,8 @@ def qwen_received_attention(model: Any, pixels: torch.Tensor, grids: torch.Tenso
             scores.append(weights.mean(0).sum(0))
 
     def stand_in(module: Any, positional: tuple[Any, ...], merged: torch.Tensor) -> torch.Tensor:
-        # the tower puts tokens back in the order of the image behind its merger, and splits them by image
-        return torch.cat(scores).reshape(-1, unit).mean(1, keepdim=True)  # the patches of a token stand together
+        # after its merger, the tower restores the order of tokens in the image, and splits them by image
+        return torch.cat(scores).reshape(-1, unit).mean(1, keepdim=True)  # the patches of a token are adjacent
 
     hooks = [layer.register_forward_pre_hook(read, with_kwargs=True), visual.merger.register_forward_hook(stand_in)]
     try:
@@ -143,9 +149,9 @@ def known_images(examples: Sequence[Example]) -> list[np.ndarray]:
     """Return the images of examples.
 
     Raises:
-        ValueError: If one is not known, as where the batch was made of a processor's tensors.
+        ValueError: If one is missing, as in a batch made from a processor's tensors.
     """
     images = [example.image for example in examples]
     if any(image.size == 0 for image in images):
-        raise ValueError("the vision tower has to run on the images once more, and these are not known")
+        raise ValueError("the vision tower has to run on the images again, and these are not available")
     return images

@@ -1,1 +1,1 @@
-"""Answers word by word: which options of ``generate`` are served, the decoding loop, and one answer with its times."""
+"""Generation of answers: supported options of ``generate``, decoding loop, timed answers."""

@@ -1,9 +1,9 @@
-"""Token by token: how a model goes on from what is kept of its prompts.
+"""The decoding loop: generation token by token from pruned prompts.
 
-transformers' ``generate`` is not let near the short prompts. It drops an attention mask of ones, without which gapped
-positions are read as packed sequences, and it takes settings that a checkpoint was saved with. So the steps are taken
-here, always with a mask and a cache. :func:`decode` does as ``generate`` does around them, with ``generate``'s own
-processors of logits and stopping criteria, which look at the prompts as they were given.
+The pruned prompts are not passed to transformers' ``generate``. It drops an attention mask of ones, without which
+position ids with gaps are read as packed sequences, and it applies settings that a checkpoint was saved with. The steps
+are therefore run here, always with a mask and a cache. Around them, :func:`decode` does the same as ``generate``, with
+its logits processors and stopping criteria, which see the prompts as given.
 
 R rows, L columns of the prompts, T new tokens, V tokens in the vocabulary.
 """
@@ -28,25 +28,25 @@ __all__ = ["CACHE", "Prompts", "WholePrompts", "decode", "greedy", "stop_tokens"
 
 _PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE: str = "cache" if "cache" in _PREPARES else "past_key_values"
-"""Under which name a model takes its cache of keys and values."""
+"""Name of the argument through which a model takes its cache of keys and values."""
 
 
 @dataclass
 class Prompts:
-    """What is kept of prompts, padded on the left."""
+    """Pruned prompts, padded on the left."""
 
     ids: torch.Tensor
-    """Long (R, L)."""
+    """Token ids, long (R, L)."""
     mask: torch.Tensor
-    """Which of them are no padding, bool (R, L)."""
+    """Attention mask, bool (R, L); False for padding."""
     position_ids: torch.Tensor
     """Position ids, long (R, L) or (axes, R, L)."""
     images: dict[str, Any]
-    """What the model is told of the images."""
+    """Keyword arguments that pass the images to the model."""
 
 
 def _steps(model: Any, family: Family, prompts: Prompts, cache: Any, **more: Any) -> Generator[Any, torch.Tensor, None]:
-    """Yield what the model returns for the prompts, and then for each token (R,) that is sent."""
+    """Yield the model's output for the prompts, then for each step's tokens (R,) sent in."""
     ids, mask, position_ids, images = prompts.ids, prompts.mask, prompts.position_ids, prompts.images
     first = True
     while True:
@@ -54,7 +54,7 @@ def _steps(model: Any, family: Family, prompts: Prompts, cache: Any, **more: Any
             ids,
             is_first_iteration=first,
             attention_mask=mask.long(),
-            position_ids=position_ids - family.first_position,  # which it adds itself
+            position_ids=position_ids - family.first_position,  # the model adds it again
             use_cache=True,
             logits_to_keep=1,
             **{CACHE: cache},
@@ -77,7 +77,7 @@ def new_cache(model: Any) -> Any:
 
 
 def stop_tokens(model: Any) -> list[int]:
-    """Return the tokens that end an answer, as the model's ``generation_config`` names them."""
+    """Return the end tokens named in the model's ``generation_config``."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         return []
@@ -92,17 +92,20 @@ def greedy(
     most: int,
     watch: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Go on with the likeliest token, whatever the model's ``generation_config`` says of anything but token ids.
+    """Continue each prompt with the most likely token.
+
+    Of the model's ``generation_config``, only the token ids have an effect.
 
     Args:
         model: A model of transformers.
         family: Its family.
         prompts: R prompts.
-        most: Most new tokens, at least 1.
+        most: Maximum number of new tokens, at least 1.
         watch: Called with each step's tokens, long (R,), in main memory.
 
     Returns:
-        The new tokens, long (R, T), each row filled up with its own end, and the log-probability of each, float (R, T).
+        The new tokens, long (R, T), each row padded with its own end token, and the log-probability of each, float
+        (R, T).
     """
     ends = torch.tensor(stop_tokens(model), dtype=torch.long, device=prompts.ids.device)
     done = torch.zeros(len(prompts.ids), dtype=torch.bool, device=prompts.ids.device)
@@ -126,25 +129,27 @@ def greedy(
 
 @dataclass
 class WholePrompts:
-    """Prompts as they were given, all image placeholders included: what options of ``generate`` look at."""
+    """Complete prompts, with all image placeholders, as the options of ``generate`` see them."""
 
     given: torch.Tensor
-    """With padding as it was, long (R, L): for what the caller brought along."""
+    """Token ids with the padding as given, long (R, L), for the caller's own processors and criteria."""
     filled: torch.Tensor
-    """With all padding on the left, and each row's own first token as padding, long (R, L): for what transformers
-    makes of options, none of which should find a token in a prompt because another prompt is longer."""
+    """Token ids with all padding on the left, each row padded with its own first token, long (R, L).
+
+    They are for the processors and criteria that transformers creates from options: none of these should find a token
+    in a prompt only because another prompt is longer."""
     padding: list[int]
-    """How much padding each row has."""
+    """Number of padding tokens in each row."""
     callers: Iterable[Any] = field(default=())
-    """Processors and criteria that the caller brought along."""
+    """Processors and criteria passed by the caller."""
 
     def before(self, reader: Any) -> torch.Tensor:
-        """Return the prompts as a processor of logits or a stopping criterion shall see them, long (R, L)."""
+        """Return the prompts that a logits processor or stopping criterion sees, long (R, L)."""
         own = isinstance(reader, PrefixConstrainedLogitsProcessor) or any(reader is one for one in self.callers)
         return self.given if own else self.filled
 
     def process(self, processors: Iterable[Any], new: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores (R, V) after all processors of logits, with T new tokens so far, long (R, T)."""
+        """Apply all logits processors to scores (R, V), after T new tokens, long (R, T)."""
         for processor in processors:
             ids = torch.cat([self.before(processor), new], 1)
             if isinstance(processor, NoRepeatNGramLogitsProcessor) and any(self.padding):
@@ -155,7 +160,7 @@ class WholePrompts:
         return scores
 
     def finished(self, criteria: Iterable[Any], new: torch.Tensor, scores: Any) -> torch.Tensor:
-        """Return which rows are at their end, bool (R,)."""
+        """Return which rows are finished, bool (R,)."""
         done = torch.zeros(len(new), dtype=torch.bool, device=new.device)
         for criterion in criteria:
             done = done | criterion(torch.cat([self.before(criterion), new], 1), scores)
@@ -174,22 +179,22 @@ def decode(
     cache: Any = None,
     streamer: Any = None,
 ) -> Any:
-    """Go on as ``generate`` does with one sequence for each prompt, greedily or by sampling.
+    """Generate one sequence for each prompt, greedily or by sampling, as ``generate`` does.
 
     Args:
         model: A model of transformers.
         family: Its family.
-        prompts: What is kept of R prompts.
-        whole: The same as they were given.
-        processors: Of logits, as ``generate`` prepares them.
-        criteria: For stopping, as ``generate`` prepares them.
-        config: Its ``GenerationConfig``, all filled in.
-        cache: An empty one; ``None`` makes one.
-        streamer: Gets the prompts as given and then each step's tokens.
+        prompts: R pruned prompts.
+        whole: The same prompts as given.
+        processors: Logits processors, as ``generate`` prepares them.
+        criteria: Stopping criteria, as ``generate`` prepares them.
+        config: The complete ``GenerationConfig``.
+        cache: An empty cache; ``None`` creates one.
+        streamer: Receives the prompts as given and then each step's tokens.
 
     Returns:
-        As ``generate`` does: the prompts as given and the new tokens after them, long (R, L + T), or an output object
-        with these as its ``sequences``; all else in it is about the kept tokens.
+        The same as ``generate``: the prompts as given followed by the new tokens, long (R, L + T), or an output object
+        with these as its ``sequences``; everything else in it refers to the kept tokens.
 
     Raises:
         ValueError: If there is no token to choose from.
@@ -242,7 +247,10 @@ def decode(
 
 
 def _sampled(scores: torch.Tensor) -> torch.Tensor:
-    """Draw a token for each row of scores (R, V), as ``generate`` does from torch's own generator: long (R,)."""
+    """Sample a token for each row of scores (R, V): long (R,).
+
+    Like ``generate``, this uses PyTorch's global generator.
+    """
     chances = scores.softmax(-1)
     if bool(chances.isnan().any()):
         raise ValueError("the options of generate leave no token to choose from: allow some")

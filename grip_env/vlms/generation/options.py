@@ -1,7 +1,7 @@
-"""Options of ``generate``: which of them pruned prompts can go on with, and what is said of the others.
+"""Options of ``generate`` with pruned prompts, and error messages for unsupported ones.
 
-An option counts as it does for ``generate``: as given, else as the given ``generation_config`` has it, else as the
-model's own does, which a checkpoint may have been saved with.
+An option has the same precedence as in ``generate``: the value given, else the value in the given
+``generation_config``, else the value in the model's own, which may come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from transformers.generation import StopStringCriteria
 __all__ = ["SILENT", "Options", "check_options", "new_tokens", "option", "stopping_at_strings"]
 
 Options = Mapping[str, Any]
-"""Of ``generate``, by name."""
+"""Options of ``generate`` by name."""
 
 DEFAULT_NEW_TOKENS = 20
-"""How many new tokens transformers makes when nobody says how many."""
+"""Number of new tokens that transformers generates by default."""
 
 
 def _is_count(value: Any) -> bool:
@@ -61,14 +61,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _TAKEN: dict[str, str] = {
-    # how long the answer is; all count the prompt as it was given
+    # length of the answer; all count the prompt as given
     "max_length": "positive",
     "max_new_tokens": "positive",
     "min_length": "count",
     "min_new_tokens": "count",
     "max_time": "above",
     "stop_strings": "any",
-    # how a token is chosen
+    # choice of a token
     "do_sample": "flag",
     "temperature": "above",
     "top_k": "count",
@@ -78,7 +78,7 @@ _TAKEN: dict[str, str] = {
     "typical_p": "share",
     "epsilon_cutoff": "share",
     "eta_cutoff": "share",
-    # what is changed about the logits before; all look at the prompt as it was given
+    # changes to the logits before that; all see the prompt as given
     "repetition_penalty": "above",
     "encoder_repetition_penalty": "above",
     "no_repeat_ngram_size": "count",
@@ -93,7 +93,7 @@ _TAKEN: dict[str, str] = {
     "renormalize_logits": "flag",
     "remove_invalid_values": "flag",
     "watermarking_config": "any",
-    # how it is computed, which changes no answer
+    # ways of computing, without effect on answers
     "use_cache": "flag",
     "cache_implementation": "any",
     "cache_config": "any",
@@ -101,7 +101,7 @@ _TAKEN: dict[str, str] = {
     "prefill_chunk_size": "positive",
     "compile_config": "any",
     "disable_compile": "flag",
-    # what comes back
+    # return values
     "output_attentions": "flag",
     "output_hidden_states": "flag",
     "output_scores": "flag",
@@ -111,7 +111,7 @@ _TAKEN: dict[str, str] = {
     "bos_token_id": "id",
     "eos_token_id": "ends",
 }
-"""Options that do as they do without pruning, and what kind of value they have."""
+"""Options that work as they do without pruning, and the kind of their values."""
 
 _UNUSED = (
     "early_stopping",
@@ -130,7 +130,7 @@ _UNUSED = (
     "continuous_batching_config",
     "transformers_version",
 )
-"""Options that say how to do what is refused below, and change nothing by themselves."""
+"""Options that only modify those refused below, and have no effect by themselves."""
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), "pass num_beams=1"),
@@ -147,11 +147,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_early_exit": ((), "pass assistant_early_exit=None: tokens are made one at a time"),
     "is_assistant": ((False,), "pass is_assistant=False"),
 }
-"""Options that are not supported: with which values besides ``None`` they ask for nothing, and what to do."""
+"""Unsupported options, with the values besides ``None`` that have no effect, and what to do instead."""
 
 _ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
 SILENT = ("tokenizer", "synced_gpus", "trust_remote_code", "use_model_defaults", "return_dict")
-"""Arguments of ``generate`` that change nothing here."""
+"""Arguments of ``generate`` that have no effect here."""
 _CACHES = ("dynamic", "static", "offloaded", "offloaded_static")
 _OLD_CACHES = ("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked")
 _ADVICE = {
@@ -167,7 +167,10 @@ _ADVICE = {
 
 
 def option(name: str, saved: Any, options: Options) -> Any:
-    """Return an option of ``generate``: as given, else as the given or the model's ``generation_config`` has it."""
+    """Return the value of an option of ``generate``.
+
+    That is the value given, else the one in the given ``generation_config``, else the one in the model's own.
+    """
     if name in options:
         return options[name]
     given = options.get("generation_config")
@@ -176,12 +179,12 @@ def option(name: str, saved: Any, options: Options) -> Any:
 
 
 def check_options(saved: Any, options: Options, vocabulary: int) -> None:
-    """Raise ValueError if an option would make pruned prompts go on in another way than whole ones.
+    """Raise ValueError if an option is invalid, or would not work with pruned prompts as usual.
 
     Args:
         saved: The model's ``generation_config``.
-        options: Of ``generate``.
-        vocabulary: How many tokens the model knows.
+        options: Options of ``generate``.
+        vocabulary: Size of the model's vocabulary.
     """
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
@@ -190,12 +193,12 @@ def check_options(saved: Any, options: Options, vocabulary: int) -> None:
     for name, value in options.items():
         if name in (*_ARGUMENTS, *SILENT) or name in known or value is None:
             continue
-        advice = _ADVICE.get(name, "leave it out, or mend its name")
+        advice = _ADVICE.get(name, "leave it out, or correct its name")
         raise ValueError(f"{name} is not an option of generating from pruned prompts: {advice}")
     for name in ("logits_processor", "stopping_criteria"):
         listed = options.get(name)
         if listed is not None and not (isinstance(listed, list | tuple) and all(callable(one) for one in listed)):
-            raise ValueError(f"{name} must be a list of functions, as of transformers' own classes")
+            raise ValueError(f"{name} must be a list of functions, such as those of transformers")
     if options.get("prefix_allowed_tokens_fn") is not None and not callable(options["prefix_allowed_tokens_fn"]):
         raise ValueError("prefix_allowed_tokens_fn must be a function")
     if options.get("streamer") is not None and not hasattr(options["streamer"], "put"):
@@ -214,19 +217,18 @@ def check_options(saved: Any, options: Options, vocabulary: int) -> None:
             _check_kind(name, value, vocabulary)
         elif value != default:
             raise ValueError(
-                f"{name}={value!r} is not an option that is known to leave answers of pruned prompts right: pass "
-                f"{name}={default!r}"
+                f"{name}={value!r} is not known to give correct answers with pruned prompts: pass {name}={default!r}"
             )
     if option("use_cache", saved, options) is False and option("return_dict_in_generate", saved, options):
         for name in ("output_attentions", "output_hidden_states"):
             if option(name, saved, options):
                 raise ValueError(f"{name} is not supported with use_cache=False: pass use_cache=True")
     if option("exponential_decay_length_penalty", saved, options) and option("eos_token_id", saved, options) is None:
-        raise ValueError("exponential_decay_length_penalty needs an end to make likelier: pass eos_token_id")
+        raise ValueError("exponential_decay_length_penalty needs an end token: pass eos_token_id")
 
 
 def _check_kind(name: str, value: Any, vocabulary: int) -> None:
-    """Raise ValueError if an option has a value of another kind."""
+    """Raise ValueError if an option has a value of the wrong kind."""
     fits, expected = _KINDS[_TAKEN[name]]
     if not fits(value):
         raise ValueError(f"{name}={value!r} must be {expected}")
@@ -237,14 +239,14 @@ def _check_kind(name: str, value: Any, vocabulary: int) -> None:
     if name == "cache_implementation" and value not in (*_CACHES, *_OLD_CACHES):
         raise ValueError(f"cache_implementation={value!r} is not supported: use one of {', '.join(_CACHES)}")
     if name == "watermarking_config" and not (isinstance(value, dict) or hasattr(value, "construct_processor")):
-        raise ValueError("watermarking_config must be one of transformers' configs of watermarks")
+        raise ValueError("watermarking_config must be a watermarking config of transformers")
 
 
 def new_tokens(saved: Any, options: Options, length: int) -> int:
-    """Return how many new tokens there may be at most, after prompts of ``length`` tokens as they were given.
+    """Return the maximum number of new tokens after prompts of ``length`` tokens as given.
 
     Raises:
-        ValueError: If there may be none.
+        ValueError: If no new token is allowed.
     """
     most = option("max_new_tokens", saved, options)
     if most is not None:
@@ -258,10 +260,10 @@ def new_tokens(saved: Any, options: Options, length: int) -> int:
 
 
 def stopping_at_strings(saved: Any, options: Options, tokenizer: Any) -> list[Any]:
-    """Return the criterion that stops at given strings, if there are any.
+    """Return a list of the criterion that stops at given strings, empty if there are none.
 
     Raises:
-        ValueError: If they are no strings.
+        ValueError: If they are not strings.
     """
     strings = option("stop_strings", saved, options)
     if strings is None:

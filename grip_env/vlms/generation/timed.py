@@ -1,4 +1,4 @@
-"""One answer at a time, in full: its text, how sure the model was of it, and how long it took."""
+"""Single generated answers with text, log-likelihood and timings."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ class Reply(NamedTuple):
 
     text: str
     log_likelihood: float
-    """Mean over its tokens, without the one that ends it; NaN if there are none."""
+    """Mean log-likelihood of its tokens, without the end token; NaN if there are none."""
     prefill: float
-    """Seconds to the first token."""
+    """Time to the first token, in seconds."""
     decode: float
-    """Seconds for the other tokens."""
+    """Time for the other tokens, in seconds."""
 
 
 class Replying(Protocol):
-    """A model that answers token by token, as :class:`~grip_env.vlms.huggingface.HuggingFaceVLM` does."""
+    """A model that answers token by token.
+
+    :class:`~grip_env.vlms.huggingface.HuggingFaceVLM` is one.
+    """
 
     @property
     def family(self) -> Any:
-        """Has the ``tokenizer``."""
+        """Model family with the ``tokenizer``."""
         ...
 
     def continue_greedily(
@@ -40,19 +43,22 @@ class Replying(Protocol):
         max_new_tokens: int,
         watch: Callable[[torch.Tensor], None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the likeliest tokens after one prompt, long (1, T), and their log-probabilities, float (1, T)."""
+        """Return the greedy continuation of one prompt, long (1, T), and its log-probabilities.
+
+        The log-probabilities are float (1, T).
+        """
         ...
 
 
 @torch.no_grad()
 def timed_reply(vlm: Replying, encoded: Encoded, selection: torch.Tensor, max_new_tokens: int) -> Reply:
-    """Answer one question greedily under one selection, and watch the clock.
+    """Answer one question greedily under one selection, and time it.
 
     Args:
         vlm: The model.
         encoded: One example.
         selection: bool (1, 1, N).
-        max_new_tokens: Most tokens of the answer, its end included.
+        max_new_tokens: Maximum number of tokens, the end token included.
 
     Raises:
         ValueError: If there is more than one example or selection.

@@ -84,7 +84,7 @@ def check(
     present = [int(drops[max(at for at in drops if at <= layer)].sum()) if layer >= min(drops) else count
                for layer in range(LAYERS)]  # fmt: skip
     assert float(found.layer_average[row]) == pytest.approx(sum(present) / LAYERS, rel=1e-6)
-    assert float(found.scores.kept_fraction[row, 0]) == pytest.approx(sum(present) / LAYERS / count, rel=1e-6)
+    assert float(found.scores.kept[row, 0]) == pytest.approx(sum(present) / LAYERS / count, rel=1e-6)
     assert int(found.kept[row]) == present[-1]
     spent = staged_flops(vlm.model.config, [(1, prompt - count + tokens) for tokens in present])
     assert float(found.flops[row]) == pytest.approx(spent / prefill_flops(vlm.model.config, prompt), rel=1e-6)

@@ -179,7 +179,7 @@ def test_replacers_are_deterministic_batch_free_and_leave_the_batch_alone(name: 
         torch.testing.assert_close(scores.log_likelihood[row], single.log_likelihood[0], atol=1e-4, rtol=0)
     assert llava.generate(together.encoded, together.selection[:, None], 2)
     assert scores.correct.dtype == torch.bool
-    assert scores.kept_fraction.tolist() == [[1.0]] * 4
+    assert scores.kept.tolist() == [[1.0]] * 4
 
 
 @pytest.mark.parametrize("name", REPLACERS)
