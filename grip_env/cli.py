@@ -270,7 +270,7 @@ def say_unfinished(agent: Path | None) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name, of which "auto" takes a CUDA device if there is one, or stop and say why not."""
+    """Return the device of this name ("auto": a CUDA device if there is one), or stop and say why not."""
     import torch
 
     automatic = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,15 +24,15 @@ __all__ = ["Config", "landscape", "main"]
 
 CARD = """# The embedded model
 
-A LLaVA in miniature for `grip_env`: CLIP vision tower (4 layers), projector and Llama ({size.layers} layers), width 128,
-{tokens} visual tokens for a {size.level.side} x {size.level.side} image, byte-level BPE tokenizer. Trained {start},
-in float32, on the procedural scenes of the task `{size.level.name}` and on nothing else, by
+A LLaVA in miniature for `grip_env`: CLIP vision tower (4 layers), projector and Llama ({size.layers} layers), width
+128, {tokens} visual tokens for a {size.level.side} x {size.level.side} image, byte-level BPE tokenizer. Trained {start}
+on the procedural scenes of the task `{size.level.name}` and on nothing else, by
 
     python -m grip_env.pretrain_vlm --size {size.name}
 
-1. *Vision*, {config.vision_steps} steps of {config.vision_batch} scenes: every projected token points at the words for
-   what its patch shows, and tells its row and column. The tower is frozen from here on, so that tokens stay local.
-2. *Language*, {config.language_steps} steps of {config.language_batch} scenes with ten questions each: projector and
+1. *Vision*, {schedule.vision_steps} steps of {config.vision_batch} scenes: every projected token points at the words
+   for what its patch shows, and tells its row and column. The tower is frozen from here on, so that tokens stay local.
+2. *Language*, {schedule.language_steps} steps of {config.language_batch} scenes with ten questions each: projector and
    language model learn to answer; about {config.drop:.0%} of the steps show only a subset of the visual tokens.
 
 ## What it can do
@@ -90,8 +90,10 @@ class Config:
     """Compute in bfloat16 where that is safe (automatic mixed precision); the weights stay in float32."""
 
 
-def landscape(vlm: HuggingFaceVLM, task: SceneTask, split: str, count: int, budget: float = 0.1) -> dict[str, dict[str, float]]:
-    """Measure accuracy per family with all tokens and under three ways to keep ``budget`` of them.
+def landscape(
+    vlm: HuggingFaceVLM, task: SceneTask, split: str, count: int, budget: float = 0.1
+) -> dict[str, dict[str, float]]:
+    """Return the accuracy per family with all tokens and with a share chosen in three ways.
 
     Returns:
         {family: {"majority": .., "all tokens": .., "random": .., "max-min diversity": .., "oracle": ..}}; the family
@@ -151,11 +153,11 @@ def main(config: Config) -> None:
     from grip_env.vlms.loading import write_digests
 
     size = SIZES[config.size]
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    config = Config(**({name: value for name, value in vars(size).items() if name in vars(config)} | given))
+    given = {name: getattr(config, name) for name in vars(size.schedule)}
+    schedule = replace(size.schedule, **{name: value for name, value in given.items() if value is not None})
     check_at_least(0, threads=config.threads)
-    check_at_least(1, vision_steps=config.vision_steps, vision_batch=config.vision_batch)
-    check_at_least(1, language_steps=config.language_steps, language_batch=config.language_batch)
+    check_at_least(1, vision_steps=schedule.vision_steps, vision_batch=config.vision_batch)
+    check_at_least(1, language_steps=schedule.language_steps, language_batch=config.language_batch)
     check_at_least(1, test_examples=config.test_examples)
     device = find_device(config.device)
     folder, level, task = config.folder / size.name, size.level, SceneTask(level=size.level)
@@ -173,7 +175,7 @@ def main(config: Config) -> None:
     if size.start:
         trained = load_vlm(size.start, device="cpu")
         start_from(model, tokenizer, trained.model, trained.processor.tokenizer)
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # a wrapper hides its signature
     head = DenseHead(tokenizer, level.grid).to(device)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     words: Any = model.get_input_embeddings()
@@ -196,11 +198,11 @@ def main(config: Config) -> None:
 
     run_stage(
         "vision",
-        config.vision_steps,
+        schedule.vision_steps,
         dense_loss,
         {"tower": tower, "projector": projector, "words": words, "head": head},
         folder,
-        config.vision_learning_rate,
+        schedule.vision_learning_rate,
         probe=dense_probe,
     )
 
@@ -208,7 +210,7 @@ def main(config: Config) -> None:
     model.set_attn_implementation("sdpa")
     _copy_words(words.weight, tokenizer, bool(size.start))
     stage = LanguageStage(
-        model, tokenizer, config.language_batch, drop=config.drop, easy_steps=config.easy_steps, level=level
+        model, tokenizer, config.language_batch, drop=config.drop, easy_steps=schedule.easy_steps, level=level
     )
 
     def language_loss(step: int) -> dict[str, torch.Tensor]:
@@ -239,27 +241,30 @@ def main(config: Config) -> None:
 
     run_stage(
         "language",
-        config.language_steps,
+        schedule.language_steps,
         language_loss,
         {"model": model},
         folder,
-        config.language_learning_rate,
+        schedule.language_learning_rate,
         probe=language_probe,
         probe_every=200,
     )
     export(folder / "model")
     measured = landscape(load_vlm(folder / "model"), task, "test", config.test_examples)
-    table = format_landscape(measured, config.test_examples, "test", level.grid**2)
+    text = format_landscape(measured, config.test_examples, "test", level.grid**2)
     start = f"from the weights of {size.start}" if size.start else "from scratch"
-    card = CARD.format(table=table, config=config, size=size, tokens=level.grid**2, start=start)
+    card = CARD.format(table=text, config=config, schedule=schedule, size=size, tokens=level.grid**2, start=start)
     write_atomically(folder / "model" / "MODEL_CARD.md", card)
-    print(table)
+    print(text)
     print(f"\nThe model is in {folder / 'model'}; copy it to grip_env/vlms/{size.name} to embed it.")
 
 
 @torch.no_grad()
 def _copy_words(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerFast, started: bool) -> None:
-    """Let words start out as those the vision stage has trained: plurals as singulars, a number's digits as digits."""
+    """Copy embeddings that the vision stage has trained to those of related words, in place.
+
+    These are the plurals of shapes, or, of a model that ``started`` as another, the second digits of numbers.
+    """
     from grip_env.tasks.scene_questions import plural
     from grip_env.tasks.sprites import SHAPES
 

@@ -1,4 +1,4 @@
-"""The embedded models before training: LLaVAs in miniature, put together from transformers' own classes."""
+"""Embedded models before training: miniature LLaVAs built from transformers' own classes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ __all__ = [
     "SIZES",
     "TINY",
     "WIDTH",
+    "Schedule",
     "Size",
     "build_model",
     "build_processor",
@@ -41,8 +42,20 @@ WIDTH = 128
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Steps and peak learning rates of the two stages of pre-training."""
+
+    vision_steps: int
+    vision_learning_rate: float
+    language_steps: int
+    language_learning_rate: float
+    easy_steps: int
+    """First steps of the language stage, which show mostly the best patches of all objects."""
+
+
+@dataclass(frozen=True)
 class Size:
-    """An embedded model: the scenes it is made for, its depth, and how it is trained unless told otherwise."""
+    """An embedded model: the scenes it is made for, its depth, and its default training."""
 
     name: str
     level: Level
@@ -53,15 +66,11 @@ class Size:
     """The most tokens of its tokenizer."""
     start: str
     """The embedded model whose weights it starts from; none if empty."""
-    vision_steps: int
-    vision_learning_rate: float
-    language_steps: int
-    language_learning_rate: float
-    easy_steps: int
+    schedule: Schedule
 
 
-TINY = Size("tiny", STANDARD, 4, 512, "", 2200, 1.5e-3, 3000, 1e-3, 600)
-SMALL = Size("small", HARD, 8, 640, "tiny", 1000, 1e-3, 6000, 8e-4, 300)
+TINY = Size("tiny", STANDARD, 4, 512, "", Schedule(2200, 1.5e-3, 3000, 1e-3, 600))
+SMALL = Size("small", HARD, 8, 640, "tiny", Schedule(400, 5e-4, 1800, 1e-3, 600))
 SIZES = {"tiny": TINY, "small": SMALL}
 """The embedded models by name."""
 
@@ -116,7 +125,10 @@ def _corpus(level: Level) -> Iterable[str]:
 
 
 def build_tokenizer(size: Size = TINY) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the task's questions: a word is a token, any other text still encodes."""
+    """Train a byte-level BPE tokenizer on the questions of a model's scenes.
+
+    Each of their words is a token, and any other text can still be encoded.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,7 +150,12 @@ def build_tokenizer(size: Size = TINY) -> PreTrainedTokenizerFast:
 
 
 def build_processor(size: Size = TINY, pixels: int | None = None) -> LlavaProcessor:
-    """Return the processor of an embedded model: images of ``pixels`` x ``pixels``, or as large as its scenes."""
+    """Return the processor of an embedded model.
+
+    Args:
+        size: Which model.
+        pixels: Height and width of its images; those of its scenes if not given.
+    """
     pixels = pixels or size.level.side
     side = {"height": pixels, "width": pixels}
     image_processor = CLIPImageProcessorPil(
@@ -171,7 +188,14 @@ def _sincos(side: int, width: int) -> torch.Tensor:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, seed: int = 0, size: Size = TINY, pixels: int | None = None
 ) -> LlavaForConditionalGeneration:
-    """Return an untrained model in float32, for images of ``pixels`` x ``pixels``, or as large as its scenes."""
+    """Return an untrained model in float32.
+
+    Args:
+        tokenizer: Its tokenizer.
+        seed: Seed of the weights.
+        size: Which model.
+        pixels: Height and width of its images; those of its scenes if not given.
+    """
     torch.manual_seed(seed)
     pixels = pixels or size.level.side
     grid = pixels // PATCH

@@ -243,7 +243,9 @@ def forward_packed(
     segments = torch.cat([torch.full((batch, head), -2, device=device), text["segments"]], 1)
     same = segments[:, :, None] == segments[:, None, :]
     seen = (same | (segments == -2)[:, None, :]) & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    mask = torch.zeros(batch, 1, length, length, device=device).masked_fill_(~seen[:, None], torch.finfo(torch.float32).min)
+    mask = torch.zeros(batch, 1, length, length, device=device).masked_fill_(
+        ~seen[:, None], torch.finfo(torch.float32).min
+    )
     hidden = model.model.language_model(
         inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state[:, head:]

@@ -54,7 +54,7 @@ def normalise(images: np.ndarray) -> torch.Tensor:
 
 
 def _parts(thing: Thing) -> list[tuple[Thing, int | None]]:
-    """Return a thing and its digit; of a plate, two cards in its place, which overlap where they meet."""
+    """Return a thing and its digit; for a plate, two overlapping cards, one for each digit."""
     if thing.kind != "plate":
         return [(thing, thing.number)]
     digits = divmod(thing.number or 0, 10)
@@ -66,7 +66,7 @@ def _parts(thing: Thing) -> list[tuple[Thing, int | None]]:
 
 
 def dense_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return kind, colour and "is the best patch of an object" of every patch, each (N,); digits are kinds."""
+    """Return kind, colour and "is the best patch of an object" of every patch, each (N,)."""
     parts = [part for thing in scene.things for part in _parts(thing)]
     cover = np.stack([coverage(part, scene.level).reshape(-1) for part, _ in parts])  # (parts, N)
     winner, share = cover.argmax(0), cover.max(0)

@@ -36,7 +36,7 @@ Contents: TypeAlias = "list[tuple[str, str, int | None]]"
 
 @dataclass
 class Thing:
-    """One object or decoration: what it is and where, in pixels; cards and plates show a number."""
+    """An object or decoration with its position in pixels; cards and plates show a number."""
 
     kind: str
     colour: str
@@ -53,14 +53,14 @@ class Thing:
 
     @property
     def mask(self) -> np.ndarray:
-        """Which part of its rectangle it fills: float32 (height, width) in [0, 1]."""
+        """Opacity within its rectangle, float32 (height, width) in [0, 1]."""
         if self.number is None:
             return sprites.sprite(self.kind, self.size, self.variant)
         return sprites.sign_masks(self.kind, self.number, self.size)[0]
 
     @property
     def ink(self) -> np.ndarray:
-        """Where the number on a card or plate is: float32 (height, width) in [0, 1]."""
+        """Opacity of the number on a card or plate, float32 (height, width) in [0, 1]."""
         if self.number is None:
             raise ValueError(f"there is no number on a {self.kind}")
         return sprites.sign_masks(self.kind, self.number, self.size)[1]
@@ -87,7 +87,7 @@ def draw_contents(rng: random.Random, level: Level = STANDARD) -> Contents:
 
 
 def steer(contents: Contents, rng: random.Random, family: str, answer: str) -> None:
-    """Change a few properties, in place, so that a question of ``family`` with ``answer`` becomes likely."""
+    """Change properties, in place, to make a question of ``family`` with ``answer`` likely."""
     if family in _STEERING:
         _STEERING[family](contents, rng, answer)
 
@@ -232,7 +232,7 @@ def _pick(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]:
 
 
 def bucket(contents: Contents, level: Level = STANDARD) -> int:
-    """Return the bucket of a scene, a digest of its objects: what questions can ask about, wherever it is."""
+    """Return the bucket of a scene, a digest of its objects, whatever their positions."""
     named = sorted([f"{kind} {colour} {number}" for kind, colour, number in contents])
     person = f"grip_env {level.name}".encode()[:16]
     return hashlib.blake2b("|".join(named).encode(), digest_size=4, person=person).digest()[0] % BUCKETS
@@ -240,7 +240,10 @@ def bucket(contents: Contents, level: Level = STANDARD) -> int:
 
 @cache
 def _rectangle(height: int, width: int, row: int) -> int:
-    """Return the bits of a rectangle and a margin of one, in the top left corner of a board ``row`` bits wide."""
+    """Return the bits of a rectangle with a margin of one pixel, at the top left of a board.
+
+    A row of the board has ``row`` bits.
+    """
     return sum(((2 << width) - 1) << (line * row) for line in range(height + 1))
 
 

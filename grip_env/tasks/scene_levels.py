@@ -16,7 +16,7 @@ CELL = 8
 
 @dataclass(frozen=True)
 class Level:
-    """How large and how full scenes are, and what can be asked of them."""
+    """Size and contents of scenes, and the questions that can be asked about them."""
 
     name: str
     """Of the task."""

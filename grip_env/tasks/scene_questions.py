@@ -1,4 +1,4 @@
-"""Question families about a scene: what can be asked, the right answer, and the things that decide it.
+"""Question families about scenes: questions, answers, and the things that decide them.
 
 Each family is a function of a scene's things, in the order in which they were placed. A question's premise ("the
 circle": there is exactly one) holds over everything in the scene, so that it has one right answer. The families from
@@ -56,9 +56,7 @@ def _single(things: Sequence[Thing]) -> list[tuple[str, int]]:
 def _signs(things: Sequence[Thing], kind: str) -> list[tuple[int, Thing]]:
     """Return the cards (or plates) that no other shares its colour with, and their indices."""
     found = [(index, thing) for index, thing in enumerate(things) if thing.kind == kind]
-    return [
-        (index, thing) for index, thing in found if sum(other.colour == thing.colour for _, other in found) == 1
-    ]
+    return [(index, thing) for index, thing in found if sum(other.colour == thing.colour for _, other in found) == 1]
 
 
 def _existence(things: Sequence[Thing]) -> list[Question]:
@@ -149,7 +147,9 @@ def _same(things: Sequence[Thing]) -> list[Question]:
         asked.append(Question("same", text, "yes" if one.number == two.number else "no", (index, other)))
     for (kind, index), (other_kind, other) in permutations(_single(things), 2):
         text = f"are the {kind} and the {other_kind} the same color?"
-        asked.append(Question("same", text, "yes" if things[index].colour == things[other].colour else "no", (index, other)))
+        asked.append(
+            Question("same", text, "yes" if things[index].colour == things[other].colour else "no", (index, other))
+        )
     return asked
 
 

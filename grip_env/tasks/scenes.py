@@ -72,7 +72,7 @@ class Scene:
         return picture.reshape(side, side, 3)
 
     def coverage(self, index: int) -> np.ndarray:
-        """Return which share of each grid cell thing ``index`` covers: float32 (grid, grid) in [0, 1]."""
+        """Return the share of each grid cell that thing ``index`` covers, float32 (grid, grid)."""
         return coverage(self.things[index], self.level)
 
     def relevance(self, about: tuple[int, ...]) -> np.ndarray:
@@ -96,13 +96,13 @@ class Scene:
         return grade
 
     def questions(self, family: str, answer: str | None = None) -> list[Question]:
-        """List every question of ``family`` this scene can be asked, or those with the given answer."""
+        """Return the questions of ``family`` about this scene, or those with the given answer."""
         found = scene_questions.FAMILIES[family](self.things)
         return [question for question in found if answer is None or question.answer == answer]
 
 
 def coverage(thing: Thing, level: Level = STANDARD) -> np.ndarray:
-    """Return which share of each grid cell a thing covers: float32 (grid, grid) in [0, 1]."""
+    """Return the share of each grid cell that a thing covers, float32 (grid, grid)."""
     (row, above), (column, before) = divmod(thing.top, CELL), divmod(thing.left, CELL)
     rows, columns = -(-(above + thing.size) // CELL), -(-(before + thing.width) // CELL)
     block = np.zeros((rows * CELL, columns * CELL), dtype=np.float32)  # the cells it touches

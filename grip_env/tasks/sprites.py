@@ -153,7 +153,7 @@ GLYPH_WIDTH = 12
 
 @cache
 def sign_masks(kind: str, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the opacity of a sign and of the number on it, each float32 (size, width) in [0, 1].
+    """Return the opacity of a sign and of its number, each float32 (size, width) in [0, 1].
 
     Args:
         kind: "card", as wide as high, with one digit; "plate", wider, with two.

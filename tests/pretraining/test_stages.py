@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from grip_env.pretraining.embedded_models import build_tokenizer, task_words
 from grip_env.pretraining.language_stage import (
     EncodedScenes,
     LanguageStage,
@@ -18,7 +19,6 @@ from grip_env.pretraining.language_stage import (
     forward_packed,
     random_subset,
 )
-from grip_env.pretraining.embedded_models import build_tokenizer, task_words
 from grip_env.pretraining.training_loop import run_stage
 from grip_env.pretraining.vision_stage import DenseBatch, dense_labels, draw_scenes, normalise, vision_tokens
 from grip_env.tasks.base import Example
