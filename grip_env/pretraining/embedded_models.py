@@ -70,7 +70,7 @@ class Size:
 
 
 TINY = Size("tiny", STANDARD, 4, 512, "", Schedule(2200, 1.5e-3, 3000, 1e-3, 600))
-SMALL = Size("small", HARD, 8, 640, "tiny", Schedule(400, 5e-4, 1800, 1e-3, 600))
+SMALL = Size("small", HARD, 8, 640, "tiny", Schedule(400, 5e-4, 1400, 8e-4, 300))
 SIZES = {"tiny": TINY, "small": SMALL}
 """The embedded models by name."""
 

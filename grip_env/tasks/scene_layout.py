@@ -134,9 +134,11 @@ def _steer_shape(contents: Contents, rng: random.Random, answer: str) -> None:
     used = [colour for _, colour, _ in contents]
     if len(contents) > 2 * len(COLOURS):  # so many that hardly one has a colour of its own: give one of the shapes one
         index = _any(rng, [index for index, kind in enumerate(kinds) if renamed.get(kind, kind) == answer])
-        others = [other for other in COLOURS if other != used[index]]
         for place, colour in enumerate(used):
             if colour == used[index] and place != index:
+                # cards differ from cards in colour, and plates from plates
+                alike = [] if place < len(kinds) else [contents[i][1] for i in _named(contents, contents[place][0])]
+                others = [other for other in COLOURS if other not in (colour, *alike)]
                 _recolour(contents, place, others[_below(rng, len(others))])
 
 

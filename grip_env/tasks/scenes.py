@@ -34,7 +34,8 @@ __all__ = [
     "plural",
 ]
 
-GRID, SIDE, FAMILIES, CHOICES = STANDARD.grid, STANDARD.side, STANDARD.families, STANDARD.choices
+GRID, SIDE, FAMILIES = STANDARD.grid, STANDARD.side, STANDARD.families
+CHOICES = {family: STANDARD.choices[family] for family in FAMILIES}
 """Of the standard level: cells of the relevance grid and pixels along a side, question families and their answers."""
 
 _SIZES = {"train": 1_000_000, "validation": 12_000, "test": 12_000}
@@ -138,16 +139,16 @@ class SceneTask:
 
     splits = ("train", "validation", "test")
 
-    def __init__(self, families: Sequence[str] = (), level: str | Level = "standard") -> None:
+    def __init__(self, families: Sequence[str] | None = None, level: str | Level = "standard") -> None:
         if isinstance(level, str) and level not in LEVELS:
             raise ValueError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
         self.level = LEVELS[level] if isinstance(level, str) else level
         self.name = self.level.name
         known = (*self.level.families, *self.level.more_families)
-        unknown = sorted(set(families) - set(known))
-        if unknown:
+        self.families = self.level.families if families is None else tuple(families)
+        unknown = sorted(set(self.families) - set(known))
+        if unknown or not self.families:
             raise ValueError(f"unknown question families {unknown}: choose from {', '.join(known)}")
-        self.families = tuple(families) or self.level.families
 
     def size(self, split: str) -> int:
         """Return the number of examples in ``split``."""
