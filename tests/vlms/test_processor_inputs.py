@@ -224,7 +224,7 @@ def test_attention_of_unknown_images_is_refused() -> None:
     vlm = make("llava")
     pruner = Pruner(vlm, ScorerSelector(Scorer(ScorerConfig(token_width=vlm.width))))
     text, images, _ = split_inputs(process(pruner, examples(1)))
-    with pytest.raises(ValueError, match="images once more"):
+    with pytest.raises(ValueError, match="on the images again"):
         vlm.attention(encode_inputs(vlm, text, images))
 
 

@@ -209,7 +209,7 @@ def test_counts_out_of_range_and_unknown_images_are_refused(name: str, llava: Hu
     blind = dataclasses.replace(
         encoded, examples=[dataclasses.replace(one, image=np.zeros((0, 0, 3), np.uint8)) for one in encoded.examples]
     )
-    with pytest.raises(ValueError, match="images once more"):
+    with pytest.raises(ValueError, match="on the images again"):
         replace(REPLACERS[name], llava, blind, [1, 1])
 
 

@@ -293,7 +293,7 @@ def test_a_new_field_of_transformers_is_refused_until_it_is_known(
         self.look_ahead = more.get("look_ahead")
 
     monkeypatch.setattr(GenerationConfig, "__init__", init)
-    with pytest.raises(ValueError, match="look_ahead=3 is not an option"):
+    with pytest.raises(ValueError, match="look_ahead=3 is not known to give correct answers"):
         llava.generate(**process(llava, examples(1)), max_new_tokens=2, look_ahead=3)
 
 
