@@ -20,6 +20,7 @@ from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
 from agents.training.options import OPTIONS, options_of
+from agents.training.snapshot import Snapshot
 from grip_env.rewards.terms import Reward
 from grip_env.tasks.base import Task
 from grip_env.vlms.base import Encoded, FrozenVLM
@@ -247,6 +248,20 @@ class ScorerAgent:
     def learn(self) -> Iterator[Any]:
         """Train; see :class:`Agent`."""
         return cast(Iterator[Any], self._algorithm.train())
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the training after its last step."""
+        return cast(Snapshot, self._algorithm.snapshot())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue a training where :meth:`snapshot` was taken.
+
+        :meth:`learn` then yields the steps that follow.
+
+        Raises:
+            ValueError: If it is of another training.
+        """
+        self._algorithm.restore(snapshot)
 
     def save(self, folder: Path) -> None:
         """Save the scorer; see :class:`Agent`."""

@@ -25,14 +25,16 @@ from typing import NamedTuple
 
 import torch
 
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth, readable
 from agents.ordered_subset import OrderedSubset, as_subsets
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.training.grpo_config import PRESETS, GRPOConfig, Objective
 from agents.training.imitation import Imitation, as_warm_up
+from agents.training.objective import advantages, policy_objective, surrogate
 from agents.training.options import check_batch
+from agents.training.snapshot import Snapshot
 from agents.training.value_baseline import ValueBaseline
 from grip_env.common.finite import named_step
 from grip_env.rewards.judging import RewardScorer
@@ -52,100 +54,6 @@ __all__ = [
     "policy_objective",
     "surrogate",
 ]
-
-
-def advantages(
-    rewards: torch.Tensor,
-    scale: str = "group",
-    floor: float = 0.1,
-    baseline: str = "group_mean",
-    value: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the advantage of each subset over its baseline, (B, G).
-
-    Args:
-        rewards: float (B, G).
-        scale: Divide by the root mean square of the differences in the "group" or in the whole "batch", or do not
-            divide ("none"). With the group's mean as baseline, "group" divides by the group's standard deviation.
-            TRL's "group" has Bessel's correction (G - 1); its "batch" is the deviation of raw rewards, not of
-            differences.
-        floor: Added to that root mean square.
-        baseline: "group_mean" (the mean of all G rewards), "leave_one_out" (the mean of the other G - 1, which makes
-            the differences G / (G - 1) times as large) or "learned".
-        value: The learned baseline, float (B,); ``None`` for the other baselines.
-
-    Raises:
-        ValueError: If the scale or baseline is unknown, or ``value`` does not match the baseline.
-
-    >>> advantages(torch.tensor([[1.0, 3.0]]), "none")
-    tensor([[-1.,  1.]])
-    >>> advantages(torch.tensor([[1.0, 3.0]]), "none", baseline="leave_one_out")
-    tensor([[-2.,  2.]])
-    """
-    if (baseline == "learned") != (value is not None):
-        raise ValueError(f"the learned baseline has a value, and no other; got baseline={baseline!r}, value={value}")
-    if value is not None:
-        centred = rewards - value[:, None]
-    else:
-        centred = rewards - rewards.mean(1, keepdim=True)
-        if baseline == "leave_one_out":
-            centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
-        elif baseline != "group_mean":
-            raise ValueError(f"unknown baseline {baseline!r}: choose group_mean, leave_one_out or learned")
-    if scale == "group":
-        return centred / (centred.square().mean(1, keepdim=True).sqrt() + floor)
-    if scale == "batch":
-        return centred / (centred.square().mean().sqrt() + floor)
-    if scale == "none":
-        return centred
-    raise ValueError(f"unknown advantage scale {scale!r}: choose group, batch or none")
-
-
-def surrogate(
-    log_prob: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
-) -> torch.Tensor:
-    """Return the clipped surrogate objective of each subset, in the shape of the inputs.
-
-    The objective is to be maximised.
-
-    Sources: Schulman et al., "Proximal policy optimization algorithms", 2017; separate clipping bounds: Yu et al.
-    (DAPO), 2025.
-    """
-    ratio = (log_prob - old).exp()
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-
-
-def policy_objective(
-    policy: KSubset | OrderedSubset,
-    log_prob: torch.Tensor,
-    old: torch.Tensor,
-    advantage: torch.Tensor,
-    settings: Objective,
-    counted: torch.Tensor | None = None,
-    reference: KSubset | OrderedSubset | None = None,
-) -> torch.Tensor:
-    """Return the objective that one update maximises, a scalar.
-
-    It is the mean surrogate, minus the weighted KL to the reference, plus the weighted entropy per kept token. KL and
-    entropy apply to the k-subset distribution only; neither is known if tokens are chosen one after another.
-
-    Args:
-        policy: Distribution over the subsets of B examples.
-        log_prob: Log-probabilities of the subsets drawn, (G, B).
-        old: Log-probabilities at the time they were drawn, (G, B).
-        advantage: (G, B).
-        settings: Clipping and weights.
-        counted: Examples whose groups count in the surrogate, bool (B,); all by default. KL and entropy are over all.
-        reference: Reference distribution of the KL; needed if the KL has a weight.
-    """
-    each = surrogate(log_prob, old, advantage, settings.clip_low, settings.clip_high)
-    # without any counted group this is 0 with a gradient of 0, so that KL and entropy still act
-    result = each.mean() if counted is None else (each * counted).sum() / (len(each) * counted.sum()).clamp_min(1)
-    if settings.kl_weight and isinstance(policy, KSubset) and isinstance(reference, KSubset):
-        result = result - settings.kl_weight * torch.distributions.kl_divergence(policy, reference).mean()
-    if settings.entropy_weight and isinstance(policy, KSubset):
-        result = result + settings.entropy_weight * (policy.entropy() / policy.k).mean()
-    return result
 
 
 class Rollouts(NamedTuple):
@@ -239,6 +147,9 @@ class GRPO:
         self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
         self._generator = self._warm_up.generator
         self._reference: Scorer | None = None
+        self._learner: Learner | None = None
+        self._critic: ValueBaseline | None = None
+        self._done = 0
 
     @property
     def rewards(self) -> RewardScorer:
@@ -251,11 +162,52 @@ class GRPO:
         The scorer can be used after any step.
         """
         yield from self._warm_up.imitate("warmup", self.rewards.agreement)
+        self._begin()
+        yield from self._optimise()
+
+    def _begin(self) -> None:
+        """Make what policy optimisation needs beyond the warm-up, unless it is there."""
+        config = self.config
+        if self._learner is not None:
+            return
+        device = next(self.scorer.parameters()).device
+        self._learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
         if self.settings.kl_weight:
-            self._reference = Scorer(self.scorer.config).to(next(self.scorer.parameters()).device)
+            self._reference = Scorer(self.scorer.config).to(device)
             self._reference.load_state_dict(self.scorer.state_dict())
             self._reference.eval().requires_grad_(False)
-        yield from self._optimise()
+        if self.settings.baseline == "learned":
+            options = (config.value_learning_rate, config.max_gradient_norm, config.steps, self.seed, device)
+            self._critic = ValueBaseline(self.scorer.config, *options)
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
+        parts = {
+            "warmup": self._warm_up.snapshot(),
+            "learner": None if self._learner is None else self._learner.snapshot(),
+            "reference": None if self._reference is None else Snapshot.of_module(self._reference),
+            "critic": None if self._critic is None else self._critic.snapshot(),
+        }
+        return Snapshot.join(parts, done=self._done)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken.
+
+        :meth:`train` then yields the steps that follow.
+
+        Raises:
+            ValueError: If it is of another training.
+        """
+        self._warm_up.restore(snapshot.part("warmup"))
+        self._done = snapshot.about["done"]
+        if "learner" in snapshot.about:
+            self._begin()
+            assert self._learner is not None
+            self._learner.restore(snapshot.part("learner"))
+        if self._reference is not None:
+            snapshot.part("reference").load_into(self._reference)
+        if self._critic is not None:
+            self._critic.restore(snapshot.part("critic"))
 
     def draw_counts(self, encoded: Encoded) -> torch.Tensor:
         """Draw a subset size for each example, long (B,); see :func:`~agents.learning.draw_counts`."""
@@ -282,6 +234,12 @@ class GRPO:
         """
         config, candidates = self.config, self.settings.candidates
         encoded, full = self.pool.batch(config.instances * candidates, self.rewards.agreement)
+        unread = len(encoded)
+        if len(rows := readable(encoded, config.on_nan)) < unread:
+            encoded, full = encoded[rows], full[rows]
+        unread -= len(rows)
+        if not len(rows):
+            return None
         counts = self.draw_counts(encoded)
         with torch.set_grad_enabled(candidates == 1):
             policy = self._policy(self.scorer, encoded, counts)
@@ -315,7 +273,7 @@ class GRPO:
                 encoded, counts, reward = encoded[good], counts[good], reward[good]
                 actions = self._only(actions, good, counts)
                 policy = self._policy(self.scorer, encoded, counts)
-        return Rollouts(encoded, counts, policy, actions, reward, seen, seconds, skipped)
+        return Rollouts(encoded, counts, policy, actions, reward, seen, seconds, skipped + unread)
 
     def _good(self, encoded: Encoded, scores: Scores, full: Scores, reward: torch.Tensor) -> torch.Tensor:
         """Return the rows whose scores and rewards are all finite, long."""
@@ -327,19 +285,15 @@ class GRPO:
         return actions[:, rows, : int(counts.max())] if self.settings.in_turn else actions[:, rows]
 
     def _optimise(self) -> Iterator[Metrics]:
-        config, settings = self.config, self.settings
-        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
-        critic = None
-        if settings.baseline == "learned":
-            device = next(self.scorer.parameters()).device
-            options = (config.value_learning_rate, config.max_gradient_norm, config.steps, self.seed, device)
-            critic = ValueBaseline(self.scorer.config, *options)
+        config, settings, learner, critic = self.config, self.settings, self._learner, self._critic
+        assert learner is not None
         self.scorer.train()
-        for step in range(config.steps):
+        for step in range(self._done, config.steps):
             learner.begin(step)
             started = time.perf_counter()
             with named_step(self.phase, step):
                 drawn = self._draw()
+            self._done = step + 1
             if drawn is None:
                 continue
             encoded, counts, policy, actions, reward, seen, scoring, skipped = drawn

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from agents.training.options import OnNaN
+from agents.training.snapshot import Snapshot
 from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.envs.core.sampling import tokens_in_budget
 from grip_env.vlms.base import Encoded
 
-__all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth"]
+__all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth", "readable"]
 
 
 @dataclass
@@ -47,6 +48,14 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             network.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the optimiser; the network is not in it."""
+        return Snapshot.of_optimizer(self._optimizer)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken, with the network as it was then."""
+        snapshot.load_into_optimizer(self._optimizer)
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 0."""
@@ -94,6 +103,20 @@ def finite_rows(values: torch.Tensor, what: str, encoded: Encoded, on_nan: OnNaN
             "out with on_nan='skip' (--ALGORITHM.on-nan skip)"
         )
     return good
+
+
+def readable(encoded: Encoded, on_nan: OnNaN) -> torch.Tensor:
+    """Return the rows of examples whose encoded images and questions are finite, long (R,).
+
+    Args:
+        encoded: B examples.
+        on_nan: See :func:`finite_rows`.
+
+    Raises:
+        NonFiniteError: With "stop", if there is another; the message names it.
+    """
+    good = finite_rows(encoded.tokens, "a visual token", encoded, on_nan)
+    return (good & finite_rows(encoded.question, "an embedding of the question", encoded, on_nan)).nonzero()[:, 0]
 
 
 def draw_counts(

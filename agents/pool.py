@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from tqdm import tqdm
 
+from agents.training.snapshot import Snapshot
 from grip_env.rewards.judging import full_scores
-from grip_env.tasks.base import Task
+from grip_env.tasks.base import Example, Task
 from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 __all__ = ["BACKWARD", "ExamplePool", "ForwardCounter"]
@@ -53,6 +57,7 @@ class ForwardCounter:
 
 
 PART = 128  # examples encoded or scored per call
+MOST = 10_000_000  # examples that a pool may hold; each takes kilobytes of memory
 
 
 class ExamplePool:
@@ -85,6 +90,10 @@ class ExamplePool:
     ) -> None:
         if size < 1 or reuse < 1:
             raise ValueError(f"size and reuse must be at least 1; got size={size}, reuse={reuse}")
+        if size > MOST:
+            raise ValueError(
+                f"a pool holds its examples in memory, {MOST:,} at most; got {size}: choose a smaller pool"
+            )
         self.vlm, self.task, self.split, self.size, self.reuse = vlm, task, split, size, reuse
         self._progress = progress
         self.compute = ForwardCounter()
@@ -94,6 +103,46 @@ class ExamplePool:
         self._calls = 0
         self._full: Scores | None = None  # with all tokens, (size, 1)
         self._first_token = False
+        self._groups: list[torch.Tensor] = []  # indices of the examples that were encoded together, oldest first
+        self._dropped = 0  # examples of the first group that are not held any more
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples that are held, the oldest first."""
+        return [] if self._held is None else self._held.examples
+
+    def snapshot(self) -> Snapshot:
+        """Return the examples that the pool holds and their scores, without features."""
+        about: dict[str, Any] = {"calls": self._calls, "dropped": self._dropped, "first_token": self._first_token}
+        tensors = {f"groups/{index}": group for index, group in enumerate(self._groups)}
+        if self._held is not None and self._full is not None:
+            about["widths"] = self._held.widths()
+            tensors |= {f"full/{name}": value for name, value in vars(self._full).items() if value is not None}
+        tensors["generator"] = self._generator.get_state()
+        return Snapshot(tensors, about | {"forwards": self.compute.forwards})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Hold the examples again that were held when :meth:`snapshot` was called."""
+        tensors, about = snapshot
+        self._generator.set_state(tensors["generator"])
+        self._calls, self._dropped, self._first_token = about["calls"], about["dropped"], about["first_token"]
+        self.compute.forwards = about["forwards"]
+        self._groups = [
+            tensors[f"groups/{index}"] for index in range(sum(key.startswith("groups/") for key in tensors))
+        ]
+        if self._groups:
+            # together as before: what else is in a batch may change the last bits of features
+            encoded = Encoded.concatenate([self._encode(group) for group in self._bar(self._groups)])
+            self._held = encoded[slice(self._dropped, None)].widened(about["widths"])
+            full = {key.removeprefix("full/"): value for key, value in tensors.items() if key.startswith("full/")}
+            self._full = Scores(**{name: value.to(encoded.tokens.device) for name, value in full.items()})
+
+    def _bar(self, groups: Sequence[torch.Tensor]) -> tqdm[torch.Tensor]:
+        shown = self._progress and self._held is None
+        return tqdm(groups, desc="encoding examples", leave=False, dynamic_ncols=True, disable=not shown)
+
+    def _encode(self, group: torch.Tensor) -> Encoded:
+        return self.vlm.encode([self.task.example(self.split, int(index)) for index in group])
 
     def _score(self, encoded: Encoded) -> Scores:
         self.compute.add(len(encoded))
@@ -102,17 +151,11 @@ class ExamplePool:
     def _draw(self, count: int) -> tuple[Encoded, Scores]:
         indices = torch.randint(self.task.size(self.split), (count,), generator=self._generator)
         parts, full = [], []
-        bar = tqdm(
-            indices.split(PART),
-            desc="encoding examples",
-            leave=False,
-            dynamic_ncols=True,
-            disable=not self._progress or self._held is not None,
-        )
-        for rows in bar:
-            encoded = self.vlm.encode([self.task.example(self.split, int(index)) for index in rows])
+        for group in self._bar(indices.split(PART)):
+            encoded = self._encode(group)
             full.append(self._score(encoded))
             parts.append(encoded)
+            self._groups.append(group.clone())
         return Encoded.concatenate(parts), Scores.concatenate(full)
 
     def batch(self, count: int, first_token: bool = False) -> tuple[Encoded, Scores]:
@@ -134,6 +177,9 @@ class ExamplePool:
             new, full = self._draw(fresh)
             self._held = Encoded.concatenate([self._held[slice(fresh, None)], new])
             self._full = Scores.concatenate([self._full[slice(fresh, None)], full])
+            self._dropped += fresh
+            while self._dropped >= len(self._groups[0]):
+                self._dropped -= len(self._groups.pop(0))
         self._calls += 1
         rows = torch.randperm(len(self._held), generator=self._generator)[:count]
         return self._held[rows], self._full[rows]

@@ -258,8 +258,12 @@ class Scorer(nn.Module):
         return x
 
     def score(self, encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
-        """Score the tokens of encoded examples at the given counts (B,): float (B, N)."""
-        return self(*ScorerInputs.of(encoded, counts))
+        """Score the tokens of encoded examples at the given counts (B,): float (B, N).
+
+        Raises:
+            NonFiniteError: If a score is NaN or infinite.
+        """
+        return _finite(self(*ScorerInputs.of(encoded, counts)))
 
     def policy(self, encoded: Encoded, counts: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
         """Return the distribution over selections of encoded examples, as set by ``in_turn``.
@@ -274,9 +278,7 @@ class Scorer(nn.Module):
     def decide(self, inputs: ScorerInputs, counts: torch.Tensor, temperature: float = 1.0) -> KSubset | OrderedSubset:
         """Return the distribution over selections for given inputs; see :meth:`policy`."""
         features = self.features(*inputs)
-        scores = self.rate(features, inputs.token_mask) / temperature
-        if not bool(scores.detach().isfinite().all()):
-            raise NonFiniteError("scores of the scorer are NaN or infinite: look at its weights and at what it reads")
+        scores = _finite(self.rate(features, inputs.token_mask) / temperature)
         if self.interaction is None:
             return KSubset(scores, counts, mask=inputs.token_mask, validate_args=False)
         return OrderedSubset(
@@ -341,6 +343,12 @@ class Scorer(nn.Module):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
             raise ValueError(f"the scorer in {folder} is damaged ({reason}): train it again or copy it anew") from error
         return scorer.eval()
+
+
+def _finite(scores: torch.Tensor) -> torch.Tensor:
+    if not bool(scores.detach().isfinite().all()):
+        raise NonFiniteError("scores of the scorer are NaN or infinite: try a lower learning rate")
+    return scores
 
 
 def selector_flops(config: ScorerConfig, words: int, tokens: int) -> int:

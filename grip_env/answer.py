@@ -23,6 +23,7 @@ from grip_env.cli import (
     writing,
 )
 from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
 from grip_env.run_folder.folder import make_folder
@@ -92,7 +93,7 @@ def answer(config: Config) -> tuple[Answer, Answer]:
     Raises:
         CommandError: If an option is wrong, or the image, the model or the agent cannot be read.
     """
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(1, max_new_tokens=config.max_new_tokens)
     if not 0 < config.budget <= 1:
         raise CommandError(f"--budget is a share of the visual tokens in (0, 1]; got {config.budget:g}")
@@ -105,13 +106,10 @@ def answer(config: Config) -> tuple[Answer, Answer]:
         image = read_picture(config.image, MAX_PIXELS)
     except PictureError as error:
         raise CommandError(f"--image {config.image} {error}") from None
-    import torch
     from PIL import Image
 
     from agents.pruner import Pruner, load_agent
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     vlm = load_model(config)
     say_unfinished(config.run)
     try:

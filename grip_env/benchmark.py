@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed, print_result, print_verdicts
+from grip_env.cli import (
+    check_agents_package,
+    check_at_least,
+    interruptible,
+    parsed,
+    print_result,
+    print_verdicts,
+)
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.reports.comparison import Margin
 from grip_env.reports.saved_runs import read_log
@@ -216,7 +224,7 @@ def main() -> None:
 
 def _run(config: Config) -> None:
     check_agents_package()
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(1, seeds=len(config.seeds), examples=config.examples)
     from grip_env.reports.comparison import AGENT
 

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import tyro
 
 from grip_env.common import stopping
-from grip_env.common.arguments import plain_arguments
+from grip_env.common.arguments import check_paths, plain_arguments, shortened
 from grip_env.common.atomic_files import write_atomically
+from grip_env.common.devices import find_device
 from grip_env.common.errors import CommandError
 from grip_env.common.output import choose_output, end_output, print_result, quieten, say
 from grip_env.common.plugins import importable_from_here
@@ -27,8 +28,6 @@ from grip_env.run_folder.folder import make_folder, versions
 from grip_env.run_folder.status import unfinished
 
 if TYPE_CHECKING:
-    import torch
-
     from agents.agent import Agent
     from grip_env.tasks.base import Task
     from grip_env.tasks.files import FileTask
@@ -116,6 +115,7 @@ def parsed(
     arguments: Sequence[str] | None = None,
     lists: Sequence[str] = (),
     description: str | None = None,
+    default: _T | None = None,
 ) -> _T:
     """Parse the command-line arguments of a command.
 
@@ -129,6 +129,7 @@ def parsed(
         arguments: Arguments to parse; by default, the command line's.
         lists: Names of text options whose comma-separated values may be separated by spaces as well.
         description: Beginning of the help; by default, the dataclass's docstring.
+        default: Values of the options that are not given; by default, the dataclass's own.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
@@ -137,11 +138,13 @@ def parsed(
     quiet, as_json = "--quiet" in given, "--json" in given
     given = [argument for argument in given if argument not in ("--quiet", "--json")]
     said = f"{inspect.cleandoc(description or config.__doc__ or '')}\n\n{EVERYWHERE}"
-    found = tyro.cli(config, description=said, prog=prog, args=plain_arguments(given, config, lists))
+    plain = plain_arguments(given, config, lists)
+    found: Any = tyro.cli(config, description=said, prog=prog, args=plain, default=default)
     if quiet and hasattr(found, "progress"):
         found.progress = False
+    check_paths(found)
     choose_output(quiet, as_json)
-    return found
+    return cast(_T, found)
 
 
 def check_at_least(least: int, **options: int) -> None:
@@ -269,34 +272,20 @@ def say_unfinished(agent: Path | None) -> None:
         say(f"note: {described}", error=True)
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device of this name ("auto": a CUDA device if there is one), or stop and say why not."""
+def load_model(config: ModelConfig) -> HuggingFaceVLM:
+    """Load the frozen model, or stop with an error."""
     import torch
 
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(automatic if name == "auto" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        reason = "there is no such device" if reason.startswith("Expected one of") else reason
-        raise CommandError(f"cannot use --device {name!r} ({reason}): choose cpu, or leave it out") from None
-    return device
-
-
-def load_model(config: ModelConfig) -> HuggingFaceVLM:
-    """Return the frozen model, or stop and say what is wrong."""
     from grip_env.vlms import load_vlm
     from grip_env.vlms.cache.images import PictureCache
 
     device = find_device(config.device)
     if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise CommandError("--attn-implementation flash_attention_2 needs flash-attn: install it, or use sdpa")
+    if not 1 <= config.cache_gib * 2**30 <= 2**50:
         raise CommandError(
-            "--attn-implementation flash_attention_2 needs the package flash-attn: install it, or use sdpa"
-        )
-    if not 0 < config.cache_gib <= 2**20:
-        raise CommandError(
-            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g}: leave out --cache for none"
+            f"--cache-gib must be above 0 and at most 1,048,576; got {config.cache_gib:g} (a byte is 9.3e-10): leave "
+            "out --cache for none"
         )
     try:
         cache = None if config.cache is None else PictureCache(config.cache, int(config.cache_gib * 2**30))
@@ -377,15 +366,11 @@ def _check_splits(task: FileTask, splits: Sequence[str]) -> None:
 def check_name(name: str) -> None:
     """Stop with an error if ``--name`` cannot name a folder or be passed to other commands."""
     if Path(name).name != name or name in (".", ".."):
-        raise CommandError(f"--name is the name of a folder in --runs, without '/'; got {_short(name)}")
+        raise CommandError(f"--name is the name of a folder in --runs, without '/'; got {shortened(name)}")
     if not name.isprintable() or name.startswith("-"):
-        raise CommandError(f"--name must have printable characters only and not begin with '-'; got {_short(name)}")
+        raise CommandError(f"--name must have printable characters only and not begin with '-'; got {shortened(name)}")
     if len(os.fsencode(name)) > 255:
-        raise CommandError(f"--name must have at most 255 bytes; got {len(os.fsencode(name))}: {_short(name)}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")
+        raise CommandError(f"--name must have at most 255 bytes; got {len(os.fsencode(name))}: {shortened(name)}")
 
 
 def find_algorithm(name: str) -> type[Agent]:

@@ -21,6 +21,7 @@ from grip_env.cli import (
     writing,
 )
 from grip_env.common.atomic_files import content_of, folder_on_disk, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.common.plugins import importable_from_here
 from grip_env.reports.comparison import AGENT, BUDGETS, WARMUP, Comparison, compare
@@ -188,7 +189,7 @@ def _try(name: str, policy: Runnable, vlm: HuggingFaceVLM, first: Encoded) -> No
         one = torch.ones_like(first.lengths)  # on the model's device, as all inputs of a policy
         chosen = run_method(policy, vlm, first, one, torch.Generator())
         vlm.score(first, chosen[:, None])  # type: ignore[index]
-    except Exception as error:  # any error here is the policy's
+    except (Exception, SystemExit) as error:  # any error here is the policy's
         raise CommandError(
             f"--policies {name} fails on the first example with one token to keep: {type(error).__name__}: {error}"
         ) from None
@@ -265,12 +266,11 @@ def evaluate(config: Config) -> Comparison:
     Raises:
         CommandError: If an option is wrong, or a run, its agent, its model or its data cannot be read.
     """
-    import torch
 
     from grip_env.tasks.files import DataError
 
     check_at_least(1, examples=config.examples)
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     if not config.budgets or not all(0 < budget <= 1 for budget in config.budgets):
         raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {config.budgets}")
     if not config.runs and not config.policies:
@@ -281,8 +281,6 @@ def evaluate(config: Config) -> Comparison:
     _check_algo(config.algo, runs)
     for run in runs:
         say_unfinished(run.path)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     vlm, task = _model_and_task(config, runs[0] if runs else None)
     # a separate folder, so that evaluating on validation does not replace the report written by training
     parts = [task.name] if config.data is not None else []
@@ -367,7 +365,12 @@ def main() -> None:
     with interruptible("interrupted; nothing was written."):
         config = parsed(Config, "python -m grip_env.evaluate", lists=("policies", "algo"))
         check_agents_package()
-        evaluate(config)
+        from grip_env.common.finite import NonFiniteError
+
+        try:
+            evaluate(config)
+        except NonFiniteError as error:
+            raise CommandError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from grip_env.cli import (
     writing,
 )
 from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
 from grip_env.run_folder.folder import make_folder, versions
@@ -264,7 +265,8 @@ def _check(config: Config) -> tuple[Reward, int]:
     from grip_env.exact.reward_table import count_subsets
     from grip_env.rewards.parsing import resolve_reward
 
-    check_at_least(0, threads=config.threads, seed=config.seed)
+    set_threads(config.threads)
+    check_at_least(0, seed=config.seed)
     check_at_least(1, rows=config.rows, columns=config.columns, examples=config.examples)
     blocks = config.rows * config.columns
     if not config.k or min(config.k) < 2 or max(config.k) >= blocks:
@@ -290,8 +292,6 @@ def landscape(config: Config) -> list[Terrain]:
     from grip_env.vlms.blocks import BlockVLM
     from grip_env.vlms.cache.tables import resolve_table_cache
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     inside, task = load_model_and_task(
         config, config.task, config.data, config.skip_bad, (config.split,), config.progress
     )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from grip_env.cli import check_agents_package, check_at_least, find_device, interruptible, parsed
+from grip_env.cli import check_agents_package, check_at_least, interruptible, parsed
 from grip_env.common import stopping
 from grip_env.common.atomic_files import replace_folder, write_atomically
+from grip_env.common.devices import find_device, set_threads
 from grip_env.run_folder.folder import make_folder
 
 if TYPE_CHECKING:
@@ -155,14 +156,12 @@ def main(config: Config) -> None:
     size = SIZES[config.size]
     given = {name: getattr(config, name) for name in vars(size.schedule)}
     schedule = replace(size.schedule, **{name: value for name, value in given.items() if value is not None})
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(1, vision_steps=schedule.vision_steps, vision_batch=config.vision_batch)
     check_at_least(1, language_steps=schedule.language_steps, language_batch=config.language_batch)
     check_at_least(1, test_examples=config.test_examples)
     device = find_device(config.device)
     folder, level, task = config.folder / size.name, size.level, SceneTask(level=size.level)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if config.card_only:
         table = landscape(load_vlm(size.name), task, "test", config.test_examples)
         print(format_landscape(table, config.test_examples, "test", level.grid**2))

@@ -27,6 +27,7 @@ from grip_env.cli import (
     print_verdicts,
     say_unfinished,
 )
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import ModelConfig
 
@@ -211,18 +212,15 @@ def main() -> None:
 
 def _run(config: Config) -> None:
     check_agents_package()
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(2, examples=config.examples)
     if not config.budgets or not all(0 < budget <= 1 for budget in config.budgets):
         given = " ".join(f"{budget:g}" for budget in config.budgets) or "nothing"
         raise CommandError(f"--budgets are shares of the visual tokens in (0, 1]; got {given}")
     check_out(config.out)
-    import torch
 
     from agents.pruner import load_agent
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     vlm, task = load_model_and_task(config, config.task, config.data, splits=(config.split,), progress=config.progress)
     say_unfinished(config.run)
     try:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from grip_env.cli import (
     check_agents_package,
@@ -23,23 +20,19 @@ from grip_env.cli import (
     note_written,
     parsed,
     print_result,
-    quieten,
     say,
 )
 from grip_env.common import stopping
-from grip_env.common.atomic_files import remove, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
-from grip_env.common.output import unread
+from grip_env.reports.live_run import LiveRun, Report
+from grip_env.reports.resuming import check_resumed, open_run, resumable_config
 from grip_env.run_folder.config import Config, options_name
 from grip_env.run_folder.folder import RunFolder, free_folder
-from grip_env.run_folder.status import RunStatus
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from agents.agent import Agent
     from grip_env.tasks.base import Task
-    from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
 __all__ = ["main", "parse", "train"]
@@ -48,21 +41,35 @@ __all__ = ["main", "parse", "train"]
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Parse command-line arguments: options of the command and of the chosen algorithm."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    names = [Config.algo]
-    for place, argument in enumerate(given):
-        if argument.startswith("--algo="):
-            names.append(argument.partition("=")[2])
-        elif argument == "--algo" and place + 1 < len(given):
-            names.append(given[place + 1])
-    name = names[-1]
+    resumed = _option(given, "resume")
+    earlier = None if not resumed else resumable_config(Path(resumed[-1]))
+    name = (_option(given, "algo") or [Config.algo if earlier is None else earlier.algo])[-1]
     options, key = _options_of(name), options_name(name)
     if key in {field.name for field in dataclasses.fields(Config)}:
         raise CommandError(f"--algo: {name!r} is also an option of this command: register the class by another name")
     fields = [(key, options, dataclasses.field(default_factory=options))] if dataclasses.fields(options) else []
     full = dataclasses.make_dataclass("Config", fields, bases=(Config,))
-    found: Any = parsed(full, "python -m grip_env.train", given, description=Config.__doc__)
+    default = None
+    if earlier is not None:
+        values = {field.name: getattr(earlier, field.name) for field in dataclasses.fields(Config)}
+        default = full(**values, **({key: earlier.options} if fields and name == earlier.algo else {}))
+    found: Any = parsed(full, "python -m grip_env.train", given, description=Config.__doc__, default=default)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Config)}
-    return Config(**(values | {"options": getattr(found, key, options())}))
+    config = Config(**(values | {"options": getattr(found, key, options())}))
+    if earlier is not None:
+        check_resumed(earlier, config)
+    return config
+
+
+def _option(given: Sequence[str], name: str) -> list[str]:
+    """Return the values of an option in a command line."""
+    found = []
+    for place, argument in enumerate(given):
+        if argument.startswith(f"--{name}="):
+            found.append(argument.partition("=")[2])
+        elif argument == f"--{name}" and place + 1 < len(given):
+            found.append(given[place + 1])
+    return found
 
 
 def _options_of(name: str) -> type[Any]:
@@ -98,15 +105,19 @@ def _train(config: Config) -> Path:
     from grip_env.rewards.parsing import resolve_reward
     from grip_env.tasks.files import FileTask
 
-    check_at_least(0, threads=config.threads, examples=config.examples, seed=config.seed)
+    set_threads(config.threads)
+    check_at_least(0, examples=config.examples, seed=config.seed)
     check_at_least(1, picture_every=config.picture_every)
     if config.seed >= 2**63:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
+    if not config.checkpoint_minutes > 0:
+        raise CommandError(f"--checkpoint-minutes must be above 0; got {config.checkpoint_minutes:g}")
+    earlier = None if config.resume is None else open_run(config.resume, algorithm)
     check_name(config.name)
-    if not free_folder(config.runs / config.name) and config.name:  # checked again below, as loading takes time
+    if (
+        earlier is None and not free_folder(config.runs / config.name) and config.name
+    ):  # checked again below, as loading takes time
         raise CommandError(f"{config.runs / config.name} already exists: choose another --name, or remove it")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     if config.data is None and config.skip_bad:
         raise CommandError("--skip-bad is about the rows of --data: give both, or neither")
@@ -148,16 +159,26 @@ def _train(config: Config) -> Path:
         f"{config.algo.replace(':', '.')[:100]}-{task.name[:60]}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     with stopping.held():
-        run = RunFolder(config.runs / (config.name or default), unique=not config.name)
-        note_written(run.path)
         about |= {"vlm": {"name": vlm.name, "checksum": checksum}}
         if (place := folder_of(config.algo)) is not None:
             about["algorithm"] = {"folder": place}  # evaluate may be started from elsewhere
-        run.write_config(saved_config(config), **about)
-        training = _Training(config, run, agent, vlm, task)
+        if earlier is None:
+            run = RunFolder(config.runs / (config.name or default), unique=not config.name)
+            note_written(run.path)
+            run.write_config(saved_config(config), **about)
+        else:
+            earlier.check(about)
+            run = RunFolder.reopen(earlier.path)
+            run.write_config(saved_config(config), **about, resumed=earlier.history())
+        training = LiveRun(config, run, agent, vlm, report_of(config, run, vlm, task))
         try:
-            training.keep()  # from here on, there is always an agent that evaluate can read
+            if earlier is None:
+                training.keep()  # from here on, there is always an agent that evaluate can read
+            else:
+                training.restore(earlier.snapshot)
             say(f"run: {run.path}")
+            if earlier is not None:
+                say(f"resumed at {run.status.trained}")
             if isinstance(task, FileTask):
                 say(f"data: {task.describe()}")
             training.learn(shown)
@@ -169,206 +190,16 @@ def _train(config: Config) -> Path:
     return run.path
 
 
-class _Training:
-    """Training of an agent and its run's folder, with signals deferred unless stated otherwise."""
+def report_of(config: Config, run: RunFolder, vlm: HuggingFaceVLM, task: Task) -> Report:
+    """Return a function that compares the agent with other methods on test examples."""
 
-    def __init__(self, config: Config, run: RunFolder, agent: Any, vlm: HuggingFaceVLM, task: Task) -> None:
-        from agents.agent import as_selector
-        from agents.learning import Metrics
+    def compare(selector: Any) -> None:
+        from grip_env.evaluate import report
 
-        self.config, self.run, self.agent, self.vlm, self.task = config, run, agent, vlm, task
-        self.selector: Any = as_selector(agent)
-        self.last = Metrics("start", 0)
-        self.bars: dict[str, tqdm[Any]] = {}
-        self.over = False
-        """True once training is finished and the agent is saved."""
-        self.broken_update = False
-        """True if an update of the weights may be incomplete."""
+        more: dict[str, Any] = {"progress": config.progress, "algorithm": config.algo}
+        report(run.path, vlm, task, selector, "test", config.examples, **more)
 
-    def status(self, state: str = "running", reason: str = "") -> RunStatus:
-        """Return the progress of the agent in memory."""
-        if self.last.phase == "start":
-            return RunStatus(state, reason=reason)
-        total = self.phases.get(self.last.phase)
-        return RunStatus(state, self.last.phase, self.last.step + 1, total, reason)
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """Number of steps of each phase, empty if the agent does not define them."""
-        return getattr(self.agent, "phases", {})
-
-    def keep(self, part: str = "agent") -> None:
-        """Save the agent in its current state."""
-        self.run.keep(self.agent, self.status(), part)
-
-    def learn(self, shown: Encoded) -> None:
-        """Train to the end, logging each step and saving checkpoints."""
-        from grip_env.reports.plots import draw_gallery
-        from grip_env.run_folder.tensorboard import Board
-
-        averages: dict[str, float] = {}
-
-        def checkpoint(step: int) -> None:
-            self.keep()
-            title = f"What the agent keeps, step {step}"
-            board.picture(
-                "kept tokens",
-                stopping.patiently(lambda: draw_gallery(self.vlm, shown, self.selector, title=title)),
-                step,
-            )
-
-        with Board(self.run.path) as board, stopping.whole_updates() as updating:
-            try:
-                steps = iter(self.agent.learn())
-                while (metrics := stopping.patiently(lambda: next(steps, None))) is not None:
-                    if metrics.phase not in self.bars:
-                        averages.clear()
-                        self._open_bar(metrics.phase)
-                    last = self.last = metrics
-                    self.run.log(last.phase, last.step, last.values)
-                    for key, value in last.values.items():
-                        board.scalar(f"{last.phase}/{key}", value, last.step)
-                        averages[key] = 0.9 * averages.get(key, value) + 0.1 * value
-                    self._update_bar(last.phase, averages)
-                    if last.phase == "warmup":
-                        if last.step + 1 == self.phases.get("warmup"):
-                            self.keep("warmup")  # now, as the next step already updates on a reward
-                            checkpoint(0)
-                    elif (last.step + 1) % self.config.picture_every == 0:
-                        checkpoint(last.step + 1)
-                    stopping.check()
-            finally:
-                self.broken_update = updating()
-                self._close_bars()
-            if self.last.phase != "warmup" and (self.last.step + 1) % self.config.picture_every:
-                checkpoint(self.last.step + 1)
-
-    def report(self) -> None:
-        """Mark the run as done, and compare the agent with other methods."""
-        self.run.write_status(self.status("done"))
-        self.over = True
-        with stopping.at_once():
-            if self.config.examples:
-                from grip_env.evaluate import report
-
-                about = self.config
-                report(
-                    self.run.path, self.vlm, self.task, self.selector, "test", about.examples,
-                    progress=about.progress, algorithm=about.algo,
-                )  # fmt: skip
-            if self.vlm.cache is not None:
-                print(self.vlm.cache.describe())
-
-    def stop(self, error: BaseException) -> NoReturn:
-        """Save as much as possible, print a one-line message, and exit."""
-        from grip_env.common.finite import NonFiniteError
-        from grip_env.envs.core.instances import RoomError
-        from grip_env.tasks.files import DataError
-
-        stopping.acknowledge()
-        self._close_bars()
-        interrupted = isinstance(error, KeyboardInterrupt)
-        unheard = isinstance(error, BrokenPipeError) and unread()
-        reason = str(error) or ("SIGINT" if interrupted else type(error).__name__)
-        if unheard:
-            reason = "nobody read its output any more"
-        elif not interrupted and not isinstance(error, DataError | RoomError | NonFiniteError | SystemExit):
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        reason = " ".join(reason.split())
-        status = RunStatus("interrupted" if interrupted or unheard else "failed", reason=reason)
-        if isinstance(error, NonFiniteError):  # the agent in memory may be broken
-            saved = f"the agent of the last checkpoint, {self._leave(status)}, is in {self.run.path}"
-        else:
-            saved = self._save_what_can_be(status)
-        if unheard:
-            quieten()
-            raise SystemExit(141) from None
-        if isinstance(error, SystemExit):
-            raise error
-        place = "the report" if self.over else self.last.phase
-        at = "before the first step" if place == "start" else f"in {place} at step {self.last.step + self.over}"
-        if interrupted:
-            say(f"\ninterrupted{'' if reason == 'SIGINT' else f' ({reason})'} {at}; {saved}")
-            raise SystemExit(getattr(error, "code", 130)) from None
-        text = f"stopped {at}: {reason}; {saved}"
-        if isinstance(error, DataError | RoomError | NonFiniteError):
-            raise CommandError(text) from None
-        say(f"error: {text}{self._write_traceback(error)}", error=True)
-        raise SystemExit(1) from error
-
-    def _save_what_can_be(self, status: RunStatus) -> str:
-        """Save the agent with the run's status, and return a message about the result."""
-        own = f" --algo {self.config.algo}" if ":" in self.config.algo else ""
-        compare = f"compare it with `python -m grip_env.evaluate {self.run.path}{own}`"
-        if self.over:
-            return f"the agent is trained and saved: {compare}"
-        place = self.run.path
-        current = self.status(status.state, status.reason)
-        told: list[str] = []
-        if self.broken_update:
-            told.append("an update of its weights broke off")
-        else:
-            for spare in (False, True):
-                try:
-                    if spare:  # full disk or read-only folder: save to a temporary folder instead
-                        self.run.path = Path(tempfile.mkdtemp(prefix="grip_env-"))
-                    self.run.keep(self.agent, current)
-                    if not spare:
-                        return (
-                            f"the agent so far is in {place}: {compare}"
-                            if current.phase
-                            else f"the agent in {place} has not finished its first step"
-                        )
-                    return f"{place} cannot be written ({told[0]}), so the agent so far is saved in {self.run.path}"
-                except Exception as error:
-                    told.append(" ".join((str(error) or type(error).__name__).split()))
-                    if spare:
-                        remove(self.run.path)
-            self.run.path = place
-        left = self._leave(status)
-        if (place / "agent").exists():
-            return f"the agent so far could not be saved ({told[0]}): the one in {place} is {left}"
-        return f"the agent so far could not be saved ({told[0]}), and there is no earlier one"
-
-    def _leave(self, status: RunStatus) -> str:
-        """Write the run's status, keep the saved agent, and return its progress in words."""
-        left = dataclasses.replace(self.run.status, state=status.state, reason=status.reason)
-        with contextlib.suppress(OSError):
-            self.run.write_status(left)
-        return f"that of {left.trained}" if left.phase else "untrained"
-
-    def _write_traceback(self, error: BaseException) -> str:
-        """Write the traceback of an error to a file, and return a message with its path."""
-        path = self.run.path / "traceback.txt"
-        try:
-            write_atomically(path, "".join(traceback.format_exception(error)))
-        except OSError:
-            return ""
-        return f"; where it happened: {path}"
-
-    def _open_bar(self, phase: str) -> None:
-        from tqdm import tqdm
-
-        self._close_bars()
-        self.bars[phase] = tqdm(
-            total=self.phases.get(phase),
-            desc={"warmup": "warm-up"}.get(phase, phase),
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.config.progress,
-        )
-
-    def _update_bar(self, phase: str, averages: dict[str, float]) -> None:
-        keys = {"reward": "reward", "log_likelihood_smallest_budgets": "ll@smallest", "loss": "loss"}
-        self.bars[phase].update()
-        self.bars[phase].set_postfix(
-            {label: f"{averages[key]:.3f}" for key, label in keys.items() if key in averages}, refresh=False
-        )
-
-    def _close_bars(self) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            for bar in self.bars.values():
-                bar.close()
+    return compare
 
 
 def saved_config(config: Config) -> dict[str, Any]:
@@ -381,7 +212,9 @@ def saved_config(config: Config) -> dict[str, Any]:
     """
     options = config.options
     content = dataclasses.asdict(
-        dataclasses.replace(config, options=options.resolved() if hasattr(options, "resolved") else options)
+        dataclasses.replace(
+            config, resume=None, options=options.resolved() if hasattr(options, "resolved") else options
+        )
     )
     return content | {options_name(config.algo): content.pop("options")}
 

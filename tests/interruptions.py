@@ -2,15 +2,18 @@
 
 A forked process saves an agent over and over until a signal stops it; then the agent on disk must load, be that of one
 single save, and be no older than what the run's status says. Whole trainings get Ctrl-C twice; then they must end soon,
-with the shell's exit code, in one line that is true.
+with the exit code of the shell, in one line that is true. Killed trainings are resumed, and must end as if they had not
+been.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +33,7 @@ from grip_env.common.atomic_files import folder_on_disk
 from grip_env.run_folder.folder import RunFolder
 from grip_env.run_folder.status import RunStatus, read_status
 
-__all__ = ["Config", "double", "main", "saves"]
+__all__ = ["Config", "double", "main", "resumed", "saves"]
 
 PARTS = 4
 
@@ -43,6 +46,8 @@ class Config:
     """Saves stopped by each of SIGINT, SIGTERM, SIGHUP and SIGKILL."""
     double: int = 20
     """Trainings that get Ctrl-C twice."""
+    kills: int = 20
+    """Times that each of three trainings is killed and resumed."""
     seed: int = 0
     """Decides the moments."""
 
@@ -188,6 +193,54 @@ def check_line(said: str, run: Path) -> None:
         assert json.loads((run / "config.json").read_text())["config"]["algo"] == "grpo"
 
 
+RESUMED = {
+    "grpo": "--grpo.steps 400",
+    "grpo with KL": "--grpo.steps 400 --grpo.no-in-turn --grpo.kl-weight 0.05",
+    "soft-top-k": "--soft-top-k.steps 300",
+}
+"""Trainings that are killed and resumed, and options of each."""
+
+
+def resumed(name: str, kills: int, folder: Path, seed: int) -> str:
+    """Kill a training and resume it, over and over, and return how often, and what its weights are.
+
+    Raises:
+        AssertionError: If the weights in the end are not those of the same training in one piece.
+    """
+    algo = name.split()[0]
+    small = "warmup-steps 30", "instances 6", "pool 48", "reuse 2"
+    options = [f"--algo {algo} --threads 1 --examples 0 --no-progress --checkpoint-minutes 0.005 --picture-every 1000"]
+    options += [f"--{algo}.{option}" for option in small] + [RESUMED[name]]
+    options += ["--grpo.candidates 1 --grpo.group 4"] * (algo == "grpo")
+    command = [sys.executable, "-m", "grip_env.train", "--runs", str(folder), *" ".join(options).split(), "--name"]
+    whole, cut = (folder / f"{name.replace(' ', '-')}-{kind}" for kind in ("whole", "cut"))
+    subprocess.run([*command, whole.name], check=True, capture_output=True)
+    chance, done = random.Random(f"{seed} {name}"), 0
+    again = [*command, cut.name]
+    while done < kills:
+        process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.wait(timeout=chance.uniform(1, 16))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        _, said = process.communicate()
+        if process.returncode == 0:
+            break  # it ended before it was killed as often as asked
+        assert process.returncode == -signal.SIGKILL, said
+        done += 1
+        if any((cut / "snapshots").glob("*.safetensors")):
+            again = [*command[:3], "--resume", str(cut), "--no-progress"]
+        else:
+            shutil.rmtree(cut, ignore_errors=True)  # killed before the first snapshot: it begins anew
+    if process.returncode:
+        subprocess.run(again, check=True, capture_output=True)
+    weights = [hashlib.sha256((run / "agent" / "scorer.safetensors").read_bytes()).hexdigest() for run in (whole, cut)]
+    assert weights[0] == weights[1], f"{name} ends elsewhere after {done} kills"
+    logs = [(run / "warmup.csv").read_text().splitlines() for run in (whole, cut)]
+    assert [row.split(",")[:3] for row in logs[0]] == [row.split(",")[:3] for row in logs[1]]
+    return f"{name}: killed and resumed {done} times, weights {weights[0][:12]} as in one piece"
+
+
 def main() -> None:
     """Run the command."""
     config = tyro.cli(Config, description=Config.__doc__, prog="python -m tests.interruptions")
@@ -198,6 +251,8 @@ def main() -> None:
             for kind in (Parts, Weights):
                 finished = saves(config.saves // 2, number, kind, folder, config.seed)
                 print(f"{config.saves // 2} x {number.name} while saving {kind.__name__}: none lost, {finished} saves")
+        for name in RESUMED if config.kills else ():
+            print(resumed(name, config.kills, folder, config.seed), flush=True)
         chance = random.Random(config.seed)
         for index in range(config.double):
             after, between = chance.uniform(0.1, 20), chance.choice([0, 0.01, 0.1, 0.5, 1]) * chance.random()

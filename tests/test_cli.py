@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from grip_env import cli, evaluate, probe
 from grip_env.__main__ import COMMANDS
+from grip_env.common.devices import set_threads
+from grip_env.common.errors import CommandError
 from grip_env.train import parse
 
 
@@ -135,3 +139,62 @@ def test_every_command_tells_versions(name: str, capsys: pytest.CaptureFixture[s
 def test_the_run_is_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
     given = cli.parsed(probe.Config, "probe", ["runs/a", "--examples", "4"])
     assert given.run == Path("runs/a")
+
+
+LONG = "n" * 300
+COMMAND_MODULES = [f"grip_env.{name}" for name in sorted({name.split()[0] for name in COMMANDS})]
+COMMAND_MODULES += ["grip_env.bench.speed", "grip_env.bench.latency"]
+
+
+@pytest.mark.parametrize("name", COMMAND_MODULES)
+def test_paths_that_are_too_long_are_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All options of all commands that are paths, whether behind an option or in front."""
+    config = importlib.import_module(name).Config
+    needed = ["--image", "red.png", "--question", "is it red? " * 44] if name == "grip_env.answer" else []
+    cli.parsed(config, name, needed)
+    paths = [one.name for one in dataclasses.fields(config) if "Path" in str(one.type)]
+    assert paths
+    for path in paths:
+        in_front = path == "run" or (path, name) == ("runs", "grip_env.evaluate")
+        given = [LONG] if in_front else [f"--{path}", LONG]
+        with pytest.raises(CommandError) as stop:
+            cli.parsed(config, name, [*given, *needed] if in_front else [*needed, *given])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert said.count("\n") == 1
+        assert said.startswith(f"error: {'the run' if in_front else f'--{path}'}: 'nnn")
+        assert "cannot be used as a path (File name too long)" in said
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(["--examples", "0", "--name", LONG])
+    with pytest.raises(CommandError):
+        cli.check_name(config.name)
+    assert capsys.readouterr().err.startswith("error: --name must have at most 255 bytes; got 300: 'nnn")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_too_many_threads_are_refused_before_anything_is_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, *more = command.split()
+    more += {"evaluate": ["--policies", "random"], "answer": ["--image", "a.png", "--question", "q?"]}.get(command, [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command, *more, "--threads", "99999999999"])
+    found = importlib.import_module(f"grip_env.{module}")
+    with pytest.raises(SystemExit) as stop:
+        found.main(*([cli.parsed(found.Config, module)] if module == "pretrain_vlm" else []))
+    assert stop.value.code == 2
+    assert re.fullmatch(r"error: --threads must be at most [\d,]+; got 99999999999\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_are_set_unless_there_is_no_number() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(2)
+        assert torch.get_num_threads() == 2
+        set_threads(0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

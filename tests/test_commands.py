@@ -237,7 +237,7 @@ def test_cache_is_filled_by_one_run_and_read_by_the_next(
     assert "--cache-gib must be above 0 and at most 1,048,576; got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", [math.inf, -math.inf, math.nan, -1.0, 1e300])
+@pytest.mark.parametrize("size", [math.inf, -math.inf, math.nan, -1.0, 1e300, 1e-12])
 def test_a_cache_of_impossible_size_is_refused(size: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for cache in (None, tmp_path / "cache"):
         with pytest.raises(SystemExit) as caught:
@@ -338,6 +338,8 @@ def test_interrupt_in_the_report_keeps_the_agent(
         ({"group": 1}, ["at least 2 subsets", "group=1"]),
         ({"min_budget": 0.9}, ["0 < min_budget <= max_budget <= 1", "0.9, 0.5"]),
         ({"pool": 0}, ["size=0"]),
+        ({"pool": 10**20}, ["a pool holds its examples in memory, 10,000,000 at most; got 1000"]),
+        ({"group": 10**20}, ["group must be below 2**31; got 1000"]),
         ({"pool": 4}, ["instances=6", "pool=4"]),
         ({"task": "photos"}, ["unknown task 'photos'", "scenes"]),
         ({"min_budget": 0.0}, ["0 < min_budget <= max_budget <= 1", "0.0, 0.5"]),

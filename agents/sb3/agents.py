@@ -34,7 +34,7 @@ from agents.scorer import Scorer, ScorerConfig
 from agents.selectors import ScorerSelector
 from agents.training.imitation import Imitation, as_warm_up
 from grip_env import as_sb3_vec_env
-from grip_env.common.finite import check_finite, named_step
+from grip_env.common.finite import NonFiniteError, check_finite, named_step
 from grip_env.envs.core.sampling import shuffled_indices, tokens_in_budget
 from grip_env.rewards.terms import needs_agreement
 from grip_env.tasks.subset import TaskSubset
@@ -186,6 +186,13 @@ class _LibraryAgent(ABC):
                     with self._randomness.lent():
                         # not reset: the rollout continues where the last one ended, as within one long call
                         self.model.learn(options.num_envs * options.n_steps, self._episodes, reset_num_timesteps=False)
+                except ValueError as error:
+                    if "Expected parameter" not in str(error):  # what torch.distributions say about NaN
+                        raise
+                    rate = self._anneal(0)
+                    raise NonFiniteError(
+                        f"the policy's outputs are NaN or infinite: try a learning rate below {rate:g}"
+                    ) from error
                 finally:  # of non-finite weights, in place of the library's error about distributions
                     check_finite(dict(self.model.policy.named_parameters()), "the agent")
             self.updates += 1

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.rewards.judging import RewardScorer
 from grip_env.rewards.parsing import resolve_reward
 from grip_env.rewards.terms import Reward
@@ -115,7 +116,8 @@ class ScoredCandidates:
         scores = scores.cpu()
         if self._rewards is None or self._full is None:
             return scores.log_likelihood
-        return self._rewards.judge(scores, self._full[rows.cpu()]).float()
+        examples = [self.encoded.examples[row] for row in rows.tolist()]
+        return self._rewards.judge(scores, self._full[rows.cpu()], examples=examples).float()
 
     def score(self, candidates: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Score candidates of all examples in one call of the model.
@@ -142,8 +144,12 @@ class ScoredCandidates:
         chosen = candidates[rows] & valid[rows, :, None]
         worth = self.judge(self.vlm.score(part, chosen, reference=self.reference(rows)), rows)
         values[rows] = worth.to(values.device).masked_fill(~valid[rows], -torch.inf)
-        if not bool(values[valid].isfinite().all()):
-            raise ValueError("the reward of a selection is not finite: check the reward, or the model's precision")
+        bad = valid & ~values.isfinite()
+        if bool(bad.any()):
+            named = name_of(self.encoded.examples[int(bad.any(1).nonzero()[0])])
+            raise NonFiniteError(
+                f"the reward of a selection of {named} is not finite: check the reward, or the model's precision"
+            )
         self.used += asked
         self._remember(candidates, values.masked_fill(candidates.sum(-1) != self.counts[:, None], -torch.inf))
         return values

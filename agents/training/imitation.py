@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from agents.learning import Learner, Metrics, draw_counts, finite_rows
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, readable
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.training.options import (
@@ -23,7 +23,8 @@ from agents.training.options import (
     check_numbers,
     check_on_nan,
 )
-from agents.training.teachers import make_teacher, warmup_loss
+from agents.training.snapshot import Snapshot
+from agents.training.teachers import Remembered, make_teacher, warmup_loss
 from grip_env.common.finite import named_step
 from grip_env.rewards.parsing import resolve_reward
 from grip_env.rewards.terms import Reward
@@ -82,6 +83,41 @@ class Imitation:
         self.teacher = make_teacher(config.teacher, config.teacher_cells, pool.size)
         self.generator = torch.Generator().manual_seed(seed)
         """Source of the budgets; an algorithm that trains the scorer further goes on with it."""
+        self.done = 0
+        """Number of steps taken."""
+        self._learner: Learner | None = None
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the training, with that of the scorer and the pool."""
+        parts = {
+            "scorer": Snapshot.of_module(self.scorer),
+            "pool": self.pool.snapshot(),
+            "generator": Snapshot.of_generator(self.generator),
+            "learner": None if self._learner is None else self._learner.snapshot(),
+            "teacher": self.teacher.snapshot(self.pool.examples) if isinstance(self.teacher, Remembered) else None,
+        }
+        return Snapshot.join(parts, done=self.done)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken.
+
+        Raises:
+            ValueError: If it is of another training.
+        """
+        snapshot.part("scorer").load_into(self.scorer)
+        self.pool.restore(snapshot.part("pool"))
+        snapshot.part("generator").load_into_generator(self.generator)
+        self.done = snapshot.about["done"]
+        if "learner" in snapshot.about:
+            self._learner = self._make_learner()
+            self._learner.restore(snapshot.part("learner"))
+        if isinstance(self.teacher, Remembered) and "teacher" in snapshot.about:
+            self.teacher.restore(snapshot.part("teacher"), self.pool.examples)
+
+    def _make_learner(self) -> Learner:
+        config = self.config
+        decay_over = config.steps if config.schedule == "cosine" else 0
+        return Learner(self.scorer, config.learning_rate, config.max_gradient_norm, decay_over)
 
     def train(self) -> Iterator[Metrics]:
         """Train the scorer, yielding after every step; it is usable at any point."""
@@ -95,14 +131,14 @@ class Imitation:
             first_token: Whether the pool will be asked for first tokens later.
         """
         config = self.config
-        decay_over = config.steps if config.schedule == "cosine" else 0
-        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, decay_over)
+        self._learner = learner = self._learner or self._make_learner()
         self.scorer.train()
-        for step in range(config.steps):
+        for step in range(self.done, config.steps):
             started = time.perf_counter()
             learner.begin(step)
             with named_step(phase, step):
                 loss, norm, skipped = self._imitate_once(learner, first_token)
+            self.done = step + 1
             yield Metrics(
                 phase,
                 step,
@@ -120,13 +156,18 @@ class Imitation:
         """Take a step and return the loss, the gradient's norm and how many examples were left out."""
         config = self.config
         encoded, _ = self.pool.batch(config.instances, first_token)
+        drawn = len(encoded)
+        if len(rows := readable(encoded, config.on_nan)) < drawn:
+            encoded = encoded[rows]
+        if not len(encoded):
+            return 0.0, 0.0, drawn
         teacher = self.teacher(self.vlm, encoded, self.pool.compute)
         counts = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
         good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "the teacher's score", encoded, config.on_nan)
-        skipped = len(encoded) - int(good.sum())
-        if skipped == len(encoded):
+        skipped = drawn - int(good.sum())
+        if skipped == drawn:
             return 0.0, 0.0, skipped
-        if skipped:
+        if not bool(good.all()):
             rows = good.nonzero()[:, 0]
             encoded, teacher, counts = encoded[rows], teacher[rows], counts[rows]
         loss = warmup_loss(self.scorer, encoded, teacher, counts)

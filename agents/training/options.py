@@ -81,6 +81,8 @@ def check_numbers(
     for name, least in at_least.items():
         if not least <= getattr(options, name) < math.inf:
             raise ValueError(f"{name} must be at least {least}; got {getattr(options, name)}")
+        if getattr(options, name) >= 2**31:  # PyTorch and Stable-Baselines3 fail on such numbers
+            raise ValueError(f"{name} must be below 2**31; got {getattr(options, name)}")
     for name in above_0:
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"{name} must be above 0; got {getattr(options, name)}")

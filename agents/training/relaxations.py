@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from agents.base import top_k
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth
+from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth, readable
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
@@ -36,6 +36,7 @@ from agents.training.options import (
     check_numbers,
     check_on_nan,
 )
+from agents.training.snapshot import Snapshot
 from agents.training.soft_gates import (
     CLOSED_BELOW,
     binary_gates,
@@ -105,6 +106,31 @@ class Relaxation(ABC):
         self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
         self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), reward, seed)
         self._generator = self._warm_up.generator
+        self._learner: Learner | None = None
+        self._done = 0
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
+        learner = None if self._learner is None else self._learner.snapshot()
+        return Snapshot.join({"warmup": self._warm_up.snapshot(), "learner": learner}, done=self._done)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken.
+
+        :meth:`train` then yields the steps that follow.
+
+        Raises:
+            ValueError: If it is of another training.
+        """
+        self._warm_up.restore(snapshot.part("warmup"))
+        self._done = snapshot.about["done"]
+        if "learner" in snapshot.about:
+            self._learner = self._make_learner()
+            self._learner.restore(snapshot.part("learner"))
+
+    def _make_learner(self) -> Learner:
+        config = self.config
+        return Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
 
     @abstractmethod
     def gates(
@@ -134,15 +160,23 @@ class Relaxation(ABC):
 
     def _optimise(self) -> Iterator[Metrics]:
         config = self.config
-        learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
+        self._learner = learner = self._learner or self._make_learner()
         self.scorer.train()
-        for step in range(config.steps):
+        for step in range(self._done, config.steps):
             started = time.perf_counter()
             learner.begin(step)
             annealed = step / max(1, config.steps - 1)
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
             leak = config.leak * (1 - annealed) + config.final_leak * annealed
             encoded, full = self.pool.batch(config.instances)
+            drawn = len(encoded)
+            with named_step(self.phase, step):
+                rows = readable(encoded, config.on_nan)
+            self._done = step + 1
+            if not len(rows):
+                continue
+            if len(rows) < drawn:
+                encoded, full = encoded[rows], full[rows]
             counts = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
             gates, cost = self.gates(self.scorer.score(encoded, counts), counts, encoded.token_mask, temperature)
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
@@ -152,8 +186,8 @@ class Relaxation(ABC):
             with named_step(self.phase, step):
                 both = torch.cat([likelihood, full.log_likelihood], 1)
                 good = finite_rows(both, "the answer's log-likelihood", encoded, config.on_nan).nonzero()[:, 0]
-                skipped = len(encoded) - len(good)
-                if skipped:
+                skipped = drawn - len(good)
+                if len(good) < len(encoded):
                     encoded, counts, full, gates = encoded[good], counts[good], full[good], gates[good]
                     cost, likelihood = cost[good], likelihood[good]
                 if len(good):
@@ -234,6 +268,16 @@ class SigmoidGates(Relaxation):
             raise ValueError(f"penalty must not be negative; got {config.penalty}")
         super().__init__(vlm, pool, scorer, config, reward, seed)
         self._offset: float | None = None
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the training; see :meth:`Relaxation.snapshot`."""
+        whole = super().snapshot()
+        return Snapshot(whole.tensors, whole.about | {"offset": self._offset})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken; see :meth:`Relaxation.restore`."""
+        super().restore(snapshot)
+        self._offset = snapshot.about["offset"]
 
     def gates(
         self, scores: torch.Tensor, counts: torch.Tensor, mask: torch.Tensor, temperature: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +12,7 @@ from agents.base import top_k
 from agents.pool import ForwardCounter
 from agents.scorer import Scorer
 from agents.subset import KSubset
+from agents.training.snapshot import Snapshot
 from grip_env.common.lru import LRU
 from grip_env.tasks.base import Example
 from grip_env.vlms.base import Encoded, FrozenVLM
@@ -169,6 +172,20 @@ class Remembered:
         for key, value in known.items():
             self._known.put(key, value)
         return result
+
+    def snapshot(self, held: Sequence[Example]) -> Snapshot:
+        """Return what is remembered of the examples ``held``, the least recently used first."""
+        rows = {id(example): row for row, example in enumerate(held)}
+        kept = [(rows.get(id(example), -1), scores) for example, scores in self._known.values()]
+        tensors = {str(place): scores for place, (row, scores) in enumerate(kept) if row >= 0}
+        return Snapshot(tensors, {"rows": [row for row, _ in kept]})
+
+    def restore(self, snapshot: Snapshot, held: Sequence[Example]) -> None:
+        """Remember the examples ``held`` again; others only take up room, as they did before."""
+        for place, row in enumerate(snapshot.about["rows"]):
+            example = held[row] if row >= 0 else copy.copy(held[0])  # a stranger
+            scores = snapshot.tensors[str(place)] if row >= 0 else torch.empty(0)
+            self._known.put(id(example), (example, scores))
 
 
 def make_teacher(name: str, cells: int, remember: int) -> Teacher:

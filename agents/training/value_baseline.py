@@ -8,6 +8,7 @@ import torch
 
 from agents.learning import Learner
 from agents.scorer import Scorer, ScorerConfig
+from agents.training.snapshot import Snapshot
 from grip_env.vlms.base import Encoded
 
 __all__ = ["ValueBaseline"]
@@ -45,6 +46,15 @@ class ValueBaseline:
             torch.manual_seed(seed)
             self.network = Scorer(dataclasses.replace(config, blocks=1, in_turn=False)).to(device)
         self._learner = Learner(self.network, learning_rate, max_gradient_norm, decay_over)
+
+    def snapshot(self) -> Snapshot:
+        """Return the weights and the state of the optimiser."""
+        return Snapshot.join({"network": Snapshot.of_module(self.network), "learner": self._learner.snapshot()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken."""
+        snapshot.part("network").load_into(self.network)
+        self._learner.restore(snapshot.part("learner"))
 
     def _values(self, encoded: Encoded, counts: torch.Tensor) -> torch.Tensor:
         return self.network.score(encoded, counts).sum(1) / encoded.token_mask.sum(1)  # padding scores 0

@@ -28,6 +28,7 @@ from grip_env.cli import (
     parsed,
     print_verdicts,
 )
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.common.output import progress_bar
 from grip_env.vlms.flops import encoder_flops, prefill_flops
@@ -339,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(config: Config) -> None:
     check_agents_package()
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(1, repeats=config.repeats, new_tokens=config.new_tokens, layers=config.layers)
     if not config.batch or min(config.batch) < 1:
         given = " ".join(map(str, config.batch)) or "nothing"
@@ -352,8 +353,6 @@ def _run(config: Config) -> None:
     check_out(config.out)
     import torch
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     vlm, selector = build(config.width, config.layers)
     parts = {"language model": vlm.model.model.language_model, "vision tower": vlm.model.model.vision_tower}
     sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}

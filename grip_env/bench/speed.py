@@ -28,6 +28,7 @@ from grip_env.cli import (
     writing,
 )
 from grip_env.common.atomic_files import content_of, write_atomically
+from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.common.output import progress_bar
 from grip_env.tasks.subset import TaskSubset
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(config: Config) -> None:
     check_agents_package()
-    check_at_least(0, threads=config.threads)
+    set_threads(config.threads)
     check_at_least(1, num_envs=config.num_envs)
     check_at_least(2, rounds=config.rounds)
     if not 0 < config.budget <= 1:
@@ -344,8 +345,6 @@ def _run(config: Config) -> None:
     check_out(config.out)
     import torch
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     found = measure(config)
     counted = config.rounds - 1
     print(f"{config.num_envs} instances, {torch.get_num_threads()} threads, medians over {counted} rounds\n")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["plain_arguments"]
+import tyro
+
+from grip_env.common.errors import CommandError
+
+__all__ = ["check_paths", "plain_arguments", "shortened"]
 
 
 def _kinds(config: Any, before: str = "") -> dict[str, Any]:
@@ -24,7 +30,43 @@ _NO_PATHS = (str, tuple[str, ...], tuple[int, ...], tuple[float, ...])
 
 
 def _is_run(argument: str) -> bool:
-    return (Path(argument) / "config.json").is_file()
+    try:
+        return (Path(argument) / "config.json").is_file()
+    except (OSError, ValueError):  # a text that is no path, such as a long question
+        return False
+
+
+def shortened(text: str) -> str:
+    """Quote the first 40 characters of a text for a message."""
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
+"""Errors of paths that do not exist; commands say so themselves, or create them."""
+
+
+def check_paths(config: Any) -> None:
+    """Stop with an error if the system cannot look up a path among the options.
+
+    Names of more than 255 bytes are the usual reason.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if not isinstance(path, Path):
+                continue
+            try:
+                os.stat(path)
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in _ABSENT:
+                    continue
+                reason = getattr(error, "strerror", None) or error
+                positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
+                option = "the run" if positional else f"--{field.name.replace('_', '-')}"
+                raise CommandError(
+                    f"{option}: {shortened(str(path))} cannot be used as a path ({reason}): choose another"
+                ) from None
 
 
 def plain_arguments(given: Sequence[str], config: Any, lists: Collection[str] = ()) -> list[str]:

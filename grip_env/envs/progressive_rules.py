@@ -212,7 +212,7 @@ class StageRules(SelectionRules):
             return self._seen(run), [None] * len(decisions)
         end, full = self._seen(run)._replace(run=None), stack_full_scores(episodes)
         assert full is not None
-        return end, list(self._judge(run.finish(full.first_token).cpu(), full))
+        return end, list(self._judge(run.finish(full.first_token).cpu(), full, episodes))
 
     def _seen(self, run: StagedForward) -> Boundary:
         def padded(values: np.ndarray) -> np.ndarray:

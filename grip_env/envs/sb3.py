@@ -16,6 +16,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from grip_env.envs.core.single_env import as_arrays
+
 __all__ = ["as_sb3_vec_env"]
 
 _PER_INSTANCE = ("example", "np_random", "np_random_seed")
@@ -190,4 +192,4 @@ def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
         for row in np.flatnonzero(infos.get(f"_{key}", np.ones(count))).tolist():
             part = parts[row]
             rows[row][key] = part.item() if isinstance(part, np.generic) else part
-    return rows
+    return [as_arrays(row) for row in rows]

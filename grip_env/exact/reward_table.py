@@ -186,7 +186,7 @@ class RewardTable:
             with torch.no_grad():
                 full = own.full(encoded)
         scores = score_subsets(vlm, encoded, k, cache, full.first_token if own.agreement else None)
-        rewards = own.judge(scores, full.cpu())
+        rewards = own.judge(scores, full.cpu(), examples=encoded.examples)
         masks = subset_masks(encoded.token_mask[0].nonzero().flatten().tolist(), k)
         return cls(masks, rewards[0].double().numpy(), encoded.token_mask.shape[1])
 

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from grip_env.common.atomic_files import write_atomically
+from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.reports.tables import AGENT, ALL_TOKENS, comparison_tables, margin_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from agents.base import Policy
     from agents.methods import Runnable
-    from grip_env.tasks.base import Task
+    from grip_env.tasks.base import Example, Task
     from grip_env.vlms.base import Encoded, FrozenVLM
 
 __all__ = ["AGENT", "ALL_TOKENS", "BUDGETS", "WARMUP", "Comparison", "Margin", "compare"]
@@ -195,7 +196,20 @@ class _Column:
         self.correct: list[np.ndarray] = []
         self.spent: dict[str, list[np.ndarray]] = {}
 
-    def add(self, likelihood: torch.Tensor, correct: torch.Tensor, spent: Mapping[str, torch.Tensor]) -> None:
+    def add(
+        self,
+        likelihood: torch.Tensor,
+        correct: torch.Tensor,
+        spent: Mapping[str, torch.Tensor],
+        examples: Sequence[Example],
+        method: str,
+    ) -> None:
+        bad = (~likelihood.isfinite()).nonzero()
+        if len(bad):
+            raise NonFiniteError(
+                f"the answer's log-likelihood of {name_of(examples[int(bad[0])])} under {method} is NaN or infinite: "
+                "check the model and its precision, or leave this example out of the data"
+            )
         self.likelihood.append(likelihood.cpu().numpy())
         self.correct.append(correct.cpu().numpy())
         for key, value in spent.items():
@@ -326,11 +340,14 @@ def _run_batch(
             chosen.append(outcome)
             pairs.append((name, budget))
         else:
-            columns[name, budget].add(outcome.log_likelihood, outcome.correct, outcome.spent)
+            spent = outcome.spent
+            columns[name, budget].add(outcome.log_likelihood, outcome.correct, spent, encoded.examples, name)
     selection = torch.stack(chosen, 1)  # (B, G, N)
     scores, left = vlm.score(encoded, selection), selection.sum(-1)
     for place, pair in enumerate(pairs, start=1):
-        columns[pair].add(scores.log_likelihood[:, place], scores.correct[:, place], {"tokens": left[:, place]})
+        one = scores.log_likelihood[:, place], scores.correct[:, place], {"tokens": left[:, place]}
+        columns[pair].add(*one, encoded.examples, pair[0])
     for (name, _), column in columns.items():
         if name == ALL_TOKENS:
-            column.add(scores.log_likelihood[:, 0], scores.correct[:, 0], {"tokens": left[:, 0]})
+            one = scores.log_likelihood[:, 0], scores.correct[:, 0], {"tokens": left[:, 0]}
+            column.add(*one, encoded.examples, name)

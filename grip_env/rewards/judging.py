@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from grip_env.rewards.terms import Reward, needs_agreement
 if TYPE_CHECKING:
     import torch
 
+    from grip_env.tasks.base import Example
     from grip_env.vlms.base import Encoded, FrozenVLM, Scores
 
 
@@ -66,12 +68,20 @@ class RewardScorer:
             reference=None if full is None else full.first_token,
         )
 
-    def judge(self, scores: Scores, full: Scores, finite: bool = True) -> torch.Tensor:
+    def judge(
+        self, scores: Scores, full: Scores, finite: bool = True, examples: Sequence[Example] | None = None
+    ) -> torch.Tensor:
         """Return the reward of each selection, (B, G); see :func:`judge`."""
-        return judge(self.reward, scores, full, finite)
+        return judge(self.reward, scores, full, finite, examples)
 
 
-def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> torch.Tensor:
+def judge(
+    reward: Reward,
+    scores: Scores,
+    full: Scores,
+    finite: bool = True,
+    examples: Sequence[Example] | None = None,
+) -> torch.Tensor:
     """Return the reward of each selection, (B, G), after checking the reward's output.
 
     Args:
@@ -79,6 +89,7 @@ def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> 
         scores: Scores of the selections.
         full: Scores with all tokens kept.
         finite: If False, NaN and infinities are allowed.
+        examples: The B examples, which errors then name.
 
     The reward receives copies (except of ``first_token``, which is large), so it may work in place.
 
@@ -99,10 +110,14 @@ def judge(reward: Reward, scores: Scores, full: Scores, finite: bool = True) -> 
             "one number for each selection of each example"
         )
     if finite and not bool(torch.isfinite(worth).all()):
-        from grip_env.common.finite import NonFiniteError
+        from grip_env.common.finite import NonFiniteError, name_of
 
-        bad = int((~torch.isfinite(worth)).sum())
-        raise NonFiniteError(f"the reward {reward!r} is not finite for {bad} of {worth.numel()} selections: check it")
+        bad = ~torch.isfinite(worth)
+        named = "" if examples is None else f", of {name_of(examples[int(bad.any(1).nonzero()[0])])} among others"
+        raise NonFiniteError(
+            f"the reward {reward!r} is not finite for {int(bad.sum())} of {worth.numel()} selections{named}: check the "
+            "reward, and the model's precision"
+        )
     return worth
 
 

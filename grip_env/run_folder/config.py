@@ -61,6 +61,11 @@ class TrainOptions:
     """Number of test examples in the final report; 0 skips the report."""
     picture_every: int = 100
     """Number of steps between checkpoints, and between galleries in TensorBoard."""
+    checkpoint_minutes: float = 2.0
+    """Largest time between checkpoints, in minutes."""
+    resume: Path | None = None
+    """Folder of a run to continue where it was stopped; it needs no other option. More steps may be given, with which
+    the learning rate follows the longer schedule from there on."""
     threads: int = 0
     """Number of CPU threads; 0 leaves the choice to PyTorch."""
     progress: bool = True

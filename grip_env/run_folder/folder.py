@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from grip_env.common.atomic_files import remove, replace_folder, write_atomically
 from grip_env.common.errors import CommandError
-from grip_env.run_folder.status import FILE, RunStatus
+from grip_env.run_folder.status import FILE, RunStatus, read_status
 
 __all__ = ["RunFolder", "free_folder", "make_folder", "versions"]
 
@@ -80,6 +80,14 @@ class RunFolder:
                 f"cannot write to {self.path}: {error.strerror or error}; choose another folder"
             ) from None
         return True
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Return the folder of an earlier run, to continue it."""
+        run = cls.__new__(cls)
+        run.path, run._config = path, (path / "config.json").read_text(encoding="utf-8")
+        run.status = read_status(path) or RunStatus()
+        return run
 
     def write_config(self, config: Mapping[str, Any], **more: Any) -> None:
         """Write ``config.json``: the configuration, the command line, versions, and ``more``."""

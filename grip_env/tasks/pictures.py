@@ -49,6 +49,8 @@ _MOST_SCANS = 100
 """Largest number of scans in a JPEG file; encoders write about ten."""
 _MOST_SCANNED = 1_000_000_000
 """Largest number of pixels over all scans of a JPEG file; a decoder takes about 10 seconds for this many."""
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""Marker in a JPEG that begins a segment or ends the picture; in the data of a scan are only others."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """Beginnings of PNG, JPEG, GIF, WebP and TIFF files in base64."""
@@ -178,13 +180,30 @@ def _check_scans(image: Image.Image, file: BinaryIO) -> None:
         return
     place = file.tell()
     file.seek(0)
-    scans = file.read().count(b"\xff\xda")  # in the data of a scan, a zero follows each 0xff
+    data = file.read()
     file.seek(place)
     most = min(_MOST_SCANS, _MOST_SCANNED // (image.width * image.height)) * parts
+    scans = data.count(b"\xff\xda")  # at least the scans: in the data of a scan, a zero follows each 0xff
+    if scans > most and image.format == "JPEG":
+        scans = _scans_of_first(data)  # without what follows the picture, such as the film of a motion photo
     if scans > most:
         raise PictureError(
             f"is a JPEG of {scans:,} scans, more than the limit of {most}: save it again, not progressive"
         )
+
+
+def _scans_of_first(data: bytes) -> int:
+    """Return the number of scans of a JPEG up to its end; other data may follow."""
+    scans, place = 0, 2
+    while found := _MARKER.search(data, place):
+        place, marker = found.end(), data[found.end() - 1]
+        if marker == 0xD9:  # end of image
+            break
+        if marker == 0xD8:  # a segment without a length
+            continue
+        scans += marker == 0xDA
+        place += max(2, int.from_bytes(data[place : place + 2], "big"))  # to the data of the scan, or the next segment
+    return scans
 
 
 def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -200,7 +219,8 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
         max_pixels: Largest number of pixels allowed.
 
     Returns:
-        RGB, uint8 (height, width, 3), upright as EXIF says, over white where transparent, no side below 8 pixels.
+        RGB, uint8 (height, width, 3), upright as EXIF says, over white where transparent. A tiny
+        picture is magnified; see :func:`resize`.
 
     Raises:
         PictureError: If ``image`` is not a picture, is too large or too slim, or its layout is ambiguous.
@@ -212,6 +232,7 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
                 _check_scans(image, image.fp)  # type: ignore[attr-defined] # of files that are open but not read
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # as for files
+                _load(image)
                 pixels = _rgb(image)
         except PictureError:
             raise
@@ -221,6 +242,20 @@ def as_pixels(image: Any, max_side: int | None = MAX_SIDE, max_pixels: int = MAX
         pixels = _rgb_of_array(image)
         _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return resize(pixels, max_side)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a picture that Pillow has opened, where a TIFF is turned upright as well."""
+    name = getattr(image, "filename", None)
+    if image.format == "TIFF" and name:
+        # Pillow maps an uncompressed file into memory, in rows as long as those of the upright picture: pixels of a
+        # picture on its side then lie anywhere. Without a name it reads the file.
+        image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        if name:
+            image.filename = name  # type: ignore[attr-defined]
 
 
 def _rgb_of_array(image: Any) -> np.ndarray:

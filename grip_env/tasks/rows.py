@@ -25,7 +25,7 @@ LONGEST_TEXT = 10_000
 """Largest number of characters in a question or an answer."""
 
 _MARKER = "<image>"  # where LLaVA's files place the image; the adapter inserts the image into the prompt itself
-_OTHERS = re.compile(r"<(?:video|audio|image ?(?:[2-9]|[1-9]\d+))>")
+_OTHERS = re.compile(r"<(?:video|audio|image[ _-]?(?:[2-9]|[1-9]\d+)|ImageHere>\s*<ImageHere)>")
 _KINDS = {str: "a string", float: "a number", int: "a number", bool: "true or false", list: "a list", dict: "an object"}
 _FORM = 'expected an object such as {"image": "cat.png", "question": "what is it?", "answer": "a cat"}'
 
@@ -90,6 +90,9 @@ def _image(value: dict[str, Any], faults: list[str]) -> str | None:
     image = value.get(key)
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
+    if "image" in value and value.get("images") not in (None, image, [image]):
+        faults.append('"image" and "images" are both given: a question is about one image, give the path of one')
+        return None
     if isinstance(image, str) and image.strip():
         return image
     if key not in value:

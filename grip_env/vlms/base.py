@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,6 +68,20 @@ class Encoded:
                 continue
             padded[name] = _padded_cat(values)
         return replace(parts[0], examples=[example for part in parts for example in part.examples], **padded)
+
+    def widths(self) -> dict[str, int]:
+        """Return the length to which each tensor (B, L, ...) is padded, by its name."""
+        named = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return {name: value.shape[1] for name, value in named.items() if value.dim() > 1}
+
+    def widened(self, widths: Mapping[str, int]) -> Encoded:
+        """Return the same batch, padded with zeros to given lengths; see :meth:`widths`."""
+        padded: dict[str, Any] = {}
+        for name, width in widths.items():
+            value = getattr(self, name)
+            more = value.new_zeros(len(value), width - value.shape[1], *value.shape[2:])
+            padded[name] = torch.cat([value, more], 1) if more.shape[1] else value
+        return replace(self, **padded)
 
     def full_selection(self) -> torch.Tensor:
         """Return the selection that keeps every real token, bool (B, 1, N)."""

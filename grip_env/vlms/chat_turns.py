@@ -39,11 +39,14 @@ def last_turn(family: Family, ids: Sequence[int], known: Sequence[int]) -> str |
     found = max((body.rfind(mark) + len(mark) for mark in starts if mark in body), default=None)
     special = any(token in answers for token in family.tokenizer.all_special_tokens)
     if found is None:
-        if not special or answers not in body:
+        # a mark in plain words may be part of a single question, unless its prompt goes on behind it
+        begun = bool(answers.strip()) and answers.strip() in body and (special or body == text)
+        if not begun:
             return None
         found = 0  # a single turn whose answer has begun
     said = body[found:]
-    said = said.split(answers)[0] if answers and answers in said else said
+    mark = answers if answers in said else answers.strip()
+    said = said.split(mark)[0] if mark and mark in said else said
     frame = _without_end(str(family.tokenizer.decode(list(known), skip_special_tokens=False)), end)
     said = said.removeprefix(frame)
     return said[: len(said) - len(_common_end(said, frame))].strip()

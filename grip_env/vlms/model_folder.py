@@ -50,8 +50,10 @@ def check_folder(folder: Path, config: dict[str, Any], kinds: Collection[str]) -
     for name, value in _settings(config):
         if name in LAYERS and isinstance(value, int | float) and shapes and value > len(shapes):
             raise ValueError(f"config.json describes a model of {value} layers, and {len(shapes)} tensors are saved")
-        if name.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
-            raise ValueError(f"config.json names the kernel {value!r}, which is code: remove {name!r}")
+        if "attn_implementation" in name and (kernel := next((text for text in _texts(value) if "/" in text), None)):
+            raise ValueError(f"config.json names the kernel {kernel!r}, which is code: remove {name!r}")
+        if name == "attribute_map":  # a kernel could stand under any other name
+            raise ValueError(f"config.json gives settings other names, which is for code alone: remove {name!r}")
     for index in folder.glob("*.safetensors.index.json"):
         _check_index(folder, index)
 
@@ -78,6 +80,15 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _settings(inner)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield a text, or all texts in nested settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _shapes(folder: Path) -> Iterator[list[int]]:

@@ -31,6 +31,10 @@ REFUSED = {
 }
 
 
+UNUSED = ("labels",)
+"""Outputs of processors that are for training; ``generate`` does not read them either."""
+
+
 def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Split inputs into those about text, those about images, and options of ``generate``.
 
@@ -45,7 +49,7 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
             raise ValueError(f"{name} is missing: give all that the processor returned for images and text")
     text = {name: inputs[name] for name in TEXT if inputs.get(name) is not None}
     images = {name: inputs[name] for name in IMAGES if inputs.get(name) is not None}
-    return text, images, {name: value for name, value in inputs.items() if name not in (*TEXT, *IMAGES)}
+    return text, images, {name: value for name, value in inputs.items() if name not in (*TEXT, *IMAGES, *UNUSED)}
 
 
 @torch.no_grad()

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 import agents.training.relaxations as relaxed
+import grip_env
 from agents.base import keep_best, top_k
 from agents.grpo import GRPO
+from agents.heuristics import BASELINES
 from agents.learning import Learner
 from agents.ordered_subset import OrderedSubset
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
+from agents.search import RandomSearch
 from agents.selectors import ScorerSelector
 from agents.subset import KSubset
 from agents.training.imitation import Imitation
@@ -186,6 +189,51 @@ def test_relaxations_name_the_example_or_leave_it_out(monkeypatch: pytest.Monkey
         assert finite(relaxation.scorer)
 
 
+class Blind(FakeVLM):
+    """Encodes one image as NaN."""
+
+    part = "tokens"
+
+    def encode(self, examples: Any) -> Encoded:
+        encoded = super().encode(examples)
+        getattr(encoded, self.part)[Broken()._bad(encoded)] = math.nan
+        return encoded
+
+
+@pytest.mark.parametrize("part", ["tokens", "question"])
+@pytest.mark.parametrize("kind", ["grpo", "candidates", "imitation", "soft"])
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_an_image_encoded_as_nan_is_named_or_left_out(
+    kind: str, on_nan: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaxed, "check_gates", lambda vlm: vlm)
+    monkeypatch.setattr(relaxed, "gated_log_likelihood", fake_likelihood)
+    monkeypatch.setattr(Blind, "part", part)
+    shared: dict[str, Any] = {"pool": 10, "instances": 4, "steps": 6, "on_nan": on_nan, "teacher": "relevance"}
+    pool, scorer = ExamplePool(Blind(), Named(10), "train", 10, 4), random_scorer()
+    training: Any = {
+        "grpo": lambda: GRPO(pool.vlm, pool, scorer, config(**shared, warmup_steps=0)),
+        "candidates": lambda: GRPO(pool.vlm, pool, scorer, config(**shared, candidates=2, probes=2, warmup_steps=2)),
+        "imitation": lambda: Imitation(pool.vlm, pool, scorer, ImitationConfig(**shared)),
+        "soft": lambda: SoftTopK(pool.vlm, pool, scorer, SoftTopKConfig(**shared, warmup_steps=2)),
+    }[kind]()
+    what = "a visual token" if part == "tokens" else "an embedding of the question"
+    if on_nan == "stop":
+        with pytest.raises(NonFiniteError, match=rf"step \d: {what} of example 'train {BAD}' is NaN or infinite"):
+            list(training.train())
+    else:
+        logged = [metrics.values for metrics in training.train()]
+        assert {values["skipped"] for values in logged} == {0, 1}
+        assert all(math.isfinite(value) for values in logged for value in values.values())
+    assert finite(scorer)
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"warmup_steps": 4, "warmup_learning_rate": 1e30}])
+def test_a_learning_rate_that_ruins_the_scorer_is_named_in_every_phase(options: dict[str, Any]) -> None:
+    with pytest.raises(NonFiniteError, match=r"(grpo|warmup) step \d: .*learning rate"):
+        list(trainer(**options).train())
+
+
 def test_a_learning_rate_that_blows_up_is_named_and_nothing_of_it_is_saved(tmp_path: Path) -> None:
     grpo = trainer(learning_rate=1e30, on_nan="skip", instances=3)
     grpo.scorer.save(tmp_path)
@@ -246,3 +294,30 @@ def test_choosing_by_scores_that_are_nan_is_refused() -> None:
         scorer.out[1].weight[:] = math.nan
     with pytest.raises(NonFiniteError, match="scores of the scorer are NaN or infinite"):
         ScorerSelector(scorer)(FakeVLM(), encoded, torch.tensor([2, 2]), torch.Generator())
+
+
+class Never(FakeVLM):
+    """Gives NaN for one example of every split."""
+
+    def score(self, encoded: Encoded, *args: Any, **options: Any) -> Scores:
+        scores = super().score(encoded, *args, **options)
+        bad = [example.key.endswith(f" {BAD}") for example in encoded.examples]
+        scores.log_likelihood[torch.tensor(bad)] = math.nan
+        return scores
+
+
+def test_comparisons_name_the_example_and_the_method() -> None:
+    from grip_env.reports.comparison import compare
+
+    with pytest.raises(NonFiniteError, match=rf"log-likelihood of example 'test {BAD}' under .* is NaN or infinite"):
+        compare(Never(), Named(10), {"random": BASELINES["random"]}, "test", 10, (0.5,), progress=False)
+
+
+def test_rewards_that_are_no_numbers_name_an_example_in_environments_and_searches() -> None:
+    env = grip_env.TokenSelectionEnv(vlm=Never(), task=Named(10), split="test", budget=0.5)
+    env.reset(options={"index": BAD})
+    with pytest.raises(NonFiniteError, match=rf"1 of 1 selections, of example 'test {BAD}' among others"):
+        env.step(env.action_space.sample())
+    encoded = Never().encode([Named(10).example("test", index) for index in (1, BAD)])
+    with pytest.raises(NonFiniteError, match=rf"a selection of example 'test {BAD}' is not finite"):
+        RandomSearch(4)(Never(), encoded, torch.tensor([2, 2]), torch.Generator().manual_seed(0))

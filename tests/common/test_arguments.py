@@ -50,3 +50,9 @@ def test_a_folder_that_an_option_takes_is_left_to_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert plain("--images", "a", str(tmp_path)) == ["--images", "a", str(tmp_path)]
     assert plain("--policies", str(tmp_path)) == ["--policies", str(tmp_path)]
+
+
+@pytest.mark.parametrize("text", ["n" * 300, "is it red? " * 44, "a\0b"])
+def test_a_text_that_cannot_be_a_path_is_no_run(text: str) -> None:
+    assert plain("--policies", "a", text) == ["--policies", f"a,{text}"]
+    assert plain("--budgets", "0.1", text) == ["--budgets", "0.1", text]

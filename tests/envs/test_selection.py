@@ -84,10 +84,10 @@ def test_info_has_the_documented_keys_and_never_nan(relevance: bool) -> None:
     assert (indices(start["kept"]), indices(end["kept"])) == ([], [1, 2])
     assert (start["kept_count"], end["kept_count"]) == (0, 2)
     assert (start["scored"], start["log_likelihood"], start["correct"], end["scored"]) == (False, 0.0, False, True)
-    assert start["relevance_known"] is end["relevance_known"] is relevance
+    assert start["relevance_known"] == end["relevance_known"] == relevance
     assert start["relevant_count"] == start["relevant"].sum()
-    assert (start["relevant_count"] > 0) is relevance
-    assert isinstance(end["correct"], bool)
+    assert (start["relevant_count"] > 0) == relevance
+    assert end["correct"].dtype == bool
     values = [value for info in (start, end) for value in info.values() if isinstance(value, float)]
     assert not any(math.isnan(value) for value in values)
 

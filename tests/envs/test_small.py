@@ -56,7 +56,7 @@ def test_info_has_the_documented_keys_and_never_nan(enumerate: bool) -> None:
     assert not any(start[key] for key in known | {"scored", "log_likelihood", "under_budget"})
     values = [value for info in (start, end) for value in info.values() if isinstance(value, float)]
     assert not any(math.isnan(value) for value in values)
-    assert all(type(end[key]) is float for key in known)
+    assert all(end[key].dtype == float for key in known)
 
 
 # -- exactly k -------------------------------------------------------------------------------------------

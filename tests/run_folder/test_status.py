@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import pytest
 
 from agents.grpo import GRPOConfig
 from agents.pruner import Pruner
+from agents.scorer import Scorer
 from grip_env import cli, evaluate, probe
 from grip_env.common import stopping
+from grip_env.common.errors import CommandError
 from grip_env.reports import plots
 from grip_env.reports.comparison import Comparison
 from grip_env.reports.saved_runs import load_run, read_log
+from grip_env.run_folder import folder as run_folder
 from grip_env.run_folder.config import Config
 from grip_env.run_folder.status import RunStatus, read_status, unfinished
 from grip_env.train import train
@@ -191,3 +195,98 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: cannot write {tmp_path / 'report.md'}: No space left on device\n"
     stopping.check()
+
+
+def short(vlm: Path, runs: Path, reward: str = "log_likelihood") -> Config:
+    """Return the configuration of a training that takes a second."""
+    options = GRPOConfig(steps=3, instances=4, candidates=1, group=2, warmup_steps=1, pool=4)
+    return Config(
+        vlm=str(vlm), runs=runs, name="run", progress=False, options=options, examples=0, picture_every=1, reward=reward
+    )
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["room elsewhere", "no room anywhere"])
+def test_a_disk_that_fills_up_leaves_a_status_and_no_half_agent(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: bool
+) -> None:
+    replace, saves = run_folder.replace_folder, [0]
+
+    def full(new: Path, folder: Path) -> None:
+        saves[0] += folder.parent == tmp_path / "run"
+        if saves[0] > 4 and folder.parent == tmp_path / "run":
+            raise OSError(28, "No space left on device")
+        replace(new, folder)
+
+    def spare(prefix: str) -> str:
+        if not room:
+            raise FileNotFoundError(2, "No usable temporary directory found")
+        (tmp_path / "spare").mkdir()
+        return str(tmp_path / "spare")
+
+    monkeypatch.setattr(run_folder, "replace_folder", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", spare)
+    with pytest.raises(SystemExit) as stop:
+        train(short(vlm_folder, tmp_path))
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "stopped in grpo at step" in said
+    found = read_status(tmp_path / "run")
+    assert found is not None
+    assert (found.state, found.phase, found.step) == ("failed", "grpo", 1)
+    assert found.reason == "OSError: [Errno 28] No space left on device"
+    assert not (tmp_path / "run" / "agent.new").exists()
+    Scorer.load(tmp_path / "run" / "agent")
+    if room:
+        assert f"the agent so far is saved in {tmp_path / 'spare'}" in said
+        saved = read_status(tmp_path / "spare")
+        assert saved is not None
+        assert (saved.state, saved.step) == ("failed", 2)
+    else:
+        assert f"the one in {tmp_path / 'run'} is that of step 1 of 3 of grpo" in said
+
+
+@pytest.mark.parametrize("code", ["0", "", "3", "'enough'"])
+def test_an_exit_in_a_reward_is_an_error_as_any_other(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str
+) -> None:
+    (tmp_path / "leaving.py").write_text(f"import sys\n\n\ndef reward(*_):\n    sys.exit({code})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "leaving", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        train(short(vlm_folder, tmp_path, "leaving:reward"))
+    assert stop.value.code == 1
+    reason = f"SystemExit: {code}".strip("': ").replace("'", "")
+    assert f"error: stopped in warmup at step 0: {reason}; the agent so far is in" in capsys.readouterr().err
+    found = read_status(tmp_path / "run")
+    assert found is not None
+    assert (found.state, found.reason) == ("failed", reason)
+
+
+def test_a_command_that_has_said_why_it_ends_says_it_once(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, refusals = Scorer.save, ["there is no such thing"]
+
+    def refused(self: Scorer, folder: Path) -> None:
+        while refusals:
+            raise CommandError(refusals.pop())
+        save(self, folder)
+
+    monkeypatch.setattr(Scorer, "save", refused)
+    with pytest.raises(CommandError) as stop:
+        train(short(vlm_folder, tmp_path))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: there is no such thing\n"
+
+
+def test_an_exit_in_a_policy_of_ones_own_is_an_error(
+    vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quitting.py").write_text("class Quit:\n    def select(self, *_):\n        raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CommandError) as stop:
+        evaluate.evaluate(evaluate.Config(policies="quitting:Quit", vlm=str(vlm_folder), examples=2, out=tmp_path))
+    assert stop.value.code == 2
+    assert "--policies quitting:Quit fails on the first example with one token to keep: SystemExit: 0" in (
+        capsys.readouterr().err
+    )

@@ -171,6 +171,20 @@ def test_texts_are_checked_against_a_model(folder: Path) -> None:
         FileTask(write(folder / "c.jsonl", rows[1:3])).check_texts(check, skip_bad=True)
 
 
+@pytest.mark.parametrize("marker", ["<image_2>", "<image-2>", "<image2>", "<image 2>", "<ImageHere> <ImageHere>"])
+def test_numbered_markers_of_a_second_image_are_faults(folder: Path, marker: str) -> None:
+    path = write(folder / "a.jsonl", [row(question=f"<image_1> {marker} which is red?")])
+    assert "appears, but the row has one image and nothing else: remove it" in str(refused(path))
+
+
+@pytest.mark.parametrize("more", [["0.png", "0.png"], ["1.png"], "1.png", []])
+def test_two_keys_for_images_are_a_fault_unless_they_agree(folder: Path, more: Any) -> None:
+    fault = '"image" and "images" are both given: a question is about one image'
+    assert fault in str(refused(write(folder / "a.jsonl", [row(images=more)])))
+    for same in ("0.png", ["0.png"], None):
+        assert len(everything(FileTask(write(folder / "b.jsonl", [row(images=same)])))) == 1
+
+
 @pytest.mark.parametrize(
     ("questions", "count"),
     [(["<image> and <image>: which?"], 2), (["<image>a?", "<image>b?"], 2), (["a?", "<image><image><image>b?"], 3)],

@@ -346,3 +346,50 @@ def test_scans_of_every_file_that_holds_a_jpeg_are_counted(tmp_path: Path, monke
     monkeypatch.setattr("grip_env.tasks.pictures._MOST_SCANS", 0)
     with pytest.raises(PictureError, match="is a JPEG of 1 scans"):
         read_picture(tmp_path / "0.tiff", 10**7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_is_turned_upright_once_whatever_opens_it(
+    orientation: int, mode: str, compression: str | None, tmp_path: Path
+) -> None:
+    values = np.zeros((40, 60), dtype=np.uint16 if mode == "I;16" else np.uint8)
+    values[:10, :20] = 60_000 if mode == "I;16" else 200
+    image = Image.fromarray(values)
+    image = image if mode in ("I;16", "L") else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image.save(tmp_path / "t.tif", exif=exif, compression=compression)
+    expected = read_picture(tmp_path / "t.tif", 10**8)
+    turned = {
+        1: values, 2: values[:, ::-1], 3: values[::-1, ::-1], 4: values[::-1], 5: values.T, 6: values[::-1].T,
+        7: values[::-1, ::-1].T, 8: values[:, ::-1].T,
+    }  # fmt: skip
+    np.testing.assert_array_equal(expected[:, :, 0] > 100, turned[orientation] > 0)
+    data = io.BytesIO((tmp_path / "t.tif").read_bytes())
+    loaded = Image.open(data)
+    loaded.load()
+    for opened in (Image.open(tmp_path / "t.tif"), Image.open(data), loaded):
+        np.testing.assert_array_equal(as_pixels(opened), expected)
+
+
+def test_data_after_a_jpeg_are_not_taken_for_scans() -> None:
+    """As in motion photos: a film follows the picture. The picture itself is checked as before."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    comment = b"\xff\xd9" + b"\xff\xda" * 200
+    Image.fromarray(pixels).save(file, "JPEG", comment=comment, restart_marker_blocks=1)
+    data = file.getvalue()
+    tail = np.random.default_rng(0).integers(0, 256, 20_000_000, np.uint8).tobytes() + b"\xff\xda" * 1000
+    assert (read_picture(data + tail, 10**7) == read_picture(data, 10**7)).all()
+    assert as_pixels(Image.open(io.BytesIO(data + tail))).shape == (64, 64, 3)
+    for bomb in (scans(5000, 200), scans(5000, 200)[:-2], hidden(scans(5000, 200))):
+        with pytest.raises(PictureError, match=r"is a JPEG of 5,0\d\d scans, more than the limit of 100"):
+            read_picture(bomb + tail, 10**7)
+
+
+def hidden(bomb: bytes) -> bytes:
+    """Return a JPEG with odd bytes between its scans, which decoders skip: reserved markers, lengths of 0, fillers."""
+    place = bomb.index(b"\xff\xda", bomb.index(b"\xff\xda") + 2)
+    return bomb[:place] + b"\xff\xfe\x00\x00" + b"\xff\x02\xff\xff\x00" + b"\xff\xff\xff" + bomb[place:]

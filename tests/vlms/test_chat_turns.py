@@ -93,8 +93,7 @@ def test_two_turns_of_the_user_on_end_have_the_last_as_question(vlm: HuggingFace
     assert asked(vlm, chat(vlm, [("user", FIRST), ("user", LAST)]), example)[0] == LAST
 
 
-def test_an_answer_that_has_begun_is_no_question() -> None:
-    vlm = make("qwen2_vl")
+def test_an_answer_that_has_begun_is_no_question(vlm: HuggingFaceVLM) -> None:
     (example,) = examples(1)
     for turns in ([("user", LAST)], [("user", FIRST), ("assistant", ANSWER), ("user", LAST)]):
         assert asked(vlm, chat(vlm, turns) + "there are two", example)[0] == LAST

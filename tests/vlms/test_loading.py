@@ -253,6 +253,18 @@ CHANGES: dict[str, tuple[tuple[str, ...], object, str]] = {
     "another text model": (("config.json", "text_config"), {"model_type": "llama"}, "weights, and 1,723,264 are saved"),
     "another tower": (("config.json", "vision_config", "hidden_size"), 10**7, "config.json describes a model of"),
     "a kernel": (("config.json", "text_config", "_attn_implementation"), "somebody/kernel", "which is code: remove"),
+    "a kernel of a part": (
+        ("config.json", "attn_implementation"),
+        {"text_config": "somebody/kernel"},
+        "names the kernel 'somebody/kernel', which is code: remove 'attn_implementation'",
+    ),
+    "a kernel of the whole": (("config.json", "attn_implementation"), {"": "somebody/kernel"}, "which is code: remove"),
+    "a kernel deep inside": (
+        ("config.json", "_attn_implementation"),
+        {"vision_config": {"": "paged|somebody/kernel"}},
+        r"names the kernel 'paged\|somebody/kernel', which is code: remove '_attn_implementation'",
+    ),
+    "another name for a kernel": (("config.json", "attribute_map"), {"x": "_attn_implementation"}, "remove 'attribute"),
     "heads": (("config.json", "vision_config", "num_attention_heads"), -1, "cannot be used"),
     "no feature layer": (("config.json", "vision_feature_layer"), 10**6, "cannot be used"),
     "no image token": (("config.json", "image_token_index"), -1, "the tokenizer does not know the image token -1"),

@@ -50,7 +50,7 @@ def process(pruner: Pruner, batch: list[Example], **options: Any) -> dict[str, A
             add_special_tokens=bos is None or not texts[0].startswith(bos),
             **options,
         )
-    return {key: value for key, value in inputs.items() if key != "labels"}
+    return dict(inputs)
 
 
 def sizes(batch: list[Example]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 __all__ = ["resolve_autoreset_mode", "warn_of_idle_steps", "warn_where_steps_are_idle"]
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Vector environments for which the warning has been given."""
+"""Environments and wrappers for which the warning has been given."""
 
 
 def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
@@ -33,20 +33,37 @@ def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     raise ValueError(f"autoreset_mode is a gymnasium.vector.AutoresetMode or its name, one of {names}; got {mode!r}")
 
 
-def warn_of_idle_steps() -> None:
-    """Warn that AutoresetMode.NEXT_STEP makes every second step of one-step episodes a reset."""
+def warn_of_idle_steps(owner: object, every: bool = True) -> None:
+    """Warn once that with AutoresetMode.NEXT_STEP every second step is a reset.
+
+    Args:
+        owner: The environment or wrapper that resets.
+        every: True if all episodes have one step, False if one of them had.
+    """
+    if owner in _told:
+        return
+    _told.add(owner)
     gymnasium.logger.warn(
-        "every episode here has one step, so that with AutoresetMode.NEXT_STEP every second step ignores its action, "
-        "begins the next episode and pays 0, the reward for losing nothing: a mean over steps looks too good. Average "
-        "over episodes, or use AutoresetMode.SAME_STEP, as gymnasium.make_vec does without a vectorization_mode"
+        f"{'every episode here has' if every else 'an episode here had'} one step, so that with "
+        "AutoresetMode.NEXT_STEP every second step ignores its action, begins the next episode and pays 0, the reward "
+        "for losing nothing: a mean over steps looks too good. Average over episodes, or use AutoresetMode.SAME_STEP, "
+        "as gymnasium.make_vec does without a vectorization_mode"
     )
 
 
-def warn_where_steps_are_idle(env: object) -> None:
-    """Warn once per Gymnasium vector environment that resets ``env`` in a separate step.
+def warn_where_steps_are_idle(env: object, every: bool = True) -> None:
+    """Warn once per caller that resets ``env`` in a step of its own.
+
+    It is a vector environment of Gymnasium, or its wrapper Autoreset.
 
     A single environment is not told who resets it, or why, so the callers are looked up on the call stack.
+
+    Args:
+        env: The single environment.
+        every: See :func:`warn_of_idle_steps`.
     """
+    from gymnasium.wrappers import Autoreset  # with all other wrappers: not for everyone who imports the package
+
     frame = inspect.currentframe()
     while frame is not None:
         names = frame.f_locals
@@ -54,11 +71,11 @@ def warn_where_steps_are_idle(env: object) -> None:
         command: Any = frame.f_code.co_name
         if isinstance(owner, VectorEnv):
             mode = getattr(owner, "autoreset_mode", None)
+        elif isinstance(owner, Autoreset):
+            mode = AutoresetMode.NEXT_STEP
         else:  # the loop of a worker process of AsyncVectorEnv
             owner, mode, command = env, names.get("autoreset_mode"), names.get("command")
         if mode is AutoresetMode.NEXT_STEP and command == "step":
-            if owner not in _told:
-                _told.add(owner)
-                warn_of_idle_steps()
+            warn_of_idle_steps(owner, every)
             return
         frame = frame.f_back

@@ -248,7 +248,11 @@ class EpisodeRules(ABC):
             both = self.store.score(jobs + whole)
             scores, wholes = both[: len(jobs)], both[len(jobs) :]
         # rewards first: if one raises, every episode is unchanged
-        outcomes = iter([] if scores is None or full is None else self._judge(scores, full))
+        outcomes = iter(
+            []
+            if scores is None or full is None
+            else self._judge(scores, full, [decision.episode for decision in asked])
+        )
         for row, instance in enumerate(unscored):
             assert wholes is not None
             # a copy: an instance kept in memory must not keep the scores of all the others alive
@@ -259,9 +263,10 @@ class EpisodeRules(ABC):
             Episode(instances[index], tokens_in_budget(budget, instances[index].count)) for index, budget in requests
         ]
 
-    def _judge(self, scores: Scores, full: Scores) -> list[Outcome]:
-        """Return the outcome of each row of the scores (R, 1)."""
-        columns = (scores.log_likelihood, scores.correct, self.rewards.judge(scores, full))
+    def _judge(self, scores: Scores, full: Scores, episodes: Sequence[Episode]) -> list[Outcome]:
+        """Return the outcome of each row of the scores (R, 1), those of R episodes."""
+        examples = [episode.instance.example for episode in episodes]
+        columns = (scores.log_likelihood, scores.correct, self.rewards.judge(scores, full, examples=examples))
         return [Outcome(*row) for row in zip(*(column[:, 0].tolist() for column in columns), strict=True)]
 
     def _carry_out(self, decision: Decision, outcome: Outcome | None) -> None:

@@ -17,7 +17,7 @@ from grip_env.envs.core.sampling import EpisodeStream, FixedEpisodes
 from grip_env.envs.core.window import Window
 from grip_env.tasks.base import Example
 
-__all__ = ["EpisodeEnv", "RenderMode", "draw_episode", "own_arguments"]
+__all__ = ["EpisodeEnv", "RenderMode", "as_arrays", "draw_episode", "own_arguments"]
 
 RenderMode = Literal["rgb_array", "human"]
 
@@ -34,6 +34,15 @@ def own_arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
     {'budget': 0.2, 'split': 'train'}
     """
     return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+def as_arrays(info: dict[str, Any]) -> dict[str, Any]:
+    """Return an info whose numbers have a NumPy dtype, which TorchRL asks for.
+
+    Truth values become arrays without axes: Gymnasium's vector environments would collect ``np.bool_`` as objects.
+    """
+    kinds: dict[type, Callable[[Any], Any]] = {bool: np.array, int: np.int64, float: np.float64}
+    return {key: kinds[type(value)](value) if type(value) in kinds else value for key, value in info.items()}
 
 
 class EpisodeEnv(gymnasium.Env[Observation, ActType]):
@@ -66,7 +75,7 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
         self._stream: EpisodeStream | FixedEpisodes | None = None
         self._episode: Episode | None = None
         self._window = Window("GRIP visual tokens")
-        self._knows_its_caller = not self.rules.one_step
+        self._knows_its_caller = False
 
     @property
     def example(self) -> Example:
@@ -100,14 +109,14 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
         anew = self.rules.examples is not None and self._episode is not None and not self._episode.steps
         if seed is not None or self._stream is None or anew:
             self._stream = self.rules.stream(self.np_random)
-        if not self._knows_its_caller and self._episode is not None and self._episode.over:
+        if not self._knows_its_caller and self._episode is not None and self._episode.steps == 1:
             self._knows_its_caller = True
-            warn_where_steps_are_idle(self)
+            warn_where_steps_are_idle(self, every=self.rules.one_step)
         self._episode = None
         (self._episode,) = self.rules.advance(requests=[self.rules.request(self._stream, fixed)])
         if self.render_mode == "human":
             self.render()
-        return self.rules.observe(self._episode), self.rules.info(self._episode)
+        return self.rules.observe(self._episode), as_arrays(self.rules.info(self._episode))
 
     def step(self, action: ActType) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Keep the tokens that the action chooses and return the outcome, as in Gymnasium.
@@ -125,7 +134,8 @@ class EpisodeEnv(gymnasium.Env[Observation, ActType]):
         self.rules.advance([self.rules.decide(episode, checked, self.rules.chance(episode, self.np_random))])
         if self.render_mode == "human":
             self.render()
-        return self.rules.observe(episode), episode.reward, episode.over, False, self.rules.info(episode)
+        info = as_arrays(self.rules.info(episode))
+        return self.rules.observe(episode), episode.reward, episode.over, False, info
 
     def render(self) -> np.ndarray | None:
         """Draw the image and the question; after a step, also the kept tokens and the outcome."""

@@ -118,7 +118,7 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._shown: list[Episode] = []
         self._ended = np.zeros(num_envs, dtype=bool)
         if self.rules.one_step and self.autoreset_mode is AutoresetMode.NEXT_STEP:
-            warn_of_idle_steps()
+            warn_of_idle_steps(self)
 
     @staticmethod
     def _seeded(seeds: Sequence[int | None]) -> tuple[list[np.random.Generator], list[int]]:
@@ -226,6 +226,8 @@ class EpisodeVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._episodes = [fresh.get(i, episode) for i, episode in enumerate(stepped)]
         self._shown = stepped if same_step else self._episodes
         self._ended = np.zeros_like(ended) if same_step else ended
+        if mode is AutoresetMode.NEXT_STEP and any(stepped[i].steps == 1 for i in np.flatnonzero(ended)):
+            warn_of_idle_steps(self, every=False)
         infos = [self.rules.info(episode) for episode in (stepped if same_step else self._episodes)]
         if same_step:
             for i, episode in fresh.items():

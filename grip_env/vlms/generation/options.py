@@ -238,6 +238,8 @@ def _check_kind(name: str, value: Any, vocabulary: int) -> None:
         raise ValueError(f"{name}={value!r} must be below {vocabulary}, how many tokens the model knows")
     if name == "cache_implementation" and value not in (*_CACHES, *_OLD_CACHES):
         raise ValueError(f"cache_implementation={value!r} is not supported: use one of {', '.join(_CACHES)}")
+    if name == "cache_implementation" and "offloaded" in value and not torch.cuda.is_available():
+        raise ValueError(f"cache_implementation={value!r} needs a CUDA device: leave it out")
     if name == "watermarking_config" and not (isinstance(value, dict) or hasattr(value, "construct_processor")):
         raise ValueError("watermarking_config must be a watermarking config of transformers")
 

@@ -238,3 +238,58 @@ def test_resets_by_hand_are_not_warned_of() -> None:
             envs.step(envs.action_space.sample())
 
     assert warned(single) == warned(many_by_hand) == 0
+
+
+@pytest.mark.parametrize("options", [{"budget": 1 / 16}, {"budget": 0.5, "max_episode_steps": 1}])
+@pytest.mark.parametrize("native", [False, True])
+def test_episodes_that_happen_to_have_one_step_warn_once(options: dict[str, Any], native: bool) -> None:
+    about: dict[str, Any] = {"vlm": FakeVLM(), "task": FakeTask(20), "split": "test", **options}
+    mode: Any = {"autoreset_mode": "NextStep"} if native else {"vectorization_mode": "sync"}
+    envs = gymnasium.make_vec("GRIP/SequentialSelection-v0", 2, **mode, **about)
+    envs.reset(seed=0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for action in (0, 1, 2, 3, 4, 5):
+            envs.step(np.array([action, action]))
+    said = [str(one.message) for one in told if "every second step" in str(one.message)]
+    assert len(said) == 1
+    assert "an episode here had one step" in said[0]
+
+
+def test_longer_episodes_do_not_warn() -> None:
+    about: dict[str, Any] = {"vlm": FakeVLM(), "task": FakeTask(20), "split": "test", "budget": 0.2}
+    envs = gymnasium.make_vec("GRIP/SequentialSelection-v0", 2, vectorization_mode="sync", **about)
+    envs.reset(seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for action in range(10):
+            envs.step(np.array([action, action]))
+
+
+def test_gymnasiums_autoreset_wrapper_warns_once() -> None:
+    about: dict[str, Any] = {"vlm": FakeVLM(), "task": FakeTask(20), "split": "test", "budget": 0.2}
+    env = gymnasium.wrappers.Autoreset(gymnasium.make("GRIP/TokenScores-v0", **about))
+    env.reset(seed=0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            env.step(env.action_space.sample())
+    assert len([one for one in told if "every second step" in str(one.message)]) == 1
+
+
+@every_case
+def test_infos_of_single_environments_are_arrays_with_a_dtype(case: str) -> None:
+    name, own = CASES[case]
+    env = gymnasium.make(name, **own)
+    infos = [env.reset(seed=0)[1]]
+    env.action_space.seed(0)
+    for _ in range(3):
+        *_, ended, cut, info = env.step(env.action_space.sample())
+        infos.append(info)
+        if ended or cut:
+            break
+    for info in infos:
+        assert all(isinstance(value, np.ndarray | np.number) for value in info.values()), info
+        assert {key: (value.dtype, np.shape(value)) for key, value in info.items()} == {
+            key: (value.dtype, np.shape(value)) for key, value in infos[0].items()
+        }

@@ -1,0 +1,145 @@
+"""Resuming of a run: configuration, newest snapshot, and checks that nothing has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from grip_env.common.errors import CommandError
+from grip_env.common.output import say
+from grip_env.reports.live_run import can_resume
+from grip_env.run_folder.config import Config, options_name, read_run_config
+from grip_env.run_folder.folder import versions
+from grip_env.run_folder.snapshots import snapshots
+
+if TYPE_CHECKING:
+    from agents.training.snapshot import Snapshot
+
+__all__ = ["Earlier", "check_resumed", "open_run", "resumable_config"]
+
+FREE = ("resume", "examples", "progress", "picture_every", "checkpoint_minutes", "runs", "name", "options")
+"""Options of the command that may differ when a run is resumed: they do not change the training."""
+
+
+def _read(run: Path) -> dict[str, Any]:
+    from agents.training.options import options_of
+
+    try:
+        return read_run_config(run, options_of)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--resume: {error}") from None
+
+
+def resumable_config(run: Path) -> Config:
+    """Return the configuration of a run, as it was trained with.
+
+    Raises:
+        CommandError: If the folder is not a run.
+    """
+    saved = _read(run)["config"]
+    hints = get_type_hints(Config)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        if field.name in saved:
+            value = saved[field.name]
+            is_path = hints[field.name] in (Path, Path | None) and value is not None
+            values[field.name] = Path(value) if is_path else value
+    given = saved.get(options_name(saved["algo"]), {})
+    return Config(**(values | {"options": _options(saved["algo"], given), "resume": run}))
+
+
+def _options(algo: str, given: Mapping[str, Any]) -> Any:
+    """Return saved hyperparameters of an algorithm; ``None`` for a user-defined class."""
+    from agents.training.options import options_of
+
+    options = options_of(algo)
+    if options is None:
+        return None
+    known = {field.name for field in dataclasses.fields(options)}
+    return options(**{name: value for name, value in given.items() if name in known})
+
+
+def check_resumed(earlier: Config, config: Config) -> None:
+    """Stop with an error if an option that may not differ from the resumed run differs."""
+    pairs = [
+        (field.name, getattr(earlier, field.name), getattr(config, field.name)) for field in dataclasses.fields(Config)
+    ]
+    changed = [(name, old, new) for name, old, new in pairs if name not in FREE and old != new]
+    prefix = options_name(config.algo).replace("_", "-")
+    if earlier.options is not None and dataclasses.is_dataclass(config.options):
+        for field in dataclasses.fields(earlier.options):
+            old, new = getattr(earlier.options, field.name), getattr(config.options, field.name, None)
+            if old != new and not (field.name == "steps" and new is not None and new > old):
+                changed.append((f"{prefix}.{field.name}", old, new))
+    if changed:
+        name, old, new = changed[0]
+        more = "" if len(changed) == 1 else f" (and {len(changed) - 1} more)"
+        raise CommandError(
+            f"--{name.replace('_', '-')} is {old} in {earlier.resume}, and cannot become {new}{more}: leave it out, or "
+            "train anew"
+        )
+
+
+@dataclass
+class Earlier:
+    """A run that is resumed."""
+
+    path: Path
+    saved: dict[str, Any]
+    """Content of its ``config.json``."""
+    snapshot: Snapshot
+
+    def check(self, about: Mapping[str, Any]) -> None:
+        """Stop with an error if the model or the data are others, and say which versions are.
+
+        Args:
+            about: Facts about the model and the data, as in ``config.json``.
+        """
+        import torch
+
+        if about["vlm"]["checksum"] != self.saved["vlm"]["checksum"]:
+            raise CommandError(f"the vision-language model is not the one that {self.path} was trained on: train anew")
+        if about.get("data", {}).get("fingerprint") != self.saved.get("data", {}).get("fingerprint"):
+            raise CommandError(f"the data have changed since {self.path} was trained on them: train anew")
+        before, now = self.saved.get("versions", {}), versions()
+        others = [
+            f"{name} was {before[name]} and is {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+        ]
+        threads = self.saved.get("threads")
+        if threads not in (None, torch.get_num_threads()):
+            others.append(f"CPU threads were {threads} and are {torch.get_num_threads()}")
+        if others:
+            say(f"note: {'; '.join(others)}: the last digits may differ from those of a run in one piece", error=True)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return when and at which steps the run was resumed, this time included."""
+        now = {
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "steps": self.snapshot.about["steps"],
+            "command": [Path(sys.executable).name, *sys.argv],
+        }
+        return [*self.saved.get("resumed", []), now]
+
+
+def open_run(run: Path, algorithm: Any) -> Earlier:
+    """Return a run with its newest snapshot that is whole.
+
+    Raises:
+        CommandError: If there is none, or the algorithm cannot be resumed.
+    """
+    from agents.training.snapshot import Snapshot
+
+    saved = _read(run)
+    if not can_resume(algorithm):
+        raise CommandError(f"--algo {saved['config']['algo']} cannot be resumed: it has no snapshot() and restore()")
+    for path in snapshots(run):
+        try:
+            return Earlier(run, saved, Snapshot.read(path))
+        except (OSError, ValueError) as error:
+            say(f"note: {error}; the one before is used", error=True)
+    raise CommandError(f"there is no snapshot in {run} to resume from: train anew")
