@@ -70,6 +70,8 @@ class Config:
     """Your own images and questions to compare on; by default, those the run was trained on, if any."""
     skip_bad: bool = False
     """Leave out faulty rows of the data, and list them; runs trained with --skip-bad do so anyway."""
+    task: Literal["scenes", "scenes-hard"] = "scenes"
+    """The task, if no runs are given."""
     vlm: str = ""
     """The frozen model if no runs are given: "tiny" (the default) or a folder with a saved model."""
     out: Path | None = None
@@ -242,7 +244,7 @@ def _model_and_task(config: Config, run: Run | None) -> tuple[HuggingFaceVLM, Ta
 
     if run is None:
         model = ModelConfig(vlm=config.vlm or "tiny", device=config.device)
-        return load_model_and_task(model, "scenes", config.data, config.skip_bad, (config.split,))
+        return load_model_and_task(model, config.task, config.data, config.skip_bad, (config.split,))
     trained = run.config
     data, skip_bad = config.data, config.skip_bad
     if data is None and trained.get("data"):

@@ -62,7 +62,7 @@ class _Asked:
     minutes for k = 8."""
     split: Literal["validation", "test", "train"] = "validation"
     """Split of the examples."""
-    task: str = "scenes"
+    task: Literal["scenes", "scenes-hard"] = "scenes"
     """Name of the task."""
     data: Path | None = None
     """Your own images and questions instead of the task."""

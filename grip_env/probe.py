@@ -58,8 +58,10 @@ class _Asked:
     """Folder of a run, as printed by train; by default, the agent that comes with the package is used."""
     algo: str = ""
     """Your own class that the agent was trained with, as package.module:Class; it is only imported if named here."""
+    task: Literal["scenes", "scenes-hard"] = "scenes"
+    """The task that provides images and questions."""
     data: Path | None = None
-    """Your own images and questions instead of the scenes task."""
+    """Your own images and questions instead of a task."""
     split: Literal["test", "validation", "train"] = "test"
     """Examples to probe on."""
     examples: int = 480
@@ -219,7 +221,7 @@ def _run(config: Config) -> None:
 
     from agents.pruner import load_agent
 
-    vlm, task = load_model_and_task(config, "scenes", config.data, splits=(config.split,), progress=config.progress)
+    vlm, task = load_model_and_task(config, config.task, config.data, splits=(config.split,), progress=config.progress)
     say_unfinished(config.run)
     try:
         agent = load_agent(vlm, config.vlm, config.run, config.algo or None)

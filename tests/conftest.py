@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests ask no model hub; read when transfor
 import pytest
 import torch
 
-from grip_env.pretraining.tiny_model import build_model, build_processor
+from grip_env.pretraining.embedded_models import build_model, build_processor
 from grip_env.tasks.base import Example
 from grip_env.tasks.scenes import CHOICES, SceneTask
 from grip_env.vlms.huggingface import HuggingFaceVLM

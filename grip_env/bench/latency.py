@@ -94,7 +94,7 @@ def build(width: int, layers: int, seed: int = 0) -> tuple[HuggingFaceVLM, Score
 
     from agents.scorer import Scorer, ScorerConfig
     from agents.selectors import ScorerSelector
-    from grip_env.pretraining.tiny_model import build_tokenizer
+    from grip_env.pretraining.embedded_models import build_tokenizer
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
     torch.manual_seed(seed)

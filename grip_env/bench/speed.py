@@ -282,7 +282,7 @@ def scaling(config: Config) -> dict[str, dict[float, float]]:
     import gymnasium
     import torch
 
-    from grip_env.pretraining.tiny_model import PATCH, build_model, build_processor
+    from grip_env.pretraining.embedded_models import PATCH, build_model, build_processor
     from grip_env.tasks.scenes import SceneTask
     from grip_env.vlms import load_vlm
     from grip_env.vlms.huggingface import HuggingFaceVLM
@@ -299,7 +299,7 @@ def scaling(config: Config) -> dict[str, dict[float, float]]:
 
     found: dict[str, dict[float, float]] = {"N": {}, "k": {}, "B": {}}
     for pixels in SIDES:
-        processor = build_processor(pixels)
+        processor = build_processor(pixels=pixels)
         model = HuggingFaceVLM(build_model(processor.tokenizer, pixels=pixels), processor)
         found["N"][(pixels // PATCH) ** 2] = step(model, config.num_envs, config.budget)
     vlm = load_vlm("tiny")

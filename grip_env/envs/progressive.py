@@ -117,7 +117,8 @@ class ProgressivePruningEnv(EpisodeEnv[np.ndarray]):
     Args:
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`. It must allow its layers to be run one
             by one; see :func:`grip_env.vlms.decoder.staged_forward.decoder_of`.
-        task: Source of the instances: a task, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
+        task: Source of the instances: a task, "scenes", "scenes-hard", or the path of your data (see
+            :class:`grip_env.FileTask`).
         split: Name of the split.
         stages: Decoder layers before which tokens can be dropped, strictly increasing, from 0.
         budget: Share of the tokens, mean over all layers, in (0, 1]: a number; a tuple (low, high), drawn log-uniformly

@@ -154,7 +154,8 @@ class SequentialSelectionEnv(EpisodeEnv[np.int64]):
 
     Args:
         vlm: The frozen model, or a name or folder for :func:`grip_env.load_vlm`.
-        task: Source of the instances: a task, "scenes", or the path of your data (see :class:`grip_env.FileTask`).
+        task: Source of the instances: a task, "scenes", "scenes-hard", or the path of your data (see
+            :class:`grip_env.FileTask`).
         split: Name of the split.
         budget: Share of the tokens in (0, 1]: a number; a tuple (low, high), drawn log-uniformly for each
             episode (``{"low": low, "high": high}`` is the same and survives JSON); or a list, drawn uniformly.

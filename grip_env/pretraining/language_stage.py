@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from grip_env.pretraining.vision_stage import draw_scenes, normalise, vision_tokens
-from grip_env.tasks.scenes import CHOICES, FAMILIES, GRID, SIDE, Question, Scene, plural
+from grip_env.tasks.scene_levels import STANDARD, Level
+from grip_env.tasks.scene_questions import Question, plural
+from grip_env.tasks.scenes import Scene
 
 __all__ = [
     "FAMILY_WEIGHTS",
@@ -32,9 +34,21 @@ __all__ = [
     "random_subset",
 ]
 
-TOKENS = GRID * GRID
-FAMILY_WEIGHTS = {"existence": 1.5, "color": 0.8, "counting": 3.0, "reading": 0.8, "shape": 0.9, "relation": 4.0}
-"""Sampling weight of each question family: those that compare or count are slowest to learn."""
+FAMILY_WEIGHTS = {
+    "existence": 1.5,
+    "color": 0.8,
+    "counting": 3.0,
+    "reading": 0.8,
+    "shape": 0.9,
+    "relation": 4.0,
+    "larger": 3.0,
+    "more": 3.0,
+    "same": 4.0,
+    "near": 4.0,
+    "number": 1.5,
+    "odd": 4.0,
+}
+"""How often training asks each family: the ones that compare or count are slowest to learn."""
 
 PLACE_WEIGHT = 0.03
 """Weight of :func:`place_loss` in both stages."""
@@ -55,18 +69,20 @@ class EncodedScenes:
 
     @classmethod
     @torch.no_grad()
-    def draw(cls, model: LlavaForConditionalGeneration, count: int, seed: int) -> EncodedScenes:
+    def draw(
+        cls, model: LlavaForConditionalGeneration, count: int, seed: int, level: Level = STANDARD
+    ) -> EncodedScenes:
         """Draw scenes of the training split and run the frozen tower over them."""
-        scenes = draw_scenes(count, seed)
-        features, owners = [], np.full((count, TOKENS), -1)
-        grades = np.zeros((count, TOKENS), dtype=np.float32)
+        scenes = draw_scenes(count, seed, level=level)
+        features, owners = [], np.full((count, level.grid**2), -1)
+        grades = np.zeros((count, level.grid**2), dtype=np.float32)
         for start in range(0, count, 128):
             pixels = normalise(np.stack([scene.draw() for scene in scenes[start : start + 128]]))
-            features.append(vision_tokens(model, pixels)[0])
+            features.append(vision_tokens(model, pixels.to(model.device))[0])
         for row, scene in enumerate(scenes):
             cover = np.stack([scene.coverage(index).reshape(-1) for index in range(len(scene.things))])
             owners[row] = np.where(cover.max(0) >= 0.15, cover.argmax(0), -1)
-            objects = [index for index, thing in enumerate(scene.things) if thing.is_shape or thing.digit is not None]
+            objects = [index for index, thing in enumerate(scene.things) if thing.is_shape or thing.number is not None]
             grades[row] = scene.relevance(tuple(objects)).reshape(-1)
         return cls(scenes, torch.cat(features), torch.from_numpy(owners), torch.from_numpy(grades))
 
@@ -154,10 +170,13 @@ class QuestionPacker:
     def sample(scene: Scene, count: int, rng: random.Random) -> list[Question]:
         """Draw ``count`` questions about a scene, with answers as balanced as the scene allows."""
         asked: list[Question] = []
-        weights = [FAMILY_WEIGHTS[family] for family in FAMILIES]
+        families, choices = scene.level.families, scene.level.choices
+        weights = [FAMILY_WEIGHTS[family] for family in families]
         while len(asked) < count:
-            family = rng.choices(FAMILIES, weights)[0]
-            possible = scene.questions(family, rng.choice(CHOICES[family]) if len(CHOICES[family]) < 4 else None)
+            family = rng.choices(families, weights)[0]
+            possible = scene.questions(family, rng.choice(choices[family]) if len(choices[family]) < 4 else None)
+            if family == "same" and not scene.questions("same", "yes"):
+                continue  # most scenes have none that are the same: "no" would be the answer far too often
             if possible:
                 asked.append(rng.choice(possible))
         return asked
@@ -177,13 +196,15 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[Question]:
         found.append(Question("caption", " " + scene.things[shape.about[0]].colour, shape.answer, shape.about))
     for card in scene.questions("reading"):
         found.append(Question("caption", f" {scene.things[card.about[0]].colour} card", card.answer, card.about))
+    for plate in scene.questions("number"):
+        found.append(Question("caption", f" {scene.things[plate.about[0]].colour} plate", plate.answer, plate.about))
     for group in scene.questions("counting"):
         found.append(Question("caption", " " + plural(scene.things[group.about[0]].kind), group.answer, group.about))
     sided = []
     for kind in scene.questions("color"):
         thing = scene.things[kind.about[0]]
-        if abs(thing.centre[1] - SIDE / 2) >= 6:
-            half = "left" if thing.centre[1] < SIDE / 2 else "right"
+        if abs(thing.centre[1] - scene.level.side / 2) >= 6:
+            half = "left" if thing.centre[1] < scene.level.side / 2 else "right"
             sided.append(Question("caption", f" left or right {thing.kind}", half, kind.about))
     return [rng.choice(sided if sided and turn % 3 == 0 else found) for turn in range(count)]
 
@@ -207,21 +228,24 @@ def forward_packed(
     Returns:
         Logits at the positions that have a target, (targets, vocabulary), and the targets.
     """
-    batch = features.shape[0]
-    shown = torch.arange(TOKENS).expand(batch, TOKENS) if kept is None else kept
+    batch, tokens, _ = features.shape
+    device = features.device
+    shown = torch.arange(tokens, device=device).expand(batch, tokens) if kept is None else kept
     if kept is not None:
         features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
     visual = model.model.multi_modal_projector(features)  # (B, k, D)
     embed = model.get_input_embeddings()
-    start = embed(torch.full((batch, 1), bos))
+    start = embed(torch.full((batch, 1), bos, device=device))
     inputs = torch.cat([start, visual, embed(text["ids"])], 1)  # (B, L, D)
-    positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), shown + 1, text["positions"] + TOKENS + 1], 1)
+    positions = torch.cat([torch.zeros_like(shown[:, :1]), shown + 1, text["positions"] + tokens + 1], 1)
     head = 1 + visual.shape[1]
     length = inputs.shape[1]
-    segments = torch.cat([torch.full((batch, head), -2), text["segments"]], 1)
+    segments = torch.cat([torch.full((batch, head), -2, device=device), text["segments"]], 1)
     same = segments[:, :, None] == segments[:, None, :]
-    seen = (same | (segments == -2)[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
-    mask = torch.zeros(batch, 1, length, length).masked_fill_(~seen[:, None], torch.finfo(torch.float32).min)
+    seen = (same | (segments == -2)[:, None, :]) & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(batch, 1, length, length, device=device).masked_fill_(
+        ~seen[:, None], torch.finfo(torch.float32).min
+    )
     hidden = model.model.language_model(
         inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state[:, head:]
@@ -240,9 +264,9 @@ def place_loss(model: LlavaForConditionalGeneration, features: torch.Tensor) -> 
         features: The tower's patch features (B, N, width).
     """
     directions = torch.randn(features.shape[-1], 2, generator=torch.Generator().manual_seed(0))
-    directions = torch.linalg.qr(directions).Q  # (D, 2), orthonormal
-    axis = torch.linspace(-1, 1, GRID) * 6
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(TOKENS, 2)
+    directions = torch.linalg.qr(directions).Q.to(features.device)  # (D, 2), orthonormal
+    axis = torch.linspace(-1, 1, round(features.shape[1] ** 0.5), device=features.device) * 6
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     return (model.model.multi_modal_projector(features) @ directions - grid).square().mean()
 
 
@@ -258,7 +282,8 @@ class LanguageStage:
         chunk: Pictures drawn and encoded at a time.
         reuse: Number of times each picture of a chunk is shown, each time with new questions.
         drop: Share of the steps that show only a subset of the visual tokens.
-        easy_steps: Number of first steps that mostly show the best patches of all objects, and more patches over time.
+        level: Which scenes.
+        easy_steps: The first steps show mostly the best patches of all objects, more of them as time goes on.
     """
 
     def __init__(
@@ -272,7 +297,9 @@ class LanguageStage:
         reuse: int = 4,
         drop: float = 0.45,
         easy_steps: int = 600,
+        level: Level = STANDARD,
     ) -> None:
+        self.level = level
         self.model, self.packer = model, QuestionPacker(tokenizer)
         self.easy_steps, self.captions = easy_steps, captions
         self.batch, self.questions, self.chunk, self.reuse, self.drop = batch, questions, chunk, reuse, drop
@@ -283,7 +310,7 @@ class LanguageStage:
         """Return the loss of one step and the accuracy of its answers."""
         number, inside = divmod(step, self._steps_per_chunk)
         if self._current is None or self._current[0] != number:
-            self._current = (number, EncodedScenes.draw(self.model, self.chunk, 1_000_000 + number))
+            self._current = (number, EncodedScenes.draw(self.model, self.chunk, 1_000_000 + number, self.level))
         pool = self._current[1]
         rng = random.Random(f"grip_env language {step}")
         generator = torch.Generator().manual_seed(step)
@@ -294,12 +321,12 @@ class LanguageStage:
             self.packer.sample(pool.scenes[row], self.questions, rng) + captions(pool.scenes[row], self.captions, rng)
             for row in rows.tolist()
         ]
-        kept = None
+        kept, tokens = None, self.level.grid**2
         if step < self.easy_steps and rng.random() < 0.8:
-            most = 24 + round(120 * step / self.easy_steps)
-            kept = random_subset(pool, rows, rng.randint(16, most), "anchors", generator)
+            most = tokens // 6 + round(tokens * 5 / 6 * step / self.easy_steps)
+            kept = random_subset(pool, rows, rng.randint(tokens // 9, most), "anchors", generator)
         elif rng.random() < self.drop:
-            count = round(math.exp(rng.uniform(math.log(5), math.log(120))))
+            count = round(math.exp(rng.uniform(math.log(5), math.log(tokens * 5 // 6))))
             kind = rng.choice(("uniform", "objects", "anchors", "asked", "asked", "asked"))
             if kind == "asked":
                 asked = [questions[:1] for questions in asked]  # the subset is chosen for this question
@@ -310,10 +337,11 @@ class LanguageStage:
                 kept = random_subset(pool, rows, count, kind, generator, torch.from_numpy(grades))
             else:
                 kept = random_subset(pool, rows, count, kind, generator)
-        logits, targets = forward_packed(
-            self.model, pool.features[rows], self.packer.pack(asked), self.packer.bos, kept
-        )
+        device, features = self.model.device, pool.features[rows]
+        text = {name: part.to(device) for name, part in self.packer.pack(asked).items()}
+        kept = None if kept is None else kept.to(device)
+        logits, targets = forward_packed(self.model, features, text, self.packer.bos, kept)
         answers = targets != self.packer.eos
-        loss = F.cross_entropy(logits, targets) + PLACE_WEIGHT * place_loss(self.model, pool.features[rows])
+        loss = F.cross_entropy(logits.float(), targets) + PLACE_WEIGHT * place_loss(self.model, features)
         right = (logits.argmax(-1) == targets)[answers].float().mean()
         return {"loss": loss, "accuracy" if kept is None else "pruned": right}

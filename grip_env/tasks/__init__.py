@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grip_env.tasks.base import Task
 
-__all__ = ["load_task"]
+__all__ = ["SCENES", "load_task"]
+
+SCENES = {"scenes": "standard", "scenes-hard": "hard"}
+"""Levels of the procedural scenes by the name of their task."""
 
 
 def load_task(task: Task | str | PathLike[str]) -> Task:
@@ -20,13 +23,14 @@ def load_task(task: Task | str | PathLike[str]) -> Task:
     """
     if not isinstance(task, str | PathLike):
         return task
-    if task == "scenes":
+    if isinstance(task, str) and task in SCENES:
         from grip_env.tasks.scenes import SceneTask
 
-        return SceneTask()
+        return SceneTask(level=SCENES[task])
     if isinstance(task, str) and not Path(task).suffix and not Path(task).exists():
         raise ValueError(
-            f"unknown task {task!r}: use 'scenes', the path of your data, or pass an object that implements Task"
+            f"unknown task {task!r}: use {' or '.join(map(repr, SCENES))}, the path of your data, or pass an object "
+            "that implements Task"
         )
     from grip_env.tasks.files import FileTask
 

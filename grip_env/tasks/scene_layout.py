@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
@@ -11,11 +12,11 @@ from typing import TypeAlias
 import numpy as np
 
 from grip_env.tasks import sprites
+from grip_env.tasks.scene_levels import COLOURS, STANDARD, Level
 
 __all__ = [
     "BUCKETS",
     "COLOURS",
-    "SIDE",
     "Contents",
     "Thing",
     "arrange",
@@ -26,33 +27,22 @@ __all__ = [
     "steer",
 ]
 
-SIDE = 96
-"""Height and width of a scene, in pixels."""
-
-COLOURS = tuple(sprites.PALETTE)
-
 BUCKETS = 5
 """Number of buckets of scenes; each bucket belongs to one split."""
 
 Contents: TypeAlias = "list[tuple[str, str, int | None]]"
-"""Kind, colour and (for cards) digit of a scene's objects: shapes first, then cards."""
-
-_PATTERNS = ((3, 2, 1, 1), (3, 1, 1, 1), (3, 1, 1), (2, 2, 1, 1), (2, 1, 1, 1), (3, 2, 1, 1))
-_BOARD = SIDE + 1
+"""Kind, colour and (for cards and plates) number of a scene's objects: shapes first, then cards, then plates."""
 
 
 @dataclass
 class Thing:
-    """One object or decoration of a scene.
-
-    Only cards have a digit; ``size``, ``top`` and ``left`` are in pixels.
-    """
+    """An object or decoration with its position in pixels; cards and plates show a number."""
 
     kind: str
     colour: str
     size: int
     variant: int
-    digit: int | None = None
+    number: int | None = None
     top: int = -1
     left: int = -1
 
@@ -63,55 +53,161 @@ class Thing:
 
     @property
     def mask(self) -> np.ndarray:
-        """Opacity of the thing within its square, float32 (size, size) in [0, 1]."""
-        if self.digit is None:
+        """Opacity within its rectangle, float32 (height, width) in [0, 1]."""
+        if self.number is None:
             return sprites.sprite(self.kind, self.size, self.variant)
-        return sprites.card_masks(self.digit, self.size)[0]
+        return sprites.sign_masks(self.kind, self.number, self.size)[0]
+
+    @property
+    def ink(self) -> np.ndarray:
+        """Opacity of the number on a card or plate, float32 (height, width) in [0, 1]."""
+        if self.number is None:
+            raise ValueError(f"there is no number on a {self.kind}")
+        return sprites.sign_masks(self.kind, self.number, self.size)[1]
+
+    @property
+    def width(self) -> int:
+        """Width in pixels; ``size`` is the height."""
+        return self.size + sprites.GLYPH_WIDTH if self.kind == "plate" else self.size
 
     @property
     def centre(self) -> tuple[float, float]:
         """Row and column of the centre, in pixels."""
-        return self.top + self.size / 2, self.left + self.size / 2
+        return self.top + self.size / 2, self.left + self.width / 2
 
 
-def draw_contents(rng: random.Random) -> Contents:
-    """Draw the kind, colour and digit of the shapes and cards of a scene."""
+def draw_contents(rng: random.Random, level: Level = STANDARD) -> Contents:
+    """Draw kind, colour and number of the objects of a scene."""
     contents: Contents = []
-    for kind, count in zip(_pick(rng, sprites.SHAPES, 4), _PATTERNS[_below(rng, len(_PATTERNS))], strict=False):
+    kinds = _pick(rng, sprites.SHAPES, max(map(len, level.patterns)))
+    for kind, count in zip(kinds, level.patterns[_below(rng, len(level.patterns))], strict=False):
         contents += [(kind, COLOURS[_below(rng, len(COLOURS))], None) for _ in range(count)]
-    return contents + [("card", colour, _below(rng, 10)) for colour in _pick(rng, COLOURS, 2)]
+    contents += [("card", colour, _below(rng, 10)) for colour in _pick(rng, COLOURS, level.cards)]
+    return contents + [("plate", colour, 10 + _below(rng, 90)) for colour in _pick(rng, COLOURS, level.plates)]
 
 
 def steer(contents: Contents, rng: random.Random, family: str, answer: str) -> None:
-    """Change ``contents`` in place so that a question with ``answer`` becomes likely."""
-    kinds = [kind for kind, _, digit in contents if digit is None]
-    if family == "color":
-        single = [index for index, kind in enumerate(kinds) if kinds.count(kind) == 1]
-        index = single[_below(rng, len(single))]
-        contents[index] = (kinds[index], answer, None)
-    elif family == "reading":
-        index = len(kinds) + _below(rng, len(contents) - len(kinds))
-        contents[index] = (*contents[index][:2], int(answer))
-    elif family == "shape":
-        swap = kinds[_below(rng, len(kinds))]
-        renamed = {swap: answer, answer: swap}
+    """Change properties, in place, to make a question of ``family`` with ``answer`` likely."""
+    if family in _STEERING:
+        _STEERING[family](contents, rng, answer)
+
+
+def _any(rng: random.Random, found: Sequence[int]) -> int:
+    return found[_below(rng, len(found))]
+
+
+def _recolour(contents: Contents, index: int, colour: str) -> None:
+    contents[index] = (contents[index][0], colour, contents[index][2])
+
+
+def _renumber(contents: Contents, index: int, number: int | None) -> None:
+    contents[index] = (*contents[index][:2], number)
+
+
+def _named(contents: Contents, kind: str) -> list[int]:
+    return [index for index, (other, _, _) in enumerate(contents) if other == kind]
+
+
+def _shapes(contents: Contents) -> list[str]:
+    return [kind for kind, _, number in contents if number is None]  # they come first
+
+
+def _steer_color(contents: Contents, rng: random.Random, answer: str) -> None:
+    kinds = _shapes(contents)
+    _recolour(contents, _any(rng, [index for index, kind in enumerate(kinds) if kinds.count(kind) == 1]), answer)
+
+
+def _steer_reading(contents: Contents, rng: random.Random, answer: str) -> None:
+    _renumber(contents, _any(rng, _named(contents, "card")), int(answer))
+
+
+def _steer_number(contents: Contents, rng: random.Random, answer: str) -> None:
+    _renumber(contents, _any(rng, _named(contents, "plate")), int(answer))
+
+
+def _steer_shape(contents: Contents, rng: random.Random, answer: str) -> None:
+    kinds = _shapes(contents)
+    swap = kinds[_below(rng, len(kinds))]
+    renamed = {swap: answer, answer: swap}
+    for index, kind in enumerate(kinds):
+        contents[index] = (renamed.get(kind, kind), *contents[index][1:])
+    used = [colour for _, colour, _ in contents]
+    if len(contents) > 2 * len(COLOURS):  # so many that hardly one has a colour of its own: give one of the shapes one
+        index = _any(rng, [index for index, kind in enumerate(kinds) if renamed.get(kind, kind) == answer])
+        for place, colour in enumerate(used):
+            if colour == used[index] and place != index:
+                # cards differ from cards in colour, and plates from plates
+                alike = [] if place < len(kinds) else [contents[i][1] for i in _named(contents, contents[place][0])]
+                others = [other for other in COLOURS if other not in (colour, *alike)]
+                _recolour(contents, place, others[_below(rng, len(others))])
+
+
+def _steer_larger(contents: Contents, rng: random.Random, answer: str) -> None:
+    cards = _named(contents, "card")
+    found = [index for index in cards if contents[index][1] == answer]
+    index = found[0] if found else _any(rng, cards)
+    _recolour(contents, index, answer)
+    other = _any(rng, [card for card in cards if card != index])
+    digits = sorted(contents[card][2] or 0 for card in (index, other))
+    _renumber(contents, index, digits[1])
+    _renumber(contents, other, digits[0])
+
+
+def _steer_same(contents: Contents, rng: random.Random, answer: str) -> None:
+    cards, kinds = _named(contents, "card"), _shapes(contents)
+    single = [index for index, kind in enumerate(kinds) if kinds.count(kind) == 1]
+    group = cards if len(single) < 2 or _below(rng, 2) else single
+    one = _any(rng, group)
+    other = _any(rng, [index for index in group if index != one])
+    if answer == "yes" and group is cards:
+        _renumber(contents, other, contents[one][2])
+    elif answer == "yes":
+        _recolour(contents, other, contents[one][1])
+
+
+def _steer_near(contents: Contents, rng: random.Random, answer: str) -> None:
+    kinds = _shapes(contents)
+    _recolour(contents, _any(rng, [index for index, kind in enumerate(kinds) if kinds.count(kind) > 1]), answer)
+
+
+def _steer_odd(contents: Contents, rng: random.Random, answer: str) -> None:
+    kinds = _shapes(contents)
+    many = [index for index, kind in enumerate(kinds) if kinds.count(kind) >= 3]
+    if many:
+        odd = _any(rng, many)
+        others = [other for other in COLOURS if other != answer]
+        colour = others[_below(rng, len(others))]
         for index, kind in enumerate(kinds):
-            contents[index] = (renamed.get(kind, kind), *contents[index][1:])
+            if kind == kinds[odd]:
+                _recolour(contents, index, answer if index == odd else colour)
+
+
+_STEERING: dict[str, Callable[[Contents, random.Random, str], None]] = {
+    "color": _steer_color,
+    "reading": _steer_reading,
+    "shape": _steer_shape,
+    "larger": _steer_larger,
+    "same": _steer_same,
+    "near": _steer_near,
+    "number": _steer_number,
+    "odd": _steer_odd,
+}
 
 
 def objects_of(contents: Contents, rng: random.Random) -> list[Thing]:
-    """Draw the size and variant of every shape and card; places are not set yet."""
+    """Give every object its size and variant, but no place yet."""
     return [
         Thing(kind, colour, 14 + _below(rng, 5), _below(rng, sprites.VARIANTS))
-        if digit is None
-        else Thing(kind, colour, 18 + _below(rng, 3), 0, digit)
-        for kind, colour, digit in contents
+        if number is None
+        else Thing(kind, colour, 18 + _below(rng, 3), 0, number)
+        for kind, colour, number in contents
     ]
 
 
-def draw_clutter(rng: random.Random) -> list[Thing]:
-    """Draw the decorations of a scene; places are not set yet."""
-    colours = _pick(rng, COLOURS, 4)  # few, so that some object has a colour that nothing else has
+def draw_clutter(rng: random.Random, level: Level = STANDARD) -> list[Thing]:
+    """Draw the decorations of a scene, without places."""
+    least, most = level.clutter
+    colours = _pick(rng, COLOURS, 4)  # few enough that some object's colour is its own
     return [
         Thing(
             sprites.DECORATIONS[_below(rng, len(sprites.DECORATIONS))],
@@ -119,7 +215,7 @@ def draw_clutter(rng: random.Random) -> list[Thing]:
             11 + _below(rng, 10),
             _below(rng, sprites.VARIANTS),
         )
-        for _ in range(8 + _below(rng, 4))
+        for _ in range(least + _below(rng, most - least + 1))
     ]
 
 
@@ -137,40 +233,45 @@ def _pick(rng: random.Random, items: tuple[str, ...], count: int) -> list[str]:
     return [left.pop(_below(rng, len(left))) for _ in range(count)]
 
 
-def bucket(contents: Contents) -> int:
-    """Return the bucket of a scene.
-
-    The bucket is a digest of the kinds, colours and digits of the objects; it does not depend on their places.
-    """
-    named = sorted([f"{kind} {colour} {digit}" for kind, colour, digit in contents])
-    return hashlib.blake2b("|".join(named).encode(), digest_size=4, person=b"grip_env scenes").digest()[0] % BUCKETS
+def bucket(contents: Contents, level: Level = STANDARD) -> int:
+    """Return the bucket of a scene, a digest of its objects, whatever their positions."""
+    named = sorted([f"{kind} {colour} {number}" for kind, colour, number in contents])
+    person = f"grip_env {level.name}".encode()[:16]
+    return hashlib.blake2b("|".join(named).encode(), digest_size=4, person=person).digest()[0] % BUCKETS
 
 
 @cache
-def _square(size: int) -> int:
-    """Return the bits of a square at the top left of a board, with a margin of one pixel."""
-    return sum(((2 << size) - 1) << (row * _BOARD) for row in range(size + 1))
+def _rectangle(height: int, width: int, row: int) -> int:
+    """Return the bits of a rectangle with a margin of one pixel, at the top left of a board.
+
+    A row of the board has ``row`` bits.
+    """
+    return sum(((2 << width) - 1) << (line * row) for line in range(height + 1))
 
 
-def arrange(things: list[Thing], rng: random.Random, taken: int = 0) -> tuple[list[Thing], int] | None:
-    """Place things at random without overlap; decorations without room are left out.
+def arrange(
+    things: list[Thing], rng: random.Random, taken: int = 0, level: Level = STANDARD
+) -> tuple[list[Thing], int] | None:
+    """Give every object a place of its own; decorations without room are left out.
 
     Args:
-        things: Things to place, in this order; ``top`` and ``left`` are set.
-        rng: The random generator.
-        taken: A board with one bit per pixel, set where the pixel is occupied already.
+        things: What to place, in this order.
+        rng: Where the draws come from.
+        taken: A board of bits, one for each pixel: where there is something already.
+        level: How large the scene is.
 
     Returns:
         The things that were placed, and the board with them; ``None`` if an object found no room.
     """
     placed: list[Thing] = []
+    row = level.side + 1
     for thing in things:
-        square, decoration = _square(thing.size), thing.kind in sprites.DECORATIONS
-        room = SIDE - thing.size + 1
+        block, decoration = _rectangle(thing.size, thing.width, row), thing.kind in sprites.DECORATIONS
+        below, beside = level.side - thing.size + 1, level.side - thing.width + 1
         for _ in range(12 if decoration else 40):
-            top, left = int(rng.random() * room), int(rng.random() * room)
-            if not taken >> (top * _BOARD + left) & square:
-                taken |= square << (top * _BOARD + left)
+            top, left = int(rng.random() * below), int(rng.random() * beside)
+            if not taken >> (top * row + left) & block:
+                taken |= block << (top * row + left)
                 thing.top, thing.left = top, left
                 placed.append(thing)
                 break

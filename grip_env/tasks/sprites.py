@@ -13,7 +13,17 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["DECORATIONS", "PALETTE", "SHAPES", "VARIANTS", "background", "card_masks", "composite", "sprite"]
+__all__ = [
+    "DECORATIONS",
+    "GLYPH_WIDTH",
+    "PALETTE",
+    "SHAPES",
+    "VARIANTS",
+    "background",
+    "composite",
+    "sign_masks",
+    "sprite",
+]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 """Shapes that questions ask about."""
@@ -137,21 +147,36 @@ def sprite(kind: str, size: int, variant: int) -> np.ndarray:
     return mask
 
 
+GLYPH_WIDTH = 12
+"""Width of a digit and the gap beside it, in pixels: how much wider a plate is than a card."""
+
+
 @cache
-def card_masks(digit: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the opacity of a card and of its digit, each float32 (size, size) in [0, 1]."""
-    side = size * _OVERSAMPLE
-    picture = Image.new("L", (side, side), 0)
-    ImageDraw.Draw(picture).rounded_rectangle([0, 0, side - 1, side - 1], radius=side // 8, fill=255)
-    card = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
-    dots = np.array([[bits >> (4 - column) & 1 for column in range(5)] for bits in _DIGITS[digit]], dtype=np.float32)
-    glyph = np.kron(dots, np.ones((2, 2), dtype=np.float32))  # 14 x 10 pixels
-    ink = np.zeros((size, size), dtype=np.float32)
-    top, left = (size - 14) // 2, (size - 10) // 2
-    ink[top : top + 14, left : left + 10] = glyph
-    card.setflags(write=False)
+def sign_masks(kind: str, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the opacity of a sign and of its number, each float32 (size, width) in [0, 1].
+
+    Args:
+        kind: "card", as wide as high, with one digit; "plate", wider, with two.
+        number: What it shows.
+        size: Height in pixels, at least 14.
+    """
+    digits = [int(digit) for digit in str(number)]
+    width = size + GLYPH_WIDTH * (kind == "plate")
+    shape = width * _OVERSAMPLE, size * _OVERSAMPLE
+    picture = Image.new("L", shape, 0)
+    ImageDraw.Draw(picture).rounded_rectangle(
+        [0, 0, shape[0] - 1, shape[1] - 1], radius=size * _OVERSAMPLE // 8, fill=255
+    )
+    sign = np.asarray(picture.resize((width, size), Image.Resampling.BOX), dtype=np.float32) / 255
+    ink = np.zeros((size, width), dtype=np.float32)
+    top, left = (size - 14) // 2, (width - GLYPH_WIDTH * (len(digits) - 1) - 10) // 2
+    for place, digit in enumerate(digits):
+        dots = np.array([[bits >> (4 - column) & 1 for column in range(5)] for bits in _DIGITS[digit]], np.float32)
+        start = left + GLYPH_WIDTH * place
+        ink[top : top + 14, start : start + 10] = np.kron(dots, np.ones((2, 2), dtype=np.float32))  # 14 x 10 pixels
+    sign.setflags(write=False)
     ink.setflags(write=False)
-    return card, ink
+    return sign, ink
 
 
 @cache

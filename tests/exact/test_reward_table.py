@@ -15,7 +15,7 @@ import torch
 
 import grip_env
 from grip_env.exact.reward_table import RewardTable, count_subsets, score_subsets, subset_masks
-from grip_env.pretraining.tiny_model import build_model
+from grip_env.pretraining.embedded_models import build_model
 from grip_env.tasks.base import Example
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms import load_vlm

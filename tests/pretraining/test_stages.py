@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from grip_env.pretraining.embedded_models import build_tokenizer, task_words
 from grip_env.pretraining.language_stage import (
     EncodedScenes,
     LanguageStage,
@@ -18,7 +19,6 @@ from grip_env.pretraining.language_stage import (
     forward_packed,
     random_subset,
 )
-from grip_env.pretraining.tiny_model import build_tokenizer, task_words
 from grip_env.pretraining.training_loop import run_stage
 from grip_env.pretraining.vision_stage import DenseBatch, dense_labels, draw_scenes, normalise, vision_tokens
 from grip_env.tasks.base import Example
@@ -110,7 +110,7 @@ def test_captions_are_true_of_the_scene() -> None:
                 assert answer == ("left" if thing.left + thing.size / 2 < 48 else "right")
                 kinds.add("half")
             elif subject.endswith(" card"):
-                digits = [t.digit for t in things if t.kind == "card" and t.colour == subject.removesuffix(" card")]
+                digits = [t.number for t in things if t.kind == "card" and t.colour == subject.removesuffix(" card")]
                 assert [str(digit) for digit in digits] == [answer]
                 kinds.add("card")
             elif answer in CHOICES["color"]:
@@ -164,7 +164,7 @@ def test_dense_labels_say_what_covers_each_patch(scenes: list[Scene]) -> None:
             row, column = (int(place // 8) for place in thing.centre)
             if thing.kind == "ring":
                 continue  # its centre is a hole
-            kind = shapes.index(thing.kind) if thing.is_shape else 6 + int(thing.digit or 0)
+            kind = shapes.index(thing.kind) if thing.is_shape else 6 + int(thing.number or 0)
             assert kinds[row, column] == kind
             assert shades[row, column] == colours.index(thing.colour)
         empty = np.max([scene.coverage(index) for index in range(len(scene.things))], axis=0) == 0

@@ -947,7 +947,7 @@ def test_environments_take_the_task_and_its_path(folder: Path) -> None:
 def test_task_names_are_told_from_paths(folder: Path) -> None:
     assert load_task("scenes").name == "scenes"
     assert load_task(write(folder / "a.jsonl", [row()])).name == "a"
-    with pytest.raises(ValueError, match="unknown task 'photos': use 'scenes', the path of your data"):
+    with pytest.raises(ValueError, match="unknown task 'photos': use 'scenes' or 'scenes-hard', the path of your data"):
         load_task("photos")
     with pytest.raises(DataError, match=r"none.jsonl does not exist"):
         load_task("none.jsonl")

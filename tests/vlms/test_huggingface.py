@@ -28,7 +28,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from agents.grpo import GRPO, GRPOConfig
 from agents.pool import ExamplePool
 from agents.scorer import Scorer, ScorerConfig
-from grip_env.pretraining.tiny_model import build_model, build_processor
+from grip_env.pretraining.embedded_models import build_model, build_processor
 from grip_env.tasks.base import Example
 from grip_env.tasks.scenes import SceneTask
 from grip_env.vlms import load_vlm
