@@ -62,7 +62,10 @@ class Board:
 
 
 def _at_most_patience(work: Callable[[], object]) -> None:
-    """Let the writer work for a while, and ignore its errors: a lost curve is no reason to lose a training."""
+    """Wait for the writer's work, but not for ever, and ignore its errors.
+
+    A lost curve is no reason to lose a training.
+    """
 
     def quietly() -> None:
         with contextlib.suppress(Exception):
