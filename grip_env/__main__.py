@@ -11,7 +11,7 @@ COMMANDS = {
     "benchmark": "train with several seeds and check the claims of the README",
     "benchmark speed": "measure the time of the environments against that of the model",
     "benchmark latency": "measure time, memory and FLOPs of pruning at LLaVA-1.5's shapes",
-    "pretrain_vlm": "train the embedded vision-language model from scratch",
+    "pretrain_vlm": "train an embedded vision-language model",
 }
 """Purpose of each command, in the usual order of use."""
 

@@ -43,7 +43,7 @@ class TrainOptions:
     """The algorithm: grpo, rloo, reinforce, imitation, gumbel-top-k, sigmoid-gates, soft-top-k, ppo, a2c,
     maskable-ppo, or a user-defined class as "package.module:Class"."""
     task: Literal["scenes", "scenes-hard"] = "scenes"
-    """The task that provides images and questions; scenes-hard wants --vlm small."""
+    """The task that provides images and questions; for scenes-hard, train a model with pretrain_vlm --size small."""
     data: Path | None = None
     """Your own images and questions instead of a task: a .jsonl or .json file, or the folder of a saved dataset."""
     skip_bad: bool = False
