@@ -25,13 +25,13 @@ from typing import NamedTuple
 
 import torch
 
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth, readable
+from agents.learning import Metrics, draw_counts, draw_readable, finite_rows, lowest_eighth
 from agents.ordered_subset import OrderedSubset, as_subsets
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
 from agents.training.grpo_config import PRESETS, GRPOConfig, Objective
-from agents.training.imitation import Imitation, as_warm_up
+from agents.training.imitation import WarmedUp
 from agents.training.objective import advantages, policy_objective, surrogate
 from agents.training.options import check_batch
 from agents.training.snapshot import Snapshot
@@ -94,7 +94,7 @@ def _seen(scores: Scores, reward: torch.Tensor, counts: torch.Tensor, flat_below
     }
 
 
-class GRPO:
+class GRPO(WarmedUp):
     """GRPO training of a scorer against a frozen vision-language model.
 
     Args:
@@ -119,7 +119,6 @@ class GRPO:
     """
 
     phase = "grpo"
-    """Name of the steps with rewards in :class:`~agents.learning.Metrics`; the steps before are "warmup"."""
 
     def __init__(
         self,
@@ -142,36 +141,25 @@ class GRPO:
                 "(in_turn=False, --grpo.no-in-turn)"
             )
         check_batch(config.instances, pool.size, self.settings.candidates)
-        self.vlm, self.pool, self.scorer, self.seed = vlm, pool, scorer, seed
-        self.reward = resolve_reward(reward)
-        self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), self.reward, seed)
-        self._generator = self._warm_up.generator
+        self.reward, self.seed = resolve_reward(reward), seed
+        super().__init__(vlm, pool, scorer, config, self.reward, seed)
         self._reference: Scorer | None = None
-        self._learner: Learner | None = None
         self._critic: ValueBaseline | None = None
-        self._done = 0
 
     @property
     def rewards(self) -> RewardScorer:
         """The frozen model combined with the reward."""
         return RewardScorer(self.vlm, self.reward)
 
-    def train(self) -> Iterator[Metrics]:
-        """Run warm-up and policy optimisation, yielding metrics after every step.
-
-        The scorer can be used after any step.
-        """
-        yield from self._warm_up.imitate("warmup", self.rewards.agreement)
-        self._begin()
-        yield from self._optimise()
+    @property
+    def _first_token(self) -> bool:
+        return self.rewards.agreement
 
     def _begin(self) -> None:
-        """Make what policy optimisation needs beyond the warm-up, unless it is there."""
-        config = self.config
         if self._learner is not None:
             return
-        device = next(self.scorer.parameters()).device
-        self._learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
+        super()._begin()
+        config, device = self.config, next(self.scorer.parameters()).device
         if self.settings.kl_weight:
             self._reference = Scorer(self.scorer.config).to(device)
             self._reference.load_state_dict(self.scorer.state_dict())
@@ -180,30 +168,15 @@ class GRPO:
             options = (config.value_learning_rate, config.max_gradient_norm, config.steps, self.seed, device)
             self._critic = ValueBaseline(self.scorer.config, *options)
 
-    def snapshot(self) -> Snapshot:
-        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
-        parts = {
-            "warmup": self._warm_up.snapshot(),
-            "learner": None if self._learner is None else self._learner.snapshot(),
+    def _parts(self) -> dict[str, Snapshot | None]:
+        return super()._parts() | {
             "reference": None if self._reference is None else Snapshot.of_module(self._reference),
             "critic": None if self._critic is None else self._critic.snapshot(),
         }
-        return Snapshot.join(parts, done=self._done)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue where :meth:`snapshot` was taken.
-
-        :meth:`train` then yields the steps that follow.
-
-        Raises:
-            ValueError: If it is of another training.
-        """
-        self._warm_up.restore(snapshot.part("warmup"))
-        self._done = snapshot.about["done"]
-        if "learner" in snapshot.about:
-            self._begin()
-            assert self._learner is not None
-            self._learner.restore(snapshot.part("learner"))
+        """Continue where a snapshot was taken; see :class:`WarmedUp`."""
+        super().restore(snapshot)
         if self._reference is not None:
             snapshot.part("reference").load_into(self._reference)
         if self._critic is not None:
@@ -233,12 +206,9 @@ class GRPO:
         finite scores.
         """
         config, candidates = self.config, self.settings.candidates
-        encoded, full = self.pool.batch(config.instances * candidates, self.rewards.agreement)
-        unread = len(encoded)
-        if len(rows := readable(encoded, config.on_nan)) < unread:
-            encoded, full = encoded[rows], full[rows]
-        unread -= len(rows)
-        if not len(rows):
+        drawn = draw_readable(self.pool, config.instances * candidates, config.on_nan, self.rewards.agreement)
+        encoded, full, unread = drawn
+        if not len(encoded):
             return None
         counts = self.draw_counts(encoded)
         with torch.set_grad_enabled(candidates == 1):

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from agents.pool import ExamplePool
 from agents.training.options import OnNaN
 from agents.training.snapshot import Snapshot
 from grip_env.common.finite import NonFiniteError, name_of
 from grip_env.envs.core.sampling import tokens_in_budget
-from grip_env.vlms.base import Encoded
+from grip_env.vlms.base import Encoded, Scores
 
-__all__ = ["Learner", "Metrics", "draw_counts", "finite_rows", "lowest_eighth", "readable"]
+__all__ = ["Learner", "Metrics", "draw_counts", "draw_readable", "finite_rows", "lowest_eighth"]
 
 
 @dataclass
@@ -105,18 +106,30 @@ def finite_rows(values: torch.Tensor, what: str, encoded: Encoded, on_nan: OnNaN
     return good
 
 
-def readable(encoded: Encoded, on_nan: OnNaN) -> torch.Tensor:
-    """Return the rows of examples whose encoded images and questions are finite, long (R,).
+def draw_readable(
+    pool: ExamplePool, count: int, on_nan: OnNaN, first_token: bool = False
+) -> tuple[Encoded, Scores, int]:
+    """Draw examples whose encoded images and questions are finite.
 
     Args:
-        encoded: B examples.
+        pool: The training examples.
+        count: Number of examples to draw.
         on_nan: See :func:`finite_rows`.
+        first_token: See :meth:`~agents.pool.ExamplePool.batch`.
+
+    Returns:
+        At most ``count`` examples, their scores with all tokens kept, and the number of examples left out.
 
     Raises:
-        NonFiniteError: With "stop", if there is another; the message names it.
+        NonFiniteError: With "stop", if an example is not finite; the message names it.
     """
+    encoded, full = pool.batch(count, first_token)
     good = finite_rows(encoded.tokens, "a visual token", encoded, on_nan)
-    return (good & finite_rows(encoded.question, "an embedding of the question", encoded, on_nan)).nonzero()[:, 0]
+    good = good & finite_rows(encoded.question, "an embedding of the question", encoded, on_nan)
+    rows = good.nonzero()[:, 0]
+    if len(rows) < len(encoded):
+        encoded, full = encoded[rows], full[rows]
+    return encoded, full, count - len(encoded)
 
 
 def draw_counts(

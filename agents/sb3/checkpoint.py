@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from agents.training.snapshot import Snapshot
 from grip_env.common.atomic_files import write_atomically
 from grip_env.common.finite import check_finite
 from grip_env.common.sealed_files import seal, unseal
@@ -35,12 +36,8 @@ class TrainingState(NamedTuple):
 
         The tensors share memory with them.
         """
-        moments = {
-            f"{index}/{name}": torch.as_tensor(value)
-            for index, held in optimizer.state_dict()["state"].items()
-            for name, value in held.items()
-        }
-        return cls(dict(about), {name: value.detach() for name, value in network.named_parameters()}, moments)
+        weights = {name: value.detach() for name, value in network.named_parameters()}
+        return cls(dict(about), weights, Snapshot.of_optimizer(optimizer).tensors)
 
     def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, source: str) -> None:
         """Load the state into a network and an optimiser of the same kind.
@@ -58,14 +55,10 @@ class TrainingState(NamedTuple):
                 f"{source} was written by a network of another kind ({names[0]} has shape {theirs.get(names[0])} there "
                 f"and {ours.get(names[0])} here): give the options it was trained with"
             )
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in self.moments.items():
-            index, _, name = key.partition("/")
-            state.setdefault(int(index), {})[name] = value.clone()
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(self.weights[name])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        Snapshot(self.moments, {}).load_into_optimizer(optimizer)
 
     def write(self, path: Path) -> None:
         """Write the state to a file, and create its folder if needed.

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, readable
+from agents.learning import Learner, Metrics, draw_counts, draw_readable, finite_rows
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.training.options import (
@@ -30,7 +32,7 @@ from grip_env.rewards.parsing import resolve_reward
 from grip_env.rewards.terms import Reward
 from grip_env.vlms.base import FrozenVLM
 
-__all__ = ["Imitation", "as_warm_up"]
+__all__ = ["Imitation", "WarmedUp", "as_warm_up"]
 
 
 def as_warm_up(options: WarmUpOptions) -> ImitationConfig:
@@ -155,21 +157,100 @@ class Imitation:
     def _imitate_once(self, learner: Learner, first_token: bool) -> tuple[float, float, int]:
         """Take a step and return the loss, the gradient's norm and how many examples were left out."""
         config = self.config
-        encoded, _ = self.pool.batch(config.instances, first_token)
-        drawn = len(encoded)
-        if len(rows := readable(encoded, config.on_nan)) < drawn:
-            encoded = encoded[rows]
+        encoded, _, skipped = draw_readable(self.pool, config.instances, config.on_nan, first_token)
         if not len(encoded):
-            return 0.0, 0.0, drawn
+            return 0.0, 0.0, skipped
         teacher = self.teacher(self.vlm, encoded, self.pool.compute)
         counts = draw_counts(encoded, config.min_budget, config.max_budget, self.generator)
         good = finite_rows(teacher.masked_fill(~encoded.token_mask, 0), "the teacher's score", encoded, config.on_nan)
-        skipped = drawn - int(good.sum())
-        if skipped == drawn:
+        rows = good.nonzero()[:, 0]
+        skipped += len(encoded) - len(rows)
+        if not len(rows):
             return 0.0, 0.0, skipped
-        if not bool(good.all()):
-            rows = good.nonzero()[:, 0]
+        if len(rows) < len(encoded):
             encoded, teacher, counts = encoded[rows], teacher[rows], counts[rows]
         loss = warmup_loss(self.scorer, encoded, teacher, counts)
         norm = learner.minimise(loss)
         return float(loss.detach()), norm, skipped
+
+
+class WarmedUp(ABC):
+    """Training of a scorer in two phases: a warm-up by imitation, then steps of its own.
+
+    Args:
+        vlm: The frozen model.
+        pool: Training examples.
+        scorer: The scorer, trained in place.
+        options: Hyperparameters of the warm-up and of the steps after it.
+        reward: The reward.
+        seed: Seed of the budgets.
+
+    Raises:
+        ValueError: If a setting of the warm-up is invalid.
+    """
+
+    phase: str
+    """Name of the steps after the warm-up in :class:`~agents.learning.Metrics`; those before are "warmup"."""
+    config: Any
+
+    def __init__(
+        self,
+        vlm: FrozenVLM,
+        pool: ExamplePool,
+        scorer: Scorer,
+        options: WarmUpOptions,
+        reward: str | Reward,
+        seed: int,
+    ) -> None:
+        self.vlm, self.pool, self.scorer = vlm, pool, scorer
+        self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(options), reward, seed)
+        self._generator = self._warm_up.generator
+        self._learner: Learner | None = None
+        self._done = 0
+
+    @property
+    def _first_token(self) -> bool:
+        """True if the pool will be asked for first tokens after the warm-up."""
+        return False
+
+    @abstractmethod
+    def _optimise(self) -> Iterator[Metrics]:
+        """Take the steps after the warm-up that are left."""
+
+    def train(self) -> Iterator[Metrics]:
+        """Run the warm-up and the steps after it, yielding metrics after every step.
+
+        The scorer can be used after any step.
+        """
+        yield from self._warm_up.imitate("warmup", self._first_token)
+        self._begin()
+        yield from self._optimise()
+
+    def _begin(self) -> None:
+        """Make what the steps after the warm-up need, unless it is there."""
+        if self._learner is None:
+            config = self.config
+            self._learner = Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
+
+    def _parts(self) -> dict[str, Snapshot | None]:
+        learner = None if self._learner is None else self._learner.snapshot()
+        return {"warmup": self._warm_up.snapshot(), "learner": learner}
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
+        return Snapshot.join(self._parts(), done=self._done)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue where :meth:`snapshot` was taken.
+
+        :meth:`train` then yields the steps that follow.
+
+        Raises:
+            ValueError: If it is of another training.
+        """
+        self._warm_up.restore(snapshot.part("warmup"))
+        self._done = snapshot.about["done"]
+        if "learner" in snapshot.about:
+            self._begin()
+            assert self._learner is not None
+            self._learner.restore(snapshot.part("learner"))

@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
 
 from agents.base import top_k
-from agents.learning import Learner, Metrics, draw_counts, finite_rows, lowest_eighth, readable
+from agents.learning import Metrics, draw_counts, draw_readable, finite_rows, lowest_eighth
 from agents.pool import ExamplePool
 from agents.scorer import Scorer
 from agents.subset import KSubset
-from agents.training.imitation import Imitation, as_warm_up
+from agents.training.imitation import WarmedUp
 from agents.training.options import (
     RelaxedConfig,
     SigmoidGatesConfig,
@@ -55,7 +55,7 @@ from grip_env.vlms.gated import check_gates, gated_log_likelihood
 __all__ = ["GumbelTopK", "SigmoidGates", "SoftTopK"]
 
 
-class Relaxation(ABC):
+class Relaxation(WarmedUp):
     """Training of a scorer by back-propagation through a frozen vision-language model.
 
     Args:
@@ -70,9 +70,6 @@ class Relaxation(ABC):
         NotImplementedError: If the model cannot be gated.
         ValueError: If the reward is a different one, or a setting is invalid.
     """
-
-    phase: str
-    """Name in metrics and logs."""
 
     def __init__(
         self,
@@ -103,34 +100,8 @@ class Relaxation(ABC):
         check_on_nan(config.on_nan)
         check_numbers(config, {"steps": 0, "warmup_steps": 0}, ("learning_rate", "max_gradient_norm"))
         check_batch(config.instances, pool.size)
-        self.vlm, self.pool, self.scorer, self.config = vlm, pool, scorer, config
-        self._warm_up = Imitation(vlm, pool, scorer, as_warm_up(config), reward, seed)
-        self._generator = self._warm_up.generator
-        self._learner: Learner | None = None
-        self._done = 0
-
-    def snapshot(self) -> Snapshot:
-        """Return the state of the training, from which :meth:`restore` continues bit for bit."""
-        learner = None if self._learner is None else self._learner.snapshot()
-        return Snapshot.join({"warmup": self._warm_up.snapshot(), "learner": learner}, done=self._done)
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Continue where :meth:`snapshot` was taken.
-
-        :meth:`train` then yields the steps that follow.
-
-        Raises:
-            ValueError: If it is of another training.
-        """
-        self._warm_up.restore(snapshot.part("warmup"))
-        self._done = snapshot.about["done"]
-        if "learner" in snapshot.about:
-            self._learner = self._make_learner()
-            self._learner.restore(snapshot.part("learner"))
-
-    def _make_learner(self) -> Learner:
-        config = self.config
-        return Learner(self.scorer, config.learning_rate, config.max_gradient_norm, config.steps)
+        self.config = config
+        super().__init__(vlm, pool, scorer, config, reward, seed)
 
     @abstractmethod
     def gates(
@@ -149,18 +120,10 @@ class Relaxation(ABC):
             to the loss, float (B,).
         """
 
-    def train(self) -> Iterator[Metrics]:
-        """Run warm-up and back-propagation, yielding after every step.
-
-        The scorer is usable at any point. ``seconds`` is the time of the step, ``forwards`` the number of forward
-        passes of the language model since the beginning: see :class:`~agents.pool.ForwardCounter`.
-        """
-        yield from self._warm_up.imitate("warmup")
-        yield from self._optimise()
-
     def _optimise(self) -> Iterator[Metrics]:
         config = self.config
-        self._learner = learner = self._learner or self._make_learner()
+        learner = self._learner
+        assert learner is not None
         self.scorer.train()
         for step in range(self._done, config.steps):
             started = time.perf_counter()
@@ -168,15 +131,11 @@ class Relaxation(ABC):
             annealed = step / max(1, config.steps - 1)
             temperature = config.temperature ** (1 - annealed) * config.final_temperature**annealed
             leak = config.leak * (1 - annealed) + config.final_leak * annealed
-            encoded, full = self.pool.batch(config.instances)
-            drawn = len(encoded)
             with named_step(self.phase, step):
-                rows = readable(encoded, config.on_nan)
+                encoded, full, skipped = draw_readable(self.pool, config.instances, config.on_nan)
             self._done = step + 1
-            if not len(rows):
+            if not len(encoded):
                 continue
-            if len(rows) < drawn:
-                encoded, full = encoded[rows], full[rows]
             counts = draw_counts(encoded, config.min_budget, config.max_budget, self._generator, config.budget_tilt)
             gates, cost = self.gates(self.scorer.score(encoded, counts), counts, encoded.token_mask, temperature)
             gates = (leak + (1 - leak) * gates).transpose(0, 1)  # (B, S, N)
@@ -186,7 +145,7 @@ class Relaxation(ABC):
             with named_step(self.phase, step):
                 both = torch.cat([likelihood, full.log_likelihood], 1)
                 good = finite_rows(both, "the answer's log-likelihood", encoded, config.on_nan).nonzero()[:, 0]
-                skipped = drawn - len(good)
+                skipped += len(encoded) - len(good)
                 if len(good) < len(encoded):
                     encoded, counts, full, gates = encoded[good], counts[good], full[good], gates[good]
                     cost, likelihood = cost[good], likelihood[good]
@@ -270,12 +229,12 @@ class SigmoidGates(Relaxation):
         self._offset: float | None = None
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the training; see :meth:`Relaxation.snapshot`."""
+        """Return the state of the training; see :class:`WarmedUp`."""
         whole = super().snapshot()
         return Snapshot(whole.tensors, whole.about | {"offset": self._offset})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue where :meth:`snapshot` was taken; see :meth:`Relaxation.restore`."""
+        """Continue where a snapshot was taken; see :class:`WarmedUp`."""
         super().restore(snapshot)
         self._offset = snapshot.about["offset"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from grip_env.tasks import sprites
 
@@ -40,7 +41,7 @@ class Level:
         """Rows and columns of the relevance grid, whose cells are the vision tower's patches."""
         return self.side // CELL
 
-    @property
+    @cached_property
     def choices(self) -> dict[str, tuple[str, ...]]:
         """The possible answers of each family; each is drawn equally often."""
         counts = sorted({count for pattern in self.patterns for count in pattern})

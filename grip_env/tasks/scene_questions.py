@@ -13,7 +13,7 @@ from itertools import permutations
 
 from grip_env.tasks.scene_layout import Thing
 
-__all__ = ["FAMILIES", "GAP", "NEAR", "Question", "plural"]
+__all__ = ["FAMILIES", "GAP", "NEAR", "PLACED", "Question", "plural"]
 
 GAP = (16, 32)
 """Least and most pixels between the columns of two objects that left/right questions compare."""
