@@ -26,7 +26,7 @@ from grip_env.common import stopping
 from grip_env.common.devices import set_threads
 from grip_env.common.errors import CommandError
 from grip_env.reports.live_run import LiveRun, Report
-from grip_env.reports.resuming import check_resumed, open_run, resumable_config
+from grip_env.reports.resuming import check_resumed, open_run, resumable_config, saved_options
 from grip_env.run_folder.config import Config, options_name
 from grip_env.run_folder.folder import RunFolder, free_folder
 
@@ -41,9 +41,9 @@ __all__ = ["main", "parse", "train"]
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Parse command-line arguments: options of the command and of the chosen algorithm."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    resumed = _option(given, "resume")
-    earlier = None if not resumed else resumable_config(Path(resumed[-1]))
-    name = (_option(given, "algo") or [Config.algo if earlier is None else earlier.algo])[-1]
+    resumed, named = _option(given, "resume"), _option(given, "algo")
+    earlier = None if not resumed else resumable_config(Path(resumed[-1]), (*named, *_option(given, "reward")))
+    name = (named or [Config.algo if earlier is None else earlier.algo])[-1]
     options, key = _options_of(name), options_name(name)
     if key in {field.name for field in dataclasses.fields(Config)}:
         raise CommandError(f"--algo: {name!r} is also an option of this command: register the class by another name")
@@ -51,8 +51,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     full = dataclasses.make_dataclass("Config", fields, bases=(Config,))
     default = None
     if earlier is not None:
+        earlier.options = saved_options(earlier.options if name == earlier.algo else {}, options)
         values = {field.name: getattr(earlier, field.name) for field in dataclasses.fields(Config)}
-        default = full(**values, **({key: earlier.options} if fields and name == earlier.algo else {}))
+        default = full(**values, **({key: earlier.options} if fields else {}))
     found: Any = parsed(full, "python -m grip_env.train", given, description=Config.__doc__, default=default)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Config)}
     config = Config(**(values | {"options": getattr(found, key, options())}))
@@ -112,17 +113,16 @@ def _train(config: Config) -> Path:
         raise CommandError(f"--seed must be below 2**63; got {config.seed}")
     if not config.checkpoint_minutes > 0:
         raise CommandError(f"--checkpoint-minutes must be above 0; got {config.checkpoint_minutes:g}")
-    earlier = None if config.resume is None else open_run(config.resume, algorithm)
     check_name(config.name)
-    if (
-        earlier is None and not free_folder(config.runs / config.name) and config.name
-    ):  # checked again below, as loading takes time
+    # checked again below, as loading takes time
+    if config.resume is None and config.name and not free_folder(config.runs / config.name):
         raise CommandError(f"{config.runs / config.name} already exists: choose another --name, or remove it")
     torch.manual_seed(config.seed)
     if config.data is None and config.skip_bad:
         raise CommandError("--skip-bad is about the rows of --data: give both, or neither")
     options = _options_class(algorithm)() if config.options is None else config.options
     config = dataclasses.replace(config, options=options)
+    earlier = None if config.resume is None else open_run(config, algorithm)
     teacher, key = getattr(options, "teacher", None), options_name(config.algo)
     if config.data is not None and teacher == "relevance":
         raise CommandError(
@@ -168,6 +168,7 @@ def _train(config: Config) -> Path:
             run.write_config(saved_config(config), **about)
         else:
             earlier.check(about)
+            earlier.restore(agent)
             run = RunFolder.reopen(earlier.path)
             run.write_config(saved_config(config), **about, resumed=earlier.history())
         training = LiveRun(config, run, agent, vlm, report_of(config, run, vlm, task))
@@ -175,7 +176,7 @@ def _train(config: Config) -> Path:
             if earlier is None:
                 training.keep()  # from here on, there is always an agent that evaluate can read
             else:
-                training.restore(earlier.snapshot)
+                training.go_on(earlier.snapshot.about["steps"])
             say(f"run: {run.path}")
             if earlier is not None:
                 say(f"resumed at {run.status.trained}")

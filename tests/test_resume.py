@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.agent import ScorerAgent
 from grip_env.common.errors import CommandError
+from grip_env.run_folder.config import Config
 from grip_env.train import parse, train
 
 OPTIONS = [
@@ -145,6 +149,56 @@ def test_folders_that_cannot_be_resumed_are_refused(whole: Path, tmp_path: Path)
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(CommandError, match=r"the vision-language model is not the one that .* was trained on"):
         train(parse(["--resume", str(other)]))
+
+
+@pytest.mark.parametrize("key", ["algo", "reward"])
+def test_code_that_a_run_names_runs_only_if_it_is_named_again(
+    whole: Path, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's files may come from anyone."""
+    (tmp_path / f"theirs_{key}.py").write_text("open('ran', 'w').close()\n\ndef reward(scores, full):\n    return 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(whole, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["config"][key] = f"theirs_{key}:reward"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    for named in ((), (f"--{key}", "other:thing")):
+        with pytest.raises(CommandError, match=f"needs the code of .* if you trust it, give --{key} theirs_{key}:reward"):
+            parse(["--resume", "other", *named])
+        assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(CommandError):  # a function is no algorithm, but it is imported to see that
+        train(parse(["--resume", "other", f"--{key}", f"theirs_{key}:reward", "--examples", "0"]))
+    assert (tmp_path / "ran").exists()
+
+
+def test_python_is_held_to_the_run_as_the_command_is(whole: Path) -> None:
+    with pytest.raises(CommandError, match=r"--seed is 0 in .*, and cannot become 1"):
+        train(dataclasses.replace(parse(["--resume", str(whole)]), seed=1))
+    with pytest.raises(CommandError, match="cannot become"):
+        train(Config(resume=whole))
+
+
+def test_a_snapshot_that_cannot_be_restored_leaves_the_run_as_it_is(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(ScorerAgent, "restore", lambda self, snapshot: snapshot.part("nothing"))
+    with pytest.raises(
+        CommandError, match=r"the snapshot in .* cannot be restored \(KeyError: 'nothing'\): train anew"
+    ):
+        train(parse(["--resume", str(run)]))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_rows_that_were_cut_are_left_out(whole: Path, vlm_folder: Path, tmp_path: Path) -> None:
+    run = killed(vlm_folder, tmp_path, 6)
+    with (run / "grpo.csv").open("a") as file:
+        file.write("4,0.12\n5,0.")
+    train(parse(["--resume", str(run), "--examples", "0"]))
+    assert table(run / "grpo.csv") == table(whole / "grpo.csv")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -23,7 +23,6 @@ from grip_env.run_folder.status import RunStatus
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from agents.training.snapshot import Snapshot
     from grip_env.vlms.base import Encoded
     from grip_env.vlms.huggingface import HuggingFaceVLM
 
@@ -88,15 +87,11 @@ class LiveRun:
             whole = Snapshot.join({"agent": self.agent.snapshot(), "random": random}, steps=self.steps)
             keep_snapshot(self.run.path, sum(self.steps.values()), whole.write)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot, with logs that end where it was taken."""
-        import torch
-
+    def go_on(self, steps: Mapping[str, int]) -> None:
+        """Continue after the steps that the restored agent has had, with logs that end there."""
         from agents.learning import Metrics
 
-        self.agent.restore(snapshot.part("agent"))
-        torch.set_rng_state(snapshot.part("random").tensors["state"])
-        self.steps = dict(snapshot.about["steps"])
+        self.steps = dict(steps)
         phase = list(self.steps)[-1]
         self.last = Metrics(phase, self.steps[phase] - 1)
         rewind_logs(self.run.path, self.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from grip_env.common.errors import CommandError
 from grip_env.common.output import say
 from grip_env.reports.live_run import can_resume
-from grip_env.run_folder.config import Config, options_name, read_run_config
+from grip_env.run_folder.config import Config, consent_needed, options_name, read_run_config
 from grip_env.run_folder.folder import versions
 from grip_env.run_folder.snapshots import snapshots
 
 if TYPE_CHECKING:
     from agents.training.snapshot import Snapshot
 
-__all__ = ["Earlier", "check_resumed", "open_run", "resumable_config"]
+__all__ = ["Earlier", "check_resumed", "open_run", "resumable_config", "saved_options"]
 
 FREE = ("resume", "examples", "progress", "picture_every", "checkpoint_minutes", "runs", "name", "options")
 """Options of the command that may differ when a run is resumed: they do not change the training."""
@@ -35,13 +35,23 @@ def _read(run: Path) -> dict[str, Any]:
         raise CommandError(f"--resume: {error}") from None
 
 
-def resumable_config(run: Path) -> Config:
-    """Return the configuration of a run, as it was trained with.
+def resumable_config(run: Path, named: Collection[str]) -> Config:
+    """Return the configuration of a run, its hyperparameters as they are saved.
+
+    Args:
+        run: Folder of the run.
+        named: Algorithm and reward that the user gave: code that the run's file names is not run otherwise.
 
     Raises:
-        CommandError: If the folder is not a run.
+        CommandError: If the folder is not a run, or it names code that the user did not name.
     """
-    saved = _read(run)["config"]
+    whole = _read(run)
+    saved = whole["config"]
+    if ":" in saved["algo"] and saved["algo"] not in named:
+        raise CommandError(f"--resume: {consent_needed(run, whole)}: if you trust it, give --algo {saved['algo']}")
+    reward = str(saved.get("reward", ""))
+    if ":" in reward and reward not in named:
+        raise CommandError(f"--resume: {run} needs the code of its reward: if you trust it, give --reward {reward}")
     hints = get_type_hints(Config)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
@@ -49,19 +59,15 @@ def resumable_config(run: Path) -> Config:
             value = saved[field.name]
             is_path = hints[field.name] in (Path, Path | None) and value is not None
             values[field.name] = Path(value) if is_path else value
-    given = saved.get(options_name(saved["algo"]), {})
-    return Config(**(values | {"options": _options(saved["algo"], given), "resume": run}))
+    return Config(**(values | {"options": saved.get(options_name(saved["algo"]), {}), "resume": run}))
 
 
-def _options(algo: str, given: Mapping[str, Any]) -> Any:
-    """Return saved hyperparameters of an algorithm; ``None`` for a user-defined class."""
-    from agents.training.options import options_of
-
-    options = options_of(algo)
-    if options is None:
-        return None
-    known = {field.name for field in dataclasses.fields(options)}
-    return options(**{name: value for name, value in given.items() if name in known})
+def saved_options(given: Mapping[str, Any], options: type[Any]) -> Any:
+    """Return hyperparameters from their saved values, an instance of the class ``options``."""
+    known = {field.name: field.default for field in dataclasses.fields(options)}
+    values = {name: value for name, value in given.items() if name in known}
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(known[name], tuple)}  # lists in JSON
+    return options(**(values | tuples))
 
 
 def check_resumed(earlier: Config, config: Config) -> None:
@@ -71,11 +77,11 @@ def check_resumed(earlier: Config, config: Config) -> None:
     ]
     changed = [(name, old, new) for name, old, new in pairs if name not in FREE and old != new]
     prefix = options_name(config.algo).replace("_", "-")
-    if earlier.options is not None and dataclasses.is_dataclass(config.options):
-        for field in dataclasses.fields(earlier.options):
-            old, new = getattr(earlier.options, field.name), getattr(config.options, field.name, None)
-            if old != new and not (field.name == "steps" and new is not None and new > old):
-                changed.append((f"{prefix}.{field.name}", old, new))
+    known = {} if type(earlier.options) is not type(config.options) else vars(earlier.options)
+    for name, old in known.items():
+        new = getattr(config.options, name)
+        if old != new and not (name == "steps" and new > old):
+            changed.append((f"{prefix}.{name}", old, new))
     if changed:
         name, old, new = changed[0]
         more = "" if len(changed) == 1 else f" (and {len(changed) - 1} more)"
@@ -116,6 +122,19 @@ class Earlier:
         if others:
             say(f"note: {'; '.join(others)}: the last digits may differ from those of a run in one piece", error=True)
 
+    def restore(self, agent: Any) -> None:
+        """Restore the agent from the snapshot, or stop with an error; nothing is written."""
+        import torch
+
+        try:
+            agent.restore(self.snapshot.part("agent"))
+            torch.set_rng_state(self.snapshot.part("random").tensors["state"])
+        except Exception as error:  # a user-defined class may raise anything
+            reason = " ".join(str(error).split())
+            raise CommandError(
+                f"the snapshot in {self.path} cannot be restored ({type(error).__name__}: {reason}): train anew"
+            ) from error
+
     def history(self) -> list[dict[str, Any]]:
         """Return when and at which steps the run was resumed, this time included."""
         now = {
@@ -126,17 +145,21 @@ class Earlier:
         return [*self.saved.get("resumed", []), now]
 
 
-def open_run(run: Path, algorithm: Any) -> Earlier:
-    """Return a run with its newest snapshot that is whole.
+def open_run(config: Config, algorithm: Any) -> Earlier:
+    """Return the run that a configuration resumes, with its newest snapshot that is whole.
 
     Raises:
-        CommandError: If there is none, or the algorithm cannot be resumed.
+        CommandError: If there is none, the algorithm cannot be resumed, or the configuration is not that of the run.
     """
     from agents.training.snapshot import Snapshot
 
-    saved = _read(run)
+    assert config.resume is not None
+    run, saved = config.resume, _read(config.resume)
     if not can_resume(algorithm):
         raise CommandError(f"--algo {saved['config']['algo']} cannot be resumed: it has no snapshot() and restore()")
+    earlier = resumable_config(run, (config.algo, config.reward))
+    earlier.options = saved_options(earlier.options, type(config.options))
+    check_resumed(earlier, config)
     for path in snapshots(run):
         try:
             return Earlier(run, saved, Snapshot.read(path))

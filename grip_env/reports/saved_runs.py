@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.config import read_run_config
+from grip_env.run_folder.folder import read_rows
 from grip_env.run_folder.status import read_status
 
 if TYPE_CHECKING:
@@ -102,23 +102,8 @@ class Run:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """Return the rows of the log of a run, without incomplete or damaged rows."""
-    try:
-        text = path.read_bytes().decode(errors="replace").replace("\0", " ")
-    except OSError:
-        return []
-    whole, end, _ = text.rpartition("\n")  # a last row without a line end is incomplete, and its last number may be cut
-    rows = []
-    names: list[str] | None = None
-    for text_of_row in (whole + end).splitlines():  # one at a time, as a quote left open would take in the rows below
-        try:
-            line = next(csv.reader([text_of_row]), [])
-            if names is None:
-                names = line
-            else:
-                rows.append(dict(zip(names, map(float, line), strict=True)))
-        except (ValueError, csv.Error):  # such as a field of more than 131,072 characters
-            continue
-    return rows
+    names, rows = read_rows(path)
+    return [dict(zip(names, map(float, row), strict=True)) for row in rows]
 
 
 def load_run(path: Path) -> Run:

@@ -15,7 +15,7 @@ from grip_env.common.atomic_files import remove, replace_folder, write_atomicall
 from grip_env.common.errors import CommandError
 from grip_env.run_folder.status import FILE, RunStatus, read_status
 
-__all__ = ["RunFolder", "free_folder", "make_folder", "versions"]
+__all__ = ["RunFolder", "free_folder", "make_folder", "read_rows", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -133,6 +133,27 @@ class RunFolder:
             if fresh:
                 writer.writerow(["step", *values])
             writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+
+
+def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the names of a log's columns and its rows, without incomplete or damaged ones."""
+    try:
+        text = path.read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return [], []
+    whole, end, _ = text.rpartition("\n")  # a last row without a line end is incomplete, and its last number may be cut
+    rows: list[list[str]] = []
+    names: list[str] | None = None
+    for text_of_row in (whole + end).splitlines():  # one at a time, as a quote left open would take in the rows below
+        try:
+            row = next(csv.reader([text_of_row]), [])
+            if names is None:
+                names = row
+            elif len([float(number) for number in row]) == len(names):
+                rows.append(row)
+        except (ValueError, csv.Error):  # such as a field of more than 131,072 characters
+            continue
+    return names or [], rows
 
 
 class Saves(Protocol):

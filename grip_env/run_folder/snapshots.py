@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from grip_env.common.atomic_files import write_atomically
+from grip_env.run_folder.folder import read_rows
 
 __all__ = ["keep_snapshot", "rewind_logs", "snapshots"]
 
@@ -44,15 +45,14 @@ def rewind_logs(run: Path, steps: Mapping[str, int]) -> None:
         steps: Number of steps taken in each phase.
     """
     for path in run.glob("*.csv"):
-        with path.open(newline="") as file:
-            head, *rows = [row for row in csv.reader(file) if row] or [[]]
-        kept = [row for row in rows if len(row) == len(head) and int(row[0]) < steps.get(path.stem, 0)]
-        if not kept:
-            path.unlink()
-        elif len(kept) < len(rows):
+        names, rows = read_rows(path)
+        kept = [row for row in rows if float(row[0]) < steps.get(path.stem, 0)]
+        if kept:
             text = io.StringIO()
-            csv.writer(text).writerows([head, *kept])
+            csv.writer(text).writerows([names, *kept])
             write_atomically(path, text.getvalue())
+        else:
+            path.unlink()
     _rewind_events(run, steps)
 
 
