@@ -164,10 +164,12 @@ def test_code_that_a_run_names_runs_only_if_it_is_named_again(
     config["config"][key] = f"theirs_{key}:reward"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     for named in ((), (f"--{key}", "other:thing")):
-        with pytest.raises(CommandError, match=f"needs the code of .* if you trust it, give --{key} theirs_{key}:reward"):
+        with pytest.raises(
+            CommandError, match=f"needs the code of .* if you trust it, give --{key} theirs_{key}:reward"
+        ):
             parse(["--resume", "other", *named])
         assert not (tmp_path / "ran").exists()
-    with contextlib.suppress(CommandError):  # a function is no algorithm, but it is imported to see that
+    with contextlib.suppress(CommandError):  # a function is no algorithm, as its import shows
         train(parse(["--resume", "other", f"--{key}", f"theirs_{key}:reward", "--examples", "0"]))
     assert (tmp_path / "ran").exists()
 
